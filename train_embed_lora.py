@@ -1,0 +1,715 @@
+"""Fine-tune a text-embedding model with LoRA: contrastive, in-batch negatives, recall measured before, during and after.
+
+    python train_embed_lora.py --train_file examples/sample_data.jsonl --output_dir runs/first
+    python train_embed_lora.py --model_name Qwen/Qwen3-Embedding-0.6B --train_file pairs.jsonl --load_in_4bit
+    python train_embed_lora.py --train_file pairs.jsonl --dry_run
+
+A data line: {"query": "how do I reset it?", "pos": ["Hold the button for ten seconds."], "neg": ["It weighs 2 kg."]}
+output_dir: final/ (adapter, loads in sentence-transformers), checkpoints, logs, training_curves.png, a report.
+Shapes: B sequences, T tokens, D embedding, Q queries and N documents of a step, C corpus of a dev set.
+"""
+
+import argparse
+import random
+import re
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import utils
+from utils import InputError, integer, real, say
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from datasets import Dataset
+from datasets.fingerprint import Hasher
+from tokenizers import processors
+from torch import nn
+from transformers import AutoModel, set_seed
+from transformers.pytorch_utils import Conv1D
+
+# ---------------------------------------------------------------- arguments
+
+
+def parse_args(argv=None):
+    """Parse and check the command line; exits 2 with one sentence on what is wrong."""
+    parser = argparse.ArgumentParser(
+        "train_embed_lora.py", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
+    )
+    base = "sentence-transformers/all-MiniLM-L6-v2"
+    utils.add_shared_flags(parser, base, batch=32, step=32, epochs=2, dev_size=0.1, checkpointing=False, metric="ndcg@10")
+    add = parser.add_argument_group("embedding").add_argument
+    add("--max_length", type=integer(4), default=512, metavar="N", help="tokens of a query or document [512]")
+    add("--query_max_len", type=integer(4), metavar="N", help="tokens of a query [--max_length]")
+    add("--passage_max_len", type=integer(4), metavar="N", help="tokens of a document [--max_length]")
+    add("--query_prefix", metavar="TEXT", help="put before every query [the base's own prompt]")
+    add("--doc_prefix", metavar="TEXT", help="put before every document [the base's own prompt]")
+    add("--max_negs", "--neg_nums", type=integer(0), default=1, metavar="N", help="mined negatives per query [1]")
+    add("--temperature", type=real(0, 10, "low"), default=0.05, metavar="X", help="divides the cosines [0.05]")
+    add("--pooling", default="auto", choices=["auto", "mean", "cls", "last"], help="tokens to one vector [the base's]")
+    add("--append_eos", action="store_true", help="end every text with the EOS token, truncated ones too")
+    add("--false_negative_margin", type=real(0, 2), metavar="X", help="mask documents this much above the positive [off]")
+    add("--negatives_cross_device", action=argparse.BooleanOptionalAction, default=True, help="[on]")
+    add("--matryoshka_dims", type=integer(1), nargs="+", metavar="D", help="train these prefixes of the vector too")
+    add("--query_column", metavar="NAME", help="where its name is not recognised")
+    add("--positive_column", metavar="NAME", help="where its name is not recognised")
+    add("--negative_column", metavar="NAME", help="where its name is not recognised")
+    args = utils.finish_shared_flags(parser, parser.parse_args(argv), base, step=32)
+    if args.metric_for_best and not re.fullmatch(r"(.+_)?(accuracy|precision|recall|mrr|ndcg|map)@\d+", args.metric_for_best):
+        parser.error(f"--metric_for_best {args.metric_for_best} is not measured: ndcg@10, recall@10, mrr@10, ...")
+    return args
+
+
+# ---------------------------------------------------------------- data
+
+QUERY_NAMES = ("query", "anchor", "question")
+POSITIVE_NAMES = ("pos", "positive", "positives", "answer", "document", "passage", "response",
+                  "positive_passages", "pos_doc")  # fmt: skip
+NEGATIVE_NAMES = re.compile(r"neg|negatives?|negative_\d+|negative_passages|neg_doc|hard_negatives?")
+
+
+@dataclass
+class Example:
+    """One training row: `prompt` is BGE's, which replaces the query prefix."""
+
+    query: str
+    pos: list
+    neg: list
+    prompt: str | None = None
+
+
+@dataclass
+class DevSet:
+    """Queries {id: (text, prompt)}, corpus {id: text} and the relevant document ids of each query."""
+
+    queries: dict
+    corpus: dict
+    relevant: dict
+
+
+def find_columns(rows, args):
+    """Find the query, positive and negative columns by name.
+
+    Returns (query, positive, [negative, ...], [unused, ...]); raises InputError where a name is missing or unclear.
+    """
+    where = rows[0][0]
+    fields = list(dict.fromkeys(name for _, row in rows[:1000] for name in row))
+    listed = ", ".join(f'"{name}"' for name in fields)
+    chosen = []
+    for kind, flag, names in (("query", args.query_column, QUERY_NAMES), ("positive", args.positive_column, POSITIVE_NAMES)):
+        found = [flag] if flag in fields else [name for name in fields if not flag and name.lower() in names]
+        if len(found) != 1:
+            what = f"{len(found)} columns could be the {kind}: {', '.join(found)}" if found else f"no {kind}"
+            raise InputError(f"{where}: {what} (fields: {listed}). Rename one to \"{names[0]}\" (known: {', '.join(names)}), "
+                             f"or pass --{kind}_column NAME.")  # fmt: skip
+        chosen += found
+    if args.negative_column and args.negative_column not in fields:
+        raise InputError(f"{where}: no --negative_column {args.negative_column} (fields: {listed}).")
+    negatives = [name for name in fields if name == args.negative_column or not args.negative_column and NEGATIVE_NAMES.fullmatch(name)]
+    used = {*chosen, *negatives, "prompt"}
+    return *chosen, negatives, [name for name in fields if name not in used]
+
+
+def texts_of(value, where, name):
+    """Return the non-empty texts of a cell: a text, a {title, text} passage, or a list of them."""
+    if value is None:
+        return []
+    if isinstance(value, list | tuple):
+        return [text for item in value for text in texts_of(item, where, name)]
+    if isinstance(value, dict):
+        value = f"{value.get('title') or ''} {value.get('text') or ''}"
+    if not isinstance(value, str):
+        raise InputError(f"{where}: {name} is the {type(value).__name__} {value}, an id rather than a text. "
+                         "Look the texts up first.")  # fmt: skip
+    return [value.strip()] if value.strip() else []
+
+
+def read_examples(rows, args, drops):
+    """Turn [(where, row)] into Examples, counting in `drops` {reason: [where, ...]} what cannot be learnt from."""
+    query_name, positive_name, negative_names, unused = find_columns(rows, args)
+    say(f"columns   query = {query_name}, positive = {positive_name}, negatives = {', '.join(negative_names) or 'none'}"
+        + (f" (unused: {', '.join(unused)})" if unused else ""))  # fmt: skip
+    examples, seen = [], set()
+    for where, row in rows:
+        query = texts_of(row.get(query_name), where, query_name)
+        pos = texts_of(row.get(positive_name), where, positive_name)
+        neg = [text for name in negative_names for text in texts_of(row.get(name), where, name)]
+        if not query or not pos:
+            drops.setdefault(f"rows with an empty {'positive' if query else 'query'}", []).append(where)
+            continue
+        known = {utils.text_id(text) for text in pos}
+        true_neg = [text for text in neg if utils.text_id(text) not in known]
+        if len(true_neg) < len(neg):
+            drops.setdefault("negatives equal to a positive", []).extend([where] * (len(neg) - len(true_neg)))
+        key = (utils.text_id(query[0]), *sorted(known), *sorted(map(utils.text_id, true_neg)))
+        if key in seen:
+            drops.setdefault("duplicate rows", []).append(where)
+            continue
+        seen.add(key)
+        examples.append(Example(query[0], pos, true_neg, row.get("prompt") or None))
+    return examples
+
+
+def dev_from_examples(examples):
+    """Make a dev set of rows: the pool is every positive and negative, each text once."""
+    ids, queries, relevant = {}, {}, {}
+    for example in examples:
+        key = f"q{utils.text_id(example.query)}"
+        queries.setdefault(key, (example.query, example.prompt))
+        for text in example.pos + example.neg:
+            ids.setdefault(text, f"d{len(ids):09d}")
+        relevant.setdefault(key, set()).update(ids[text] for text in example.pos)
+    return DevSet(queries, {name: text for text, name in ids.items()}, relevant)
+
+
+def dev_from_beir(folder):
+    """Read a BEIR folder: corpus.jsonl, queries.jsonl, qrels/*.tsv (dev.tsv if there are several, else test.tsv)."""
+    folder = Path(folder)
+    qrels = sorted(folder.glob("qrels/*.tsv"), key=lambda path: (path.stem not in ("dev", "test"), path.stem))
+    missing = [name for name in ("corpus.jsonl", "queries.jsonl") if not (folder / name).is_file()]
+    if missing or not qrels:
+        raise InputError(f"{folder} is no BEIR folder: no {', '.join(missing) or 'qrels/*.tsv'}.")
+    corpus = {str(row["_id"]): f"{row.get('title') or ''} {row['text']}".strip() for _, row in utils.read_rows(folder / "corpus.jsonl")}
+    queries = {str(row["_id"]): (row["text"], None) for _, row in utils.read_rows(folder / "queries.jsonl")}
+    relevant = {}
+    for where, row in utils.read_rows(qrels[0]):
+        query, document, score = (str(value) for value in list(row.values())[:3])
+        if int(score) > 0:
+            if query not in queries or document not in corpus:
+                raise InputError(f"{where}: {query if query not in queries else document} is in no file of {folder}.")
+            relevant.setdefault(query, set()).add(document)
+    return DevSet({name: queries[name] for name in relevant}, corpus, relevant)
+
+
+def read_data(args):
+    """Read, check and split the data. Returns (training Examples, {name: DevSet}, counts for the report)."""
+    rows, sources = utils.read_sources(args)
+    rng, drops = random.Random(args.seed), {}
+    rng.shuffle(rows)
+    if args.train_sample_limit and (sources or args.dev_sample_limit):
+        rows = rows[: 2 * (args.train_sample_limit + (args.dev_sample_limit or 0))]  # twice: some will be dropped
+    examples = read_examples(rows, args, drops)
+    dev_sets = {}
+    for name, source in sources.items():
+        if isinstance(source, str) and Path(source).is_dir():
+            dev_sets[name] = dev_from_beir(source)
+        else:
+            source = utils.read_rows(source) if isinstance(source, str) else source
+            dev_sets[name] = dev_from_examples(read_examples(source, args, {}))
+        if args.dev_sample_limit:
+            names = sorted(dev_sets[name].queries)
+            kept = set(rng.sample(names, min(args.dev_sample_limit, len(names))))
+            dev_sets[name].queries = {key: text for key, text in dev_sets[name].queries.items() if key in kept}
+    wanted = args.dev_sample_limit or int(args.dev_size * len(examples))
+    if not dev_sets and wanted and args.eval_strategy != "no":
+        by_query = {}
+        for example in examples:
+            by_query.setdefault(utils.text_id(example.query), []).append(example)
+        groups = iter(by_query.values())
+        held = []
+        while len(held) < wanted and (group := next(groups, None)):
+            held += group
+        dev_sets[""], examples = dev_from_examples(held), [example for group in groups for example in group]
+        say(f"dev       {len(held)} rows ({len(dev_sets[''].queries)} queries) are held out of the training set, by query")
+    known = {utils.text_id(text) for dev in dev_sets.values() for text, _ in dev.queries.values()}
+    clean = [example for example in examples if utils.text_id(example.query) not in known]
+    drops["queries that are in a dev set"] = ["-"] * (len(examples) - len(clean))
+    examples = clean[: args.train_sample_limit]
+    for reason, places in drops.items():
+        if places:
+            say(f"dropped   {len(places)} {reason} (first: {places[0]})")
+    if len(examples) < 2:
+        raise InputError(f"{len(examples)} rows are left to train on; in-batch negatives need two. Add rows, or lower --dev_size.")
+    counts = {"train_rows": len(examples), "dropped": {reason: len(places) for reason, places in drops.items() if places},
+              "dev": {name: {"queries": len(dev.queries), "corpus": len(dev.corpus)} for name, dev in dev_sets.items()}}  # fmt: skip
+    return examples, dev_sets, counts
+
+
+class Texts:
+    """Every text of a run once, as token ids: `add` gives its index, then `tokenise`, then `texts[index]`."""
+
+    def __init__(self):
+        self.index = {}
+
+    def add(self, prefix, text, is_query):
+        return self.index.setdefault((prefix + text, is_query), len(self.index))
+
+    def tokenise(self, tokenizer, query_max_len, passage_max_len, workers):
+        """Tokenise all texts, cached by `datasets` under a hash of texts, tokenizer and lengths."""
+        texts, sides = zip(*self.index, strict=True)
+        key = Hasher.hash([texts, sides, tokenizer.backend_tokenizer.to_str(), query_max_len, passage_max_len])
+
+        def encode(batch):
+            ids = [None] * len(batch["text"])
+            for side, limit in ((True, query_max_len), (False, passage_max_len)):
+                at = [i for i, is_query in enumerate(batch["is_query"]) if is_query == side]
+                some = [batch["text"][i] for i in at]
+                for i, row in zip(at, tokenizer(some, truncation=True, max_length=limit)["input_ids"] if some else [], strict=True):
+                    ids[i] = row
+            return {"input_ids": ids}
+
+        data = Dataset.from_dict({"text": texts, "is_query": sides}).map(
+            encode, batched=True, remove_columns=["text", "is_query"], new_fingerprint=key, num_proc=workers or None,
+            desc="tokenising", cache_file_name=str(cache_folder() / f"{key}.arrow"),
+        )  # fmt: skip
+        column = data.data.column("input_ids").combine_chunks()
+        self.values, self.offsets = column.values.to_numpy(), column.offsets.to_numpy()
+        return self
+
+    def __getitem__(self, i):
+        return self.values[self.offsets[i] : self.offsets[i + 1]]
+
+
+def cache_folder():
+    """Return the folder where `datasets` keeps its caches, ours beside them."""
+    import datasets.config
+
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "lora_tokens"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+class TrainSet(torch.utils.data.Dataset):
+    """Rows of text indices; which positive and negatives a row shows depends on seed, epoch and row alone."""
+
+    def __init__(self, examples, texts, args):
+        self.rows, self.seed, self.max_negs, self.epoch = [], args.seed, args.max_negs, 0
+        known = {}  # query text -> every positive listed for it, in any row
+        for example in examples:
+            known.setdefault(utils.text_id(example.query), set()).update(map(utils.text_id, example.pos))
+        for example in examples:
+            query_id = utils.text_id(example.query)
+            prefix = args.query_prefix if example.prompt is None else example.prompt
+            documents = [[(texts.add(args.doc_prefix, text, False), utils.text_id(text)) for text in side]
+                         for side in (example.pos, example.neg)]  # fmt: skip
+            self.rows.append((texts.add(prefix, example.query, True), *documents, sorted({query_id, *known[query_id]})))
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        query, pos, neg, known = self.rows[i]
+        rng = random.Random(f"{self.seed} {self.epoch} {i}")
+        return query, rng.choice(pos), rng.sample(neg, min(self.max_negs, len(neg))), known
+
+
+class Collator:
+    """Make one step of rows: each distinct text once, and which document belongs to which query.
+
+    `sequences` token ids; `queries` (Q,), `documents` (N,) positions in it; `document_ids` (N,) text hashes;
+    `target` (Q,) column of each query's positive; `known` (Q, K) hashes of texts that are no negatives, 0-padded.
+    """
+
+    def __init__(self, texts):
+        self.texts = texts
+
+    def __call__(self, rows):
+        position, column = {}, {}  # text index -> place in `sequences`, document -> column
+        for query, positive, negatives, _ in rows:
+            position.setdefault(query, len(position))
+            for document in (positive, *negatives):
+                position.setdefault(document[0], len(position))
+                column.setdefault(document, len(column))
+        known = [torch.tensor(row[3]) for row in rows]
+        return {
+            "rows": len(rows),
+            "sequences": [self.texts[i] for i in position],
+            "queries": torch.tensor([position[row[0]] for row in rows]),
+            "documents": torch.tensor([position[i] for i, _ in column]),
+            "document_ids": torch.tensor([text_id for _, text_id in column]),
+            "target": torch.tensor([column[row[1]] for row in rows]),
+            "known": nn.utils.rnn.pad_sequence(known, batch_first=True),
+        }
+
+
+# ---------------------------------------------------------------- loss and metrics
+
+
+def excluded_columns(document_ids, target, known):
+    """Mark the documents (Q, N) that are no negatives of a query: itself, or a positive of it other than the target."""
+    mask = torch.zeros(len(target), len(document_ids), dtype=torch.bool, device=target.device)
+    for ids in known.T:
+        mask |= document_ids == ids[:, None]
+    return mask.scatter(1, target[:, None], False)
+
+
+def contrastive_loss(query_emb, doc_emb, target, excluded, temperature, margin=None, dims=None):
+    """InfoNCE over one step (van den Oord et al. 2018, eq. 4), averaged over `dims` (Matryoshka, Kusupati et al. 2022).
+
+    query_emb (Q, D) and doc_emb (N, D) have unit length; target (Q,) is each query's column; excluded (Q, N) columns
+    are left out, and with a margin those whose cosine exceeds the positive's by more.
+    """
+    losses = []
+    for dim in dims or [query_emb.shape[1]]:
+        scores = F.normalize(query_emb[:, :dim], dim=1) @ F.normalize(doc_emb[:, :dim], dim=1).T  # (Q, N)
+        skip = excluded
+        if margin is not None:
+            skip = skip | (scores > scores.gather(1, target[:, None]) + margin)
+        losses.append(F.cross_entropy(scores.masked_fill(skip, -torch.inf) / temperature, target))
+    return torch.stack(losses).mean()
+
+
+def pool(hidden, lengths, pooling):
+    """Pool hidden states (B, T, D) of right-padded sequences of `lengths` (B,) into unit vectors (B, D) in float32."""
+    hidden = hidden.float()
+    if pooling == "cls":
+        vectors = hidden[:, 0]
+    elif pooling == "last":
+        # by length, not by id: a pad id may be a real token (Qwen3-Embedding ends in its pad token)
+        vectors = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
+    else:
+        mask = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]  # (B, T)
+        vectors = (hidden * mask[:, :, None]).sum(1) / lengths[:, None]
+    return F.normalize(vectors, dim=1)
+
+
+def retrieval_metrics(query_emb, corpus_emb, relevant, chunk=2**25):
+    """Rank the corpus by cosine for each query, ties by ascending index, and score the ranks.
+
+    query_emb (Q, D), corpus_emb (C, D), relevant: a set of corpus indices per query. The metrics are those of
+    sentence-transformers' InformationRetrievalEvaluator; queries without a relevant document are dropped.
+    """
+    hits, found = [], []
+    query_emb, corpus_emb = F.normalize(query_emb.float(), dim=1), F.normalize(corpus_emb.float(), dim=1)
+    rows = max(1, chunk // len(corpus_emb))
+    for start in range(0, len(query_emb), rows):
+        scores = query_emb[start : start + rows] @ corpus_emb.T
+        ranked = scores.sort(dim=1, descending=True, stable=True).indices[:, :100].tolist()
+        for row, gold in zip(ranked, relevant[start : start + rows], strict=True):
+            if gold:
+                hits.append(np.pad([index in gold for index in row], (0, 100 - len(row))))
+                found.append(len(gold))
+    hits, found = np.array(hits, dtype=float), np.array(found)  # (Q, 100), (Q,)
+    cumulative, ranks = hits.cumsum(1), np.arange(1, 101)
+    metrics = {}
+    for k in (1, 3, 5, 10):
+        metrics[f"accuracy@{k}"] = (cumulative[:, k - 1] > 0).mean()
+        metrics[f"precision@{k}"] = (cumulative[:, k - 1] / k).mean()
+        metrics[f"recall@{k}"] = (cumulative[:, k - 1] / found).mean()
+    first = hits[:, :10].argmax(1)
+    metrics["mrr@10"] = np.where(hits[:, :10].any(1), 1 / (first + 1), 0).mean()
+    discount = 1 / np.log2(ranks[:10] + 1)
+    ideal = discount.cumsum()[np.minimum(found, 10) - 1]
+    metrics["ndcg@10"] = (hits[:, :10] @ discount / ideal).mean()
+    metrics["map@100"] = ((hits * cumulative / ranks).sum(1) / np.minimum(found, 100)).mean()
+    return {name: float(value) for name, value in metrics.items()}
+
+
+# ---------------------------------------------------------------- training
+
+
+class EmbedTrainer(utils.StepTrainer):
+    """Contrasts all queries of a step with all its documents, however many pieces the step is cut into."""
+
+    def __init__(self, *, flags, causal, **kwargs):
+        super().__init__(batch_size=flags.batch_size, **kwargs)
+        self.flags, self.causal = flags, causal
+
+    def encode(self, model, step, piece):
+        """Embed a piece's sequences: unit vectors (B, D) in float32."""
+        input_ids, lengths = self.pad(step, piece)
+        inputs = {"input_ids": input_ids}
+        if not self.causal:  # a causal model never sees the padding on its right
+            inputs["attention_mask"] = (torch.arange(input_ids.shape[1], device=lengths.device) < lengths[:, None]).long()
+        with self.accelerator.autocast():
+            hidden = model(**inputs).last_hidden_state
+        return pool(hidden, lengths, self.flags.pooling)
+
+    def loss(self, vectors, step):
+        """Loss of the step from its sequences' vectors (B, D); over all processes' queries and documents at once."""
+        query_emb, doc_emb = vectors[step["queries"]], vectors[step["documents"]]
+        ids, target, known = step["document_ids"], step["target"], step["known"]
+        world = self.accelerator.num_processes if self.flags.negatives_cross_device else 1
+        if world > 1:
+            rank = self.accelerator.process_index
+            before = sum(map(len, self.gather(ids)[:rank]))
+            known = torch.cat(self.gather(self.accelerator.pad_across_processes(known, dim=1)))
+            target, ids = torch.cat(self.gather(target + before)), torch.cat(self.gather(ids))
+            # one's own part stays attached; DDP averages the gradients, so the loss is counted `world` times
+            query_emb, doc_emb = (
+                torch.cat([own if i == rank else other for i, other in enumerate(self.gather(own.detach()))])
+                for own in (query_emb, doc_emb)
+            )
+        excluded = excluded_columns(ids, target, known)
+        margin, dims = self.flags.false_negative_margin, self.flags.matryoshka_dims
+        return world * contrastive_loss(query_emb, doc_emb, target, excluded, self.flags.temperature, margin, dims)
+
+    def gather(self, rows):
+        """Return the rows (n, ...) of every process, whose numbers may differ, as a list."""
+        sizes = self.accelerator.gather(torch.tensor([len(rows)], device=rows.device))
+        parts = self.accelerator.gather(self.accelerator.pad_across_processes(rows)).chunk(len(sizes))
+        return [part[:size] for part, size in zip(parts, sizes, strict=True)]
+
+    def run_step(self, model, step, pieces, at_once):
+        """Forward and backward of one step: in one pass, or by gradient caching (Gao et al. 2021, section 3.2)."""
+        order = torch.tensor([i for piece in pieces for i in piece], device=self.args.device).argsort()
+        if at_once or len(pieces) == 1:
+            loss = self.loss(torch.cat([self.encode(model, step, piece) for piece in pieces])[order], step)
+            self.accelerator.backward(loss)
+            return self.reported(loss)
+        *early, final = pieces
+        states, vectors = [], []
+        with self.accelerator.no_sync(model):
+            for piece in early:
+                states.append(get_rng_state())
+                with torch.no_grad():
+                    vectors.append(self.encode(model, step, piece))
+            vectors.append(self.encode(model, step, final))  # keeps its graph, which saves its second forward
+        leaves = [vector.detach().requires_grad_() for vector in vectors]
+        loss = self.loss(torch.cat(leaves)[order], step)
+        loss.backward()
+        with self.accelerator.no_sync(model):  # first, so that two graphs never coexist
+            self.accelerator.backward((vectors.pop() * leaves[-1].grad).sum())
+        for i, piece in enumerate(early):
+            with nullcontext() if i == len(early) - 1 else self.accelerator.no_sync(model), replayed(states[i]):
+                vector = self.encode(model, step, piece)
+                self.accelerator.backward((vector * leaves[i].grad).sum())
+        return self.reported(loss)
+
+    def reported(self, loss):
+        return loss.detach() / (self.accelerator.num_processes if self.flags.negatives_cross_device else 1)
+
+    @torch.no_grad()
+    def embed(self, sequences):
+        """Embed token sequences in evaluation mode, shared out over the processes: (len(sequences), D) on the CPU."""
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        training, step = self.model.training, {"sequences": sequences}
+        self.model.eval()
+        own = range(rank, len(sequences), world)
+        pieces = [[own[i] for i in piece] for piece in utils.cut([len(sequences[i]) for i in own], self.eval_tokens)]
+        order = torch.tensor([i for piece in pieces for i in piece], device=self.args.device)
+        vectors = torch.cat([self.encode(self.model, step, piece) for piece in pieces])
+        if world > 1:
+            order, vectors = torch.cat(self.gather(order)), torch.cat(self.gather(vectors))
+        self.model.train(training)
+        return vectors[order.argsort()].cpu()
+
+
+def get_rng_state():
+    """Return the state that dropout draws from: the CPU's, and the GPU's where there is one."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+
+
+@contextmanager
+def replayed(state):
+    """Run a block with an earlier random state, and go on with the present one after it."""
+    with torch.random.fork_rng(devices=range(state[1] is not None)):
+        torch.set_rng_state(state[0])
+        if state[1] is not None:
+            torch.cuda.set_rng_state(state[1])
+        yield
+
+
+# ---------------------------------------------------------------- the model
+
+
+def st_files(args):
+    """Read what the base's sentence-transformers files say: (pooling or None, {"query": ..., "document": ...} prompts).
+
+    Raises InputError where they hold a layer that would be missing from what is trained here.
+    """
+    modules = utils.base_json(args, "modules.json") or []
+    kinds = [module["type"].split(".")[-1] for module in modules]
+    if extra := set(kinds) - {"Transformer", "Pooling", "Normalize"}:
+        raise InputError(f"{args.model_name} has a {extra.pop()} layer behind its pooling, which would get lost. "
+                         "Choose a base without one.")  # fmt: skip
+    pooling = None
+    if "Pooling" in kinds:
+        stored = utils.base_json(args, modules[kinds.index("Pooling")]["path"] + "/config.json") or {}
+        modes = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last"}
+        pooling = {"lasttoken": "last"}.get(mode := stored.get("pooling_mode"), mode)
+        pooling = next((name for key, name in modes.items() if stored.get(key)), pooling)
+        if args.pooling == "auto" and pooling not in modes.values():
+            raise InputError(f"{args.model_name} pools by {pooling}, which is not known here. Pass --pooling.")
+    prompts = (utils.base_json(args, "config_sentence_transformers.json") or {}).get("prompts") or {}
+    document = prompts.get("document") or prompts.get("passage") or ""
+    return pooling, {"query": prompts.get("query") or "", "document": document}
+
+
+def append_eos(tokenizer):
+    """Make the tokenizer itself end every text with EOS, so that whoever loads it does the same, truncated or not."""
+    eos, old = tokenizer.eos_token or tokenizer.sep_token, tokenizer.backend_tokenizer.post_processor
+    if not eos:
+        raise InputError("--append_eos: the tokenizer has no EOS token. Drop the flag.")
+    new = processors.TemplateProcessing(single=f"$A {eos}", special_tokens=[(eos, tokenizer.convert_tokens_to_ids(eos))])
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence([old, new]) if old else new
+
+
+def probe(model):
+    """Run a forward pass: (whether attention is causal, D, the names of linear layers that the hidden states ignore)."""
+    outputs, hooks = {}, []
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear | Conv1D):
+            keep = lambda _, __, output, name=name: outputs.update({name: output.requires_grad_()})  # noqa: E731
+            hooks.append(layer.register_forward_hook(keep))
+    model.eval()
+    first, changed = (
+        model(torch.tensor([[5, 6, 7, last]], device=model.device)).last_hidden_state.float() for last in (8, 9)
+    )
+    for hook in hooks:
+        hook.remove()
+    causal = torch.allclose(first[0, 0], changed[0, 0], rtol=1e-3, atol=1e-4)
+    gradients = torch.autograd.grad(changed.sum(), list(outputs.values()), allow_unused=True)
+    unused = [name for name, gradient in zip(outputs, gradients, strict=True) if gradient is None]
+    return causal, first.shape[-1], unused
+
+
+def save_st_files(folder, args, dimension):
+    """Write the files that make `folder` a SentenceTransformer, under the names that every version and vLLM, TEI read."""
+    kinds = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
+    modules = [{"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+               for i, (path, kind) in enumerate(kinds)]  # fmt: skip
+    keys = {"cls": "cls_token", "mean": "mean_tokens", "last": "lasttoken"}
+    others = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
+    modes = {f"pooling_mode_{key}": key == keys[args.pooling] for key in others}
+    for path, _ in kinds:
+        (folder / path).mkdir(exist_ok=True)
+    length = max(args.query_max_len, args.passage_max_len)
+    prompts = {"query": args.query_prefix, "document": args.doc_prefix}
+    utils.write_json(folder / "modules.json", modules)
+    utils.write_json(folder / "1_Pooling/config.json", {"word_embedding_dimension": dimension, **modes, "include_prompt": True})
+    utils.write_json(folder / "sentence_bert_config.json", {"max_seq_length": length, "do_lower_case": False})
+    utils.write_json(folder / "config_sentence_transformers.json",
+                     {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"})  # fmt: skip
+
+
+# ---------------------------------------------------------------- main
+
+
+def settle_texts(args, config, tokenizer, notes):
+    """Fill in lengths, prefixes and EOS from the base model where no flag gives them; returns its pooling or None."""
+    limit = utils.position_limit(config, tokenizer)
+    for name in ("query_max_len", "passage_max_len"):
+        wanted = getattr(args, name) or args.max_length
+        if wanted > limit:
+            notes.append(f"{name} {wanted} is above the {limit} positions of the base model: lowered to {limit}")
+        setattr(args, name, int(min(wanted, limit)))
+    pooling, prompts = st_files(args)
+    args.query_prefix = prompts["query"] if args.query_prefix is None else args.query_prefix
+    args.doc_prefix = prompts["document"] if args.doc_prefix is None else args.doc_prefix
+    if args.append_eos:
+        append_eos(tokenizer)
+    return pooling
+
+
+def settle_pooling(args, stored, causal, texts, config, notes):
+    """Choose the pooling, and say what about it is suspicious."""
+    if args.pooling == "auto":
+        args.pooling = stored or ("last" if causal else "mean")
+    ends = {int(texts[i][-1]) for i in range(min(50, len(texts.index)))}
+    if args.pooling == "last" and len(ends) > 1:
+        notes.append("last-token pooling, but texts end in different tokens: --append_eos gives them one to learn")
+    two_way = getattr(config, "is_causal", True) is False or "bidirec" in config.model_type
+    if causal and (two_way or args.pooling == "mean" and stored):
+        notes.append("the base is meant to see both ways, but its first token does not see the last: it runs causal here")
+
+
+def text_indices(row):
+    query, positive, negatives, _ = row
+    return [query, positive[0], *(negative[0] for negative in negatives)]
+
+
+def negatives_per_query(train_set, plan, args):
+    """Return how many documents a query is contrasted with besides its positive, on average and before masking."""
+    mined = sum(min(args.max_negs, len(neg)) for _, _, neg, _ in train_set.rows) / len(train_set)
+    world = PartialState().num_processes if args.negatives_cross_device else 1
+    return round(plan.step_rows * world * (1 + mined) - 1, 1)
+
+
+def show_examples(train_set, texts, tokenizer):
+    """Print three rows as the model sees them, special tokens and prefixes included."""
+    for i in range(min(3, len(train_set))):
+        query, positive, negatives, _ = train_set[i]
+        for name, j in (("query", query), ("positive", positive[0]), *(("negative", n[0]) for n in negatives[:1])):
+            text = tokenizer.decode(texts[j])
+            say(f"example {i + 1} {name:8} {len(texts[j]):4} tokens  {text if len(text) < 160 else text[:100] + ' ... ' + text[-50:]}")
+
+
+def make_measure(dev_sets, texts, args):
+    """Return measure(trainer) -> {metric: value} over all dev sets, their names in front of the metrics."""
+    tokens = {}
+    for name, dev in dev_sets.items():
+        order = sorted(dev.corpus)
+        column = {key: i for i, key in enumerate(order)}
+        queries = [texts.add(args.query_prefix if prompt is None else prompt, text, True) for text, prompt in dev.queries.values()]
+        corpus = [texts.add(args.doc_prefix, dev.corpus[key], False) for key in order]
+        tokens[name] = queries, corpus, [{column[key] for key in dev.relevant.get(query, ())} for query in dev.queries]
+
+    def measure(trainer):
+        metrics = {}
+        for name, (queries, corpus, relevant) in tokens.items():
+            query_emb, corpus_emb = (trainer.embed([texts[i] for i in side]) for side in (queries, corpus))
+            found = retrieval_metrics(query_emb, corpus_emb, relevant)
+            for dim in args.matryoshka_dims or []:
+                found[f"ndcg@10_dim{dim}"] = retrieval_metrics(query_emb[:, :dim], corpus_emb[:, :dim], relevant)["ndcg@10"]
+            metrics |= {f"{name}_{key}" if name else key: value for key, value in found.items()}
+        return metrics
+
+    return measure
+
+
+def main(argv=None):
+    """Run the command line `argv`; return what training_summary_report.json holds."""
+    args = parse_args(argv)
+    state, notes, started = utils.start_process(args), [], time.perf_counter()
+    checkpoint = utils.open_output_dir(args)
+    set_seed(args.seed)
+    examples, dev_sets, counts = read_data(args)
+
+    config, tokenizer = utils.load_config(args), utils.load_tokenizer(args)
+    stored_pooling = settle_texts(args, config, tokenizer, notes)
+    texts = Texts()
+    train_set, measure = TrainSet(examples, texts, args), make_measure(dev_sets, texts, args)
+    with state.main_process_first():
+        texts.tokenise(tokenizer, args.query_max_len, args.passage_max_len, args.num_workers)
+    first = next(iter(dev_sets), "")
+    plan = utils.make_plan(args, len(train_set), bool(dev_sets), f"{first}_ndcg@10" if first else "ndcg@10",
+                           lambda name: True, drop_last=True)  # fmt: skip
+
+    precision, why = utils.choose_precision(args)
+    model = utils.load_base(args, AutoModel, config, precision, notes)
+    causal, dimension, unused = probe(model)
+    settle_pooling(args, stored_pooling, causal, texts, config, notes)
+    if max(args.matryoshka_dims or [0]) > dimension:
+        raise InputError(f"--matryoshka_dims {max(args.matryoshka_dims)} exceeds the model's {dimension} dimensions.")
+    model = utils.add_lora(model, args, "FEATURE_EXTRACTION", unused, notes)
+    trainer = EmbedTrainer(
+        flags=args, causal=causal, model=model, measure=measure, train_dataset=train_set, eval_dataset=train_set,
+        args=utils.training_arguments(args, plan, precision, drop_last=True), data_collator=Collator(texts),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    trainer.eval_tokens = 2 * utils.PIECE_TOKENS[model.device.type]
+    show_examples(train_set, texts, tokenizer)
+    by_length = sorted(range(len(train_set)), key=lambda i: -sum(len(texts[j]) for j in text_indices(train_set[i])))
+    longest = [train_set[i] for i in by_length[: max(2, args.batch_size)]]
+    plan.negatives_per_query = negatives_per_query(train_set, plan, args)
+    say(f"negatives {plan.negatives_per_query:g} per query: the other documents of the step")
+    plan_report = utils.preflight(args, trainer, plan, longest, why, notes)
+    run_config = utils.run_config(args, Hasher.hash([examples, dev_sets]))
+    utils.check_same_run(args, run_config, checkpoint)
+    if args.dry_run:
+        return run_config | {"data": counts, "plan": plan_report}
+
+    if state.is_main_process:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        utils.write_json(Path(args.output_dir) / "training_config.json", run_config)
+    started = time.perf_counter()
+    before, after, warnings = utils.train(trainer, args, plan, checkpoint)
+    seconds = time.perf_counter() - started
+    final = Path(args.output_dir) / "final"
+    trainer.save_model(str(final))
+    if state.is_main_process:
+        save_st_files(final, args, dimension)
+        utils.write_json(final / "training_config.json", run_config)
+    state.wait_for_everyone()
+    sample = [texts[i] for i in range(min(8, len(texts.index)))]
+    proof = utils.prove_adapter(trainer.model, str(final), lambda: trainer.embed(sample))
+    return utils.write_report(trainer, args, plan_report, run_config, counts, (before, after), proof, warnings, seconds,
+                              [plan.metric, plan.metric.replace("ndcg", "recall")])  # fmt: skip
+
+
+if __name__ == "__main__":
+    utils.run(main)
