@@ -10,11 +10,13 @@ Shapes: B sequences, T tokens, D embedding, Q queries and N documents of a step,
 """
 
 import argparse
+import math
 import random
 import re
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import utils
@@ -127,12 +129,12 @@ def texts_of(value, where, name):
     return [value.strip()] if value.strip() else []
 
 
-def read_examples(rows, args, drops):
-    """Turn [(where, row)] into Examples, counting in `drops` {reason: [where, ...]} what cannot be learnt from."""
+def read_examples(rows, args):
+    """Turn [(where, row)] into Examples; counts, and says, what cannot be learnt from. Returns (examples, counts)."""
     query_name, positive_name, negative_names, unused = find_columns(rows, args)
     say(f"columns   query = {query_name}, positive = {positive_name}, negatives = {', '.join(negative_names) or 'none'}"
         + (f" (unused: {', '.join(unused)})" if unused else ""))  # fmt: skip
-    examples, seen = [], set()
+    examples, seen, drops = [], set(), {}
     for where, row in rows:
         query = texts_of(row.get(query_name), where, query_name)
         pos = texts_of(row.get(positive_name), where, positive_name)
@@ -150,7 +152,9 @@ def read_examples(rows, args, drops):
             continue
         seen.add(key)
         examples.append(Example(query[0], pos, true_neg, row.get("prompt") or None))
-    return examples
+    for reason, places in drops.items():
+        say(f"dropped   {len(places)} {reason} (first: {places[0]})")
+    return examples, {reason: len(places) for reason, places in drops.items()}
 
 
 def dev_from_examples(examples):
@@ -177,7 +181,7 @@ def dev_from_beir(folder):
     relevant = {}
     for where, row in utils.read_rows(qrels[0]):
         query, document, score = (str(value) for value in list(row.values())[:3])
-        if int(score) > 0:
+        if float(score) > 0:
             if query not in queries or document not in corpus:
                 raise InputError(f"{where}: {query if query not in queries else document} is in no file of {folder}.")
             relevant.setdefault(query, set()).add(document)
@@ -187,45 +191,42 @@ def dev_from_beir(folder):
 def read_data(args):
     """Read, check and split the data. Returns (training Examples, {name: DevSet}, counts for the report)."""
     rows, sources = utils.read_sources(args)
-    rng, drops = random.Random(args.seed), {}
+    rng = random.Random(args.seed)
     rng.shuffle(rows)
     if args.train_sample_limit and (sources or args.dev_sample_limit):
         rows = rows[: 2 * (args.train_sample_limit + (args.dev_sample_limit or 0))]  # twice: some will be dropped
-    examples = read_examples(rows, args, drops)
+    examples, dropped = read_examples(rows, args)
     dev_sets = {}
     for name, source in sources.items():
         if isinstance(source, str) and Path(source).is_dir():
-            dev_sets[name] = dev_from_beir(source)
+            dev = dev_from_beir(source)
         else:
-            source = utils.read_rows(source) if isinstance(source, str) else source
-            dev_sets[name] = dev_from_examples(read_examples(source, args, {}))
-        if args.dev_sample_limit:
-            names = sorted(dev_sets[name].queries)
-            kept = set(rng.sample(names, min(args.dev_sample_limit, len(names))))
-            dev_sets[name].queries = {key: text for key, text in dev_sets[name].queries.items() if key in kept}
-    wanted = args.dev_sample_limit or int(args.dev_size * len(examples))
+            dev = dev_from_examples(read_examples(utils.read_rows(source) if isinstance(source, str) else source, args)[0])
+        kept = rng.sample(sorted(dev.queries), min(args.dev_sample_limit or len(dev.queries), len(dev.queries)))
+        dev.queries = {key: dev.queries[key] for key in sorted(kept)}
+        dev_sets[name] = dev
+    wanted = args.dev_sample_limit or math.ceil(args.dev_size * len(examples))
     if not dev_sets and wanted and args.eval_strategy != "no":
         by_query = {}
         for example in examples:
             by_query.setdefault(utils.text_id(example.query), []).append(example)
-        groups = iter(by_query.values())
-        held = []
+        groups, held = iter(by_query.values()), []
         while len(held) < wanted and (group := next(groups, None)):
             held += group
         dev_sets[""], examples = dev_from_examples(held), [example for group in groups for example in group]
-        say(f"dev       {len(held)} rows ({len(dev_sets[''].queries)} queries) are held out of the training set, by query")
-    known = {utils.text_id(text) for dev in dev_sets.values() for text, _ in dev.queries.values()}
-    clean = [example for example in examples if utils.text_id(example.query) not in known]
-    drops["queries that are in a dev set"] = ["-"] * (len(examples) - len(clean))
+        say(f"dev       {len(held)} rows ({len(dev_sets[''].queries)} queries) held out of the training set, by query")
+    in_dev = {utils.text_id(text) for dev in dev_sets.values() for text, _ in dev.queries.values()}
+    clean = [example for example in examples if utils.text_id(example.query) not in in_dev]
+    if len(clean) < len(examples):
+        dropped["training rows whose query is in a dev set"] = len(examples) - len(clean)
+        say(f"dropped   {len(examples) - len(clean)} training rows whose query is in a dev set")
     examples = clean[: args.train_sample_limit]
-    for reason, places in drops.items():
-        if places:
-            say(f"dropped   {len(places)} {reason} (first: {places[0]})")
     if len(examples) < 2:
-        raise InputError(f"{len(examples)} rows are left to train on; in-batch negatives need two. Add rows, or lower --dev_size.")
-    counts = {"train_rows": len(examples), "dropped": {reason: len(places) for reason, places in drops.items() if places},
-              "dev": {name: {"queries": len(dev.queries), "corpus": len(dev.corpus)} for name, dev in dev_sets.items()}}  # fmt: skip
-    return examples, dev_sets, counts
+        raise InputError(f"{len(examples)} rows are left to train on, in-batch negatives need two. Add rows.")
+    sizes = {name or "dev": {"queries": len(dev.queries), "corpus": len(dev.corpus)} for name, dev in dev_sets.items()}
+    say(f"data      {len(examples)} rows to train on; " + "; ".join(
+        f"{name}: {size['queries']} queries over {size['corpus']} documents" for name, size in sizes.items()))  # fmt: skip
+    return examples, dev_sets, {"train_rows": len(examples), "dropped": dropped, "dev": sizes}
 
 
 class Texts:
@@ -479,9 +480,15 @@ class EmbedTrainer(utils.StepTrainer):
         training, step = self.model.training, {"sequences": sequences}
         self.model.eval()
         own = range(rank, len(sequences), world)
-        pieces = [[own[i] for i in piece] for piece in utils.cut([len(sequences[i]) for i in own], self.eval_tokens)]
-        order = torch.tensor([i for piece in pieces for i in piece], device=self.args.device)
-        vectors = torch.cat([self.encode(self.model, step, piece) for piece in pieces])
+        lengths = [len(sequences[i]) for i in own]
+        limit = min(self.device_tokens, self.flags.batch_size * self.flags.passage_max_len)
+
+        def encode_own():
+            pieces = [[own[i] for i in piece] for piece in utils.cut(lengths, 2 * limit // 2**self.halvings)]
+            vectors = torch.cat([self.encode(self.model, step, piece) for piece in pieces])
+            return torch.tensor([i for piece in pieces for i in piece], device=self.args.device), vectors
+
+        order, vectors = self.until_it_fits(encode_own)
         if world > 1:
             order, vectors = torch.cat(self.gather(order)), torch.cat(self.gather(vectors))
         self.model.train(training)
@@ -681,10 +688,10 @@ def main(argv=None):
         args=utils.training_arguments(args, plan, precision, drop_last=True), data_collator=Collator(texts),
         processing_class=tokenizer,
     )  # fmt: skip
-    trainer.eval_tokens = 2 * utils.PIECE_TOKENS[model.device.type]
     show_examples(train_set, texts, tokenizer)
     by_length = sorted(range(len(train_set)), key=lambda i: -sum(len(texts[j]) for j in text_indices(train_set[i])))
     longest = [train_set[i] for i in by_length[: max(2, args.batch_size)]]
+    plan.shown = [plan.metric, f"{first}_recall@10" if first else "recall@10"]
     plan.negatives_per_query = negatives_per_query(train_set, plan, args)
     say(f"negatives {plan.negatives_per_query:g} per query: the other documents of the step")
     plan_report = utils.preflight(args, trainer, plan, longest, why, notes)
@@ -696,7 +703,8 @@ def main(argv=None):
     if state.is_main_process:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         utils.write_json(Path(args.output_dir) / "training_config.json", run_config)
-    started = time.perf_counter()
+    outputs = partial(trainer.embed, [texts[i] for i in range(min(8, len(texts.index)))])
+    base, started = outputs(), time.perf_counter()
     before, after, warnings = utils.train(trainer, args, plan, checkpoint)
     seconds = time.perf_counter() - started
     final = Path(args.output_dir) / "final"
@@ -705,10 +713,8 @@ def main(argv=None):
         save_st_files(final, args, dimension)
         utils.write_json(final / "training_config.json", run_config)
     state.wait_for_everyone()
-    sample = [texts[i] for i in range(min(8, len(texts.index)))]
-    proof = utils.prove_adapter(trainer.model, str(final), lambda: trainer.embed(sample))
-    return utils.write_report(trainer, args, plan_report, run_config, counts, (before, after), proof, warnings, seconds,
-                              [plan.metric, plan.metric.replace("ndcg", "recall")])  # fmt: skip
+    proof = utils.prove(trainer, str(final), base, outputs, AutoModel)
+    return utils.write_report(trainer, args, plan_report, run_config, counts, (before, after), proof, warnings, seconds)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ Shapes: B sequences, T tokens.
 """
 
 import argparse
-import contextlib
 import csv
 import gc
 import glob
@@ -20,12 +19,14 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections import defaultdict
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # names an optional CPU kernel at every import
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|accelerate|peft")
 
 import torch  # noqa: E402
 from accelerate import PartialState  # noqa: E402
@@ -39,6 +40,7 @@ from transformers import (  # noqa: E402
     BitsAndBytesConfig,
     EarlyStoppingCallback,
     PreTrainedConfig,
+    ProgressCallback,
     Trainer,
     TrainerCallback,
     TrainerState,
@@ -47,7 +49,7 @@ from transformers import (  # noqa: E402
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
 from transformers.utils import cached_file  # noqa: E402
 
-PIECE_TOKENS = {"cpu": 768, "cuda": 32768}  # padded tokens of one forward pass at which each device is fastest
+PIECE_TOKENS = {"cpu": 448, "cuda": 32768}  # padded tokens of one forward pass at which each device is fastest
 MAX_SKIPPED_STEPS = 20  # fp16: the loss scale falls from 65536 to below 1 in 17 skipped steps
 # flags that may differ between a run and its continuation without changing the weights
 FREE_ON_RESUME = {"output_dir", "overwrite", "resume_from_checkpoint", "num_workers", "report_to", "save_total_limit"}
@@ -340,7 +342,8 @@ def read_sources(args):
     """Read the training rows and the named dev sources: ([(where, row)], {name: path or [(where, row)]})."""
     dev = {}
     for source in args.dev_file or []:
-        name, _, path = source.rpartition("=")
+        name, _, path = ("", "", source) if os.path.exists(source) else source.partition("=")
+        path = path or name
         if name in dev:
             raise InputError(f"--dev_file {source}: a dev set is called '{name}' already. Write --dev_file NAME=PATH.")
         dev[name] = expand_files([path])[0]
@@ -557,42 +560,41 @@ class StepTrainer(Trainer):
     def __init__(self, *, batch_size, measure, **kwargs):
         super().__init__(**kwargs)
         self.batch_size, self.measure = batch_size, measure
+        self.device_tokens = PIECE_TOKENS.get(self.args.device.type, PIECE_TOKENS["cuda"])
         self.halvings = 0  # how often memory ran out
         self.real_tokens = self.padded_tokens = 0
 
     def training_step(self, model, step, num_items_in_batch=None):
         """Run forward and backward of one step; return its loss."""
         model.train()
-        while True:
-            pieces, at_once = self.cut_step(step)
-            try:
-                loss = self.run_step(model, step, pieces, at_once)
-                break
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                if self.accelerator.num_processes > 1:
-                    raise InputError("out of memory: lower --batch_size or --max_length (with several processes a "
-                                     "step cannot be cut anew in the middle).") from None  # fmt: skip
-                if self.halvings and max(map(len, pieces)) == 1:
-                    raise InputError(f"out of memory with a single sequence of {len(step['sequences'][pieces[0][0]])} "
-                                     "tokens: lower --max_length, or pass --load_in_4bit.") from None  # fmt: skip
-            # outside the except block, where the error no longer holds the graph
-            self.halvings += 1
-            model.zero_grad()
-            gc.collect()
-            torch.cuda.empty_cache()
-            say(f"memory    ran out; this step again, and the next ones, with pieces 1/{2**self.halvings} the size")
+        loss = self.until_it_fits(lambda: self.run_step(model, step, *self.cut_step(step)))
         if not torch.isfinite(loss):
             raise InputError(f"the loss is {loss.item()} in step {self.state.global_step + 1}: lower --lr"
                              + (", or pass --mixed_precision none." if self.args.fp16 else "."))  # fmt: skip
         return loss
 
+    def until_it_fits(self, attempt):
+        """Return attempt(), called again from zero gradients with pieces half the size each time memory runs out."""
+        while True:
+            try:
+                return attempt()
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                if self.accelerator.num_processes > 1 or 2**self.halvings > self.device_tokens:
+                    raise InputError("out of memory: lower --max_length or --batch_size, or pass --load_in_4bit.") from error
+            # outside the except block, where the error no longer holds the graph
+            self.halvings += 1
+            self.model.zero_grad()
+            gc.collect()
+            torch.cuda.empty_cache()
+            say(f"memory    ran out: this step again, and the next ones, with pieces 1/{2**self.halvings} the size")
+
     def cut_step(self, step):
         """Return the step's pieces and whether all of them may be in memory at once (no accumulation)."""
         lengths = [len(ids) for ids in step["sequences"]]
         parts = math.ceil(step["rows"] / self.batch_size)
-        budget = min(PIECE_TOKENS.get(self.args.device.type, 32768), math.ceil(sum(lengths) / parts))
+        budget = min(self.device_tokens, math.ceil(sum(lengths) / parts))
         pieces = cut(lengths, budget // 2**self.halvings)
         self.real_tokens += sum(lengths)
         self.padded_tokens += sum(len(piece) * lengths[piece[0]] for piece in pieces)
@@ -605,16 +607,25 @@ class StepTrainer(Trainer):
         input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).long()
         return input_ids.to(self.args.device), lengths.to(self.args.device)
 
-    def synced(self, model, last):
-        """Context in which several processes add up their gradients only if this is the `last` piece."""
-        return contextlib.nullcontext() if last else self.accelerator.no_sync(model)
-
     def evaluate(self, *args, **kwargs):
         """Measure the dev sets; Trainer's own evaluation would average per-batch means of a loss."""
         metrics = {f"eval_{name}": value for name, value in self.measure(self).items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+class Progress(ProgressCallback):
+    """Trainer's progress bar, with log lines a person can read."""
+
+    def __init__(self, names):
+        super().__init__()
+        self.names = ["loss", "learning_rate", *(f"eval_{name}" for name in names)]
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        shown = [f"{name.removeprefix('eval_')} {logs[name]:.4g}" for name in self.names if name in logs]
+        if shown and state.is_world_process_zero:
+            (self.training_bar.write if self.training_bar else say)(f"step {state.global_step:6}  {'   '.join(shown)}")
 
 
 class RunCallback(TrainerCallback):
@@ -724,6 +735,8 @@ def make_plan(args, rows, dev, default_metric, greater_is_better, drop_last):
     scale = args.lora_alpha / (math.sqrt(args.lora_r) if args.use_rslora else args.lora_r)
     if scale > 4 and args.lr >= 2e-4 and args.finetune_type != "full":
         notes.append(f"the LoRA scale {scale:.1f} at --lr {args.lr:g} is strong: lower --lora_alpha or --lr")
+    if plan.dropped_rows:
+        notes.append(f"each epoch leaves out {plan.dropped_rows} rows, drawn anew, that do not fill a step")
     plan.lora_scale, plan.notes = scale, notes
     return plan
 
@@ -731,6 +744,8 @@ def make_plan(args, rows, dev, default_metric, greater_is_better, drop_last):
 def training_arguments(args, plan, precision, drop_last):
     """Translate flags and plan into Trainer's arguments; a batch of Trainer's is a whole step of ours."""
     report_to = args.report_to or ("tensorboard" if importlib.util.find_spec("tensorboard") else "none")
+    if report_to != "none" and importlib.util.find_spec(report_to) is None:
+        raise InputError(f"--report_to {report_to}: it is not installed. Run: pip install {report_to}")
     scheduler = "constant_with_warmup" if args.lr_scheduler == "constant" else args.lr_scheduler
     cuda = torch.cuda.is_available()
     arguments = TrainingArguments(
@@ -766,7 +781,7 @@ def training_arguments(args, plan, precision, drop_last):
         report_to=[] if report_to == "none" else [report_to],
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
-        include_num_input_tokens_seen="no",
+        ddp_broadcast_buffers=False,
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # never nn.DataParallel
     return arguments
@@ -801,26 +816,29 @@ def peak_gib():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 / (2**10 if sys.platform == "darwin" else 1)
 
 
-def prove_adapter(model, folder, outputs):
-    """Load the adapter from disk beside the live one; compare outputs (B, D). Returns (relative error, relative change).
+def prove(trainer, folder, base, outputs, auto_class):
+    """Load what was saved from disk and compare its outputs() (B, D) with the live model's and with the `base`'s.
 
-    Raises RuntimeError if the reloaded adapter differs from the live one, or changes nothing.
+    Returns {"relative_error": ..., "relative_change": ...}; raises RuntimeError if the saved model differs from the
+    live one, or does not differ from the base.
     """
-    model.eval()
-    live = outputs()
-    model.load_adapter(folder, adapter_name="reloaded")
-    model.set_adapter("reloaded")
-    reloaded = outputs()
-    with model.disable_adapter():
-        base = outputs()
-    model.set_adapter("default")
-    model.delete_adapter("reloaded")
+    live, model = outputs(), trainer.model
+    if isinstance(model, PeftModel):
+        model.load_adapter(folder, adapter_name="reloaded")
+        model.set_adapter("reloaded")
+        reloaded = outputs()
+        model.set_adapter("default")
+        model.delete_adapter("reloaded")
+    else:
+        trainer.model = auto_class.from_pretrained(folder, dtype=torch.float32).to(model.device)
+        reloaded, trainer.model = outputs(), model
     error, change = ((x - live).norm().item() / live.norm().item() for x in (reloaded, base))
-    if error > 1e-3 * (1 if live.dtype == torch.float32 else 10):
+    if error > (1e-5 if not (trainer.args.fp16 or trainer.args.bf16) else 1e-2):
         raise RuntimeError(f"{folder} does not give the trained model's outputs: relative error {error:.1e}.")
     if change == 0:
-        raise RuntimeError(f"{folder} changes nothing: the outputs are the base model's. Raise --lr or --epochs.")
-    return error, change
+        raise RuntimeError(f"{folder} changes nothing: its outputs are those before training. Raise --lr or --epochs.")
+    say(f"proof     {folder}, loaded from disk, gives the trained outputs to {error:.0e}; training moved them by {change:.1%}")
+    return {"relative_error": error, "relative_change": change}
 
 
 def preflight(args, trainer, plan, rows, precision, notes):
@@ -857,6 +875,8 @@ def train(trainer, args, plan, checkpoint):
     else:
         before = {f"eval_{k}": v for k, v in trainer.measure(trainer).items()} if plan.has_dev else {}
     callback = RunCallback(trainer, args, plan, before)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(Progress(plan.shown))
     trainer.add_callback(callback)
     if args.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
@@ -875,7 +895,7 @@ def train(trainer, args, plan, checkpoint):
     return before, after, callback.warnings
 
 
-def write_report(trainer, args, plan, config, counts, metrics, proof, warnings, seconds, names):
+def write_report(trainer, args, plan, config, counts, metrics, proof, warnings, seconds):
     """Write the logs, curves and report of a finished run; print three lines; return the report."""
     folder, log = Path(args.output_dir), trainer.state.log_history
     losses = [entry["loss"] for entry in log if "loss" in entry]
@@ -889,9 +909,9 @@ def write_report(trainer, args, plan, config, counts, metrics, proof, warnings, 
     }  # fmt: skip
     if trainer.is_world_process_zero():
         write_logs(folder, log, SimpleNamespace(**plan))
-        draw_curves(folder / "training_curves.png", log, names, report["best_step"])
+        draw_curves(folder / "training_curves.png", log, plan["shown"], report["best_step"])
         write_json(folder / "training_summary_report.json", report)
-    for name in names:
+    for name in plan["shown"]:
         if name in before and name in after:
             say(f"result    {name} {before[name]:.4f} before, {after[name]:.4f} after")
     say(f"          {report['steps']} steps in {seconds:.0f} s, {report['tokens_per_second']:,.0f} tokens/s, "

