@@ -1,0 +1,147 @@
+"""Loss, masks, pooling and metrics against hand-worked numbers, naive loops and sentence-transformers."""
+
+import math
+import random
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from train_embed_lora import contrastive_loss, excluded_columns, pool, retrieval_metrics
+from utils import text_id, worsening, write_logs
+
+
+def test_loss_equals_a_hand_worked_number():
+    query_emb = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    doc_emb = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
+    target, excluded = torch.tensor([0, 1]), torch.tensor([[False, False, False], [False, False, True]])
+    # query 0: cosines 1, 0.6, 0; query 1: 0, 0.8, the third excluded; temperature 0.5
+    first = math.log(math.exp(2) + math.exp(1.2) + 1) - 2
+    second = math.log(1 + math.exp(1.6)) - 1.6
+    assert contrastive_loss(query_emb, doc_emb, target, excluded, 0.5).item() == pytest.approx((first + second) / 2)
+    # a margin of 0.1 leaves nothing above query 1's positive (0.8); one of -1 leaves query 0 its positive alone
+    loss = contrastive_loss(query_emb, doc_emb, target, excluded, 0.5, margin=0.1)
+    assert loss.item() == pytest.approx((first + second) / 2)
+    target = torch.tensor([1, 1])  # query 0: document 0 at 1.0 exceeds the positive's 0.6 by more than 0.3
+    loss = contrastive_loss(query_emb, doc_emb, target, excluded, 0.5, margin=0.3)
+    assert loss.item() == pytest.approx((math.log(math.exp(1.2) + 1) - 1.2 + second) / 2)
+
+
+def test_matryoshka_loss_is_the_mean_over_the_prefixes():
+    torch.manual_seed(0)
+    query_emb, doc_emb = F.normalize(torch.randn(4, 8), dim=1), F.normalize(torch.randn(6, 8), dim=1)
+    target, excluded = torch.arange(4), torch.zeros(4, 6, dtype=torch.bool)
+    each = []
+    for dim in (8, 3):
+        cosines = F.cosine_similarity(query_emb[:, None, :dim], doc_emb[None, :, :dim], dim=2)
+        each.append(F.cross_entropy(cosines / 0.05, target))
+    loss = contrastive_loss(query_emb, doc_emb, target, excluded, 0.05, dims=[8, 3])
+    assert loss.item() == pytest.approx(sum(each).item() / 2, rel=1e-5)
+
+
+def test_mask_spares_the_target_and_covers_siblings_and_the_query_itself():
+    a, b, c, query = (text_id(text) for text in ("A text", "another", "third", "the query"))
+    ids = torch.tensor([a, b, c, query, text_id("a  TEXT")])  # the last is the first in other case and spacing
+    mask = excluded_columns(ids, torch.tensor([0, 2]), torch.tensor([[a, b, query], [c, query, 0]]))
+    assert mask.tolist() == [[False, True, False, True, True], [False, False, False, True, False]]
+
+
+def test_pooling_counts_real_tokens_only():
+    hidden = torch.tensor([[[1.0, 0.0], [0.0, 3.0], [9.0, 9.0]], [[3.0, 4.0], [0.0, 0.0], [3.0, 4.0]]])
+    lengths = torch.tensor([2, 3])
+    assert torch.allclose(pool(hidden, lengths, "cls"), torch.tensor([[1.0, 0.0], [0.6, 0.8]]))
+    assert torch.allclose(pool(hidden, lengths, "last"), torch.tensor([[0.0, 1.0], [0.6, 0.8]]))
+    assert torch.allclose(pool(hidden, lengths, "mean"), F.normalize(torch.tensor([[0.5, 1.5], [2.0, 8 / 3]]), dim=1))
+    assert pool(hidden.half(), lengths, "mean").dtype == torch.float32
+
+
+def retrieval_case(ties, seed=0, queries=40, documents=150):
+    generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
+    query_emb, corpus_emb = (torch.randn(n, 6, generator=generator) for n in (queries, documents))
+    if ties:  # signs of 0.5 in four dimensions: unit vectors whose cosines are exact and mostly tie
+        query_emb, corpus_emb = query_emb[:, :4].sign() / 2, corpus_emb[:, :4].sign() / 2
+    relevant = [set(rng.sample(range(documents), rng.choice([0, 1, 1, 3, 12]))) for _ in range(queries)]
+    return F.normalize(query_emb, dim=1), F.normalize(corpus_emb, dim=1), relevant
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_metrics_equal_sentence_transformers(ties):
+    from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+
+    query_emb, corpus_emb, relevant = retrieval_case(ties)
+    vectors = {f"q{i:03d}": query_emb[i] for i in range(len(query_emb))}
+    vectors |= {f"d{i:03d}": corpus_emb[i] for i in range(len(corpus_emb))}
+
+    class Model:
+        similarity_fn_name, model_card_data = "cosine", Mock()
+        similarity = staticmethod(lambda a, b: a @ b.T)
+
+        def encode_query(self, texts, **kwargs):
+            return torch.stack([vectors[text] for text in texts])
+
+        encode_document = encode = encode_query
+
+    named = {f"q{i:03d}": {f"d{j:03d}" for j in gold} for i, gold in enumerate(relevant)}
+    evaluator = InformationRetrievalEvaluator(
+        {key: key for key in vectors if key[0] == "q"}, {key: key for key in vectors if key[0] == "d"}, named,
+        score_functions={"cosine": Model.similarity}, write_csv=False,
+    )  # fmt: skip
+    theirs = {key.removeprefix("cosine_"): value for key, value in evaluator(Model()).items()}
+    ours = retrieval_metrics(query_emb, corpus_emb, relevant)
+    assert set(ours) == set(theirs)
+    assert all(ours[key] == pytest.approx(theirs[key], abs=1e-6) for key in ours)
+
+
+def test_metrics_equal_a_naive_loop_and_do_not_depend_on_the_chunk():
+    query_emb, corpus_emb, relevant = retrieval_case(ties=True, seed=1)
+    ndcg, recall = [], []
+    for i, gold in enumerate(relevant):
+        if not gold:
+            continue
+        scores = [float(query_emb[i] @ corpus_emb[j]) for j in range(len(corpus_emb))]
+        ranked = sorted(range(len(scores)), key=lambda j, scores=scores: (-scores[j], j))[:10]
+        gains = [1 / math.log2(rank + 2) for rank, j in enumerate(ranked) if j in gold]
+        ndcg.append(sum(gains) / sum(1 / math.log2(rank + 2) for rank in range(min(10, len(gold)))))
+        recall.append(len(gold & set(ranked)) / len(gold))
+    metrics = retrieval_metrics(query_emb, corpus_emb, relevant, chunk=500)
+    assert metrics["ndcg@10"] == pytest.approx(np.mean(ndcg))
+    assert metrics["recall@10"] == pytest.approx(np.mean(recall))
+
+
+def test_collapsed_embeddings_score_like_chance():
+    documents, queries = 500, 400
+    relevant = [{random.Random(i).randrange(documents)} for i in range(queries)]
+    metrics = retrieval_metrics(torch.ones(queries, 4), torch.ones(documents, 4), relevant)
+    assert metrics["recall@10"] < 0.05
+    assert metrics["mrr@10"] < 0.05
+
+
+def test_a_perfect_ranking_scores_one():
+    eye = torch.eye(12)
+    metrics = retrieval_metrics(eye, eye, [{i} for i in range(12)])
+    assert metrics["ndcg@10"] == metrics["accuracy@1"] == metrics["map@100"] == 1
+
+
+def test_warning_when_the_loss_falls_while_recall_worsens():
+    def log(losses, metrics):
+        entries = [{"step": 0, "eval_m": metrics[0]}]
+        for i, (loss, metric) in enumerate(zip(losses, metrics[1:], strict=True), 1):
+            entries += [{"step": i, "loss": loss}, {"step": i, "eval_m": metric}]
+        return entries
+
+    assert "overfitting" in worsening(log([2.0, 1.0, 0.5], [0.5, 0.6, 0.55, 0.5]), "m", True)
+    assert worsening(log([2.0, 1.0, 0.5], [0.5, 0.6, 0.55, 0.56]), "m", True) is None
+    assert worsening(log([0.5, 1.0, 2.0], [0.5, 0.6, 0.55, 0.5]), "m", True) is None
+    assert "overfitting" in worsening(log([2.0, 1.0, 0.5], [0.5, 0.4, 0.45, 0.5]), "m", False)
+
+
+def test_epoch_losses_are_means_over_steps(tmp_path):
+    from types import SimpleNamespace
+
+    from utils import read_json
+
+    log = [{"step": 3, "loss": 3.0}, {"step": 4, "loss": 7.0}, {"step": 8, "loss": 1.0}]
+    write_logs(tmp_path, log, SimpleNamespace(steps_per_epoch=4))
+    assert read_json(tmp_path / "training_losses.json") == [{"epoch": 1, "loss": 4.0}, {"epoch": 2, "loss": 1.0}]
