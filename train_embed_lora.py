@@ -712,6 +712,8 @@ def main(argv=None):
     if state.is_main_process:
         save_st_files(final, args, dimension)
         utils.write_json(final / "training_config.json", run_config)
+        for file in final.glob("*.safetensors"):
+            file.chmod(0o644)  # safetensors writes 0600, which a server's user cannot read
     state.wait_for_everyone()
     proof = utils.prove(trainer, str(final), base, outputs, AutoModel)
     return utils.write_report(trainer, args, plan_report, run_config, counts, (before, after), proof, warnings, seconds)

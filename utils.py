@@ -331,7 +331,10 @@ def read_hub_rows(args, split):
         if split not in splits:
             say(f"data      {args.dataset_name} has no split '{split}' (there are: {', '.join(splits)})")
             return None
-        data = load_dataset(args.dataset_name, args.dataset_subset, split=split, revision=args.hf_revision)
+        # datasets does not notice that a file of a local folder has changed
+        fresh = {"download_mode": "force_redownload", "verification_mode": "no_checks"}
+        data = load_dataset(args.dataset_name, args.dataset_subset, split=split, revision=args.hf_revision,
+                            **fresh if os.path.isdir(args.dataset_name) else {})  # fmt: skip
     except (ValueError, OSError) as error:  # no such data set, subset or revision; no network
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"--dataset_name {args.dataset_name} cannot be read: {reason}") from None
@@ -472,6 +475,10 @@ def load_base(args, auto_class, config, precision, notes):
                 parameter.requires_grad_(False)
                 if parameter.ndim == 1:  # norms and biases; embeddings and head stay small
                     parameter.data = parameter.data.float()
+            for module in model.modules():
+                if hasattr(module, "support_avx512bf16_for_cpu"):
+                    # bitsandbytes 0.50: after one evaluation its bf16 kernel, without a gradient, stays on in training
+                    module.support_avx512bf16_for_cpu = False
             return model
         except (ImportError, ValueError, RuntimeError, NotImplementedError) as error:
             notes.append(f"{args.bits}-bit loading failed, so the base is not quantised: {str(error).splitlines()[0]}")
@@ -722,7 +729,7 @@ def make_plan(args, rows, dev, default_metric, greater_is_better, drop_last):
         plan.save_steps = plan.eval_steps
     plan.warmup_steps = args.warmup_steps
     if args.warmup_steps is None:
-        plan.warmup_steps = math.ceil(args.warmup_ratio * plan.total_steps)
+        plan.warmup_steps = int(args.warmup_ratio * plan.total_steps)
     plan.greater_is_better = greater_is_better(plan.metric)
     if plan.has_dev and args.eval_every and args.eval_every * 2 > plan.total_steps:
         better = max(1, round(plan.steps_per_epoch / 2.5))
@@ -836,7 +843,7 @@ def prove(trainer, folder, base, outputs, auto_class):
     if error > (1e-5 if not (trainer.args.fp16 or trainer.args.bf16) else 1e-2):
         raise RuntimeError(f"{folder} does not give the trained model's outputs: relative error {error:.1e}.")
     if change == 0:
-        raise RuntimeError(f"{folder} changes nothing: its outputs are those before training. Raise --lr or --epochs.")
+        raise InputError(f"{folder} changes nothing: its outputs are those before training. Raise --lr or --epochs.")
     say(f"proof     {folder}, loaded from disk, gives the trained outputs to {error:.0e}; training moved them by {change:.1%}")
     return {"relative_error": error, "relative_change": change}
 
@@ -892,6 +899,10 @@ def train(trainer, args, plan, checkpoint):
     if plan.save_best:
         evaluated = [entry for entry in evaluated if entry["step"] == trainer.state.best_global_step]
     after = {key: value for key, value in evaluated[-1].items() if key.startswith("eval_")} if evaluated else {}
+    name = f"eval_{plan.metric}"
+    if after and (after[name] < before[name] if plan.greater_is_better else after[name] > before[name]):
+        callback.warnings.append(f"{plan.metric} is worse than before training: lower --lr, or look at the data")
+        say(f"warning   {callback.warnings[-1]}")
     return before, after, callback.warnings
 
 

@@ -52,12 +52,12 @@ def train_tokenizer(special, template):
 
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory):
-    """An encoder: 2 layers of 32, positions up to 128, dropout 0.1 in its config."""
+    """An encoder: 2 layers of 64, positions up to 128, dropout 0.1 in its config."""
     folder = str(tmp_path_factory.mktemp("tiny_bert"))
     special = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"}
     train_tokenizer(special, "[CLS] $A [SEP]").save_pretrained(folder)
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=600, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+    config = BertConfig(vocab_size=600, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
                         max_position_embeddings=128)  # fmt: skip
     BertModel(config).save_pretrained(folder)
     return folder
@@ -65,13 +65,13 @@ def tiny_bert(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_qwen(tmp_path_factory):
-    """A decoder: Qwen3, 2 layers of 32, whose tokenizer adds no EOS by itself."""
+    """A decoder: Qwen3, 2 layers of 64, whose tokenizer adds no EOS by itself."""
     folder = str(tmp_path_factory.mktemp("tiny_qwen"))
     special = {"unk_token": "<|unk|>", "eos_token": "<|endoftext|>", "pad_token": "<|pad|>"}
     train_tokenizer(special, None).save_pretrained(folder)
     torch.manual_seed(0)
-    config = Qwen3Config(vocab_size=600, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
-                         num_key_value_heads=2, intermediate_size=64, max_position_embeddings=128)  # fmt: skip
+    config = Qwen3Config(vocab_size=600, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=16,
+                         num_key_value_heads=2, intermediate_size=128, max_position_embeddings=128)  # fmt: skip
     Qwen3Model(config).save_pretrained(folder)
     return folder
 
