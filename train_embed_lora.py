@@ -139,6 +139,8 @@ def read_examples(rows, args):
         query = texts_of(row.get(query_name), where, query_name)
         pos = texts_of(row.get(positive_name), where, positive_name)
         neg = [text for name in negative_names for text in texts_of(row.get(name), where, name)]
+        if len(query) > 1:
+            raise InputError(f"{where}: {len(query)} queries in one row. Write a row for each.")
         if not query or not pos:
             drops.setdefault(f"rows with an empty {'positive' if query else 'query'}", []).append(where)
             continue
@@ -206,7 +208,7 @@ def read_data(args):
         dev.queries = {key: dev.queries[key] for key in sorted(kept)}
         dev_sets[name] = dev
     wanted = args.dev_sample_limit or math.ceil(args.dev_size * len(examples))
-    if not dev_sets and wanted and args.eval_strategy != "no":
+    if not dev_sets and wanted and len(examples) > 3 and args.eval_strategy != "no":
         by_query = {}
         for example in examples:
             by_query.setdefault(utils.text_id(example.query), []).append(example)

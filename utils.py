@@ -390,6 +390,8 @@ def load_config(args):
     except OSError as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"--model_name {args.model_name} has no config.json that can be read: {reason}") from None
+    if not stored:
+        raise InputError(f"--model_name {args.model_name} has no config.json. Name the folder that holds it.")
     if "auto_map" in stored and stored.get("model_type") not in CONFIG_MAPPING and not args.trust_remote_code:
         raise InputError(f"{args.model_name} comes with Python code of its own. Read it, then pass --trust_remote_code.")
     try:
