@@ -1,4 +1,4 @@
-"""Fine-tune a text-embedding model with LoRA: contrastive, in-batch negatives, recall measured before, during and after.
+"""Fine-tune a text-embedding model with LoRA: in-batch negatives, recall measured before, during and after.
 
     python train_embed_lora.py --train_file examples/sample_data.jsonl --output_dir runs/first
     python train_embed_lora.py --model_name Qwen/Qwen3-Embedding-0.6B --train_file pairs.jsonl --load_in_4bit
@@ -10,6 +10,7 @@ Shapes: B sequences, T tokens, D embedding, Q queries and N documents of a step,
 """
 
 import argparse
+import itertools
 import math
 import random
 import re
@@ -25,7 +26,6 @@ from utils import InputError, integer, real, say
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 from tokenizers import processors
@@ -42,7 +42,8 @@ def parse_args(argv=None):
         "train_embed_lora.py", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
     )
     base = "sentence-transformers/all-MiniLM-L6-v2"
-    utils.add_shared_flags(parser, base, batch=32, step=32, epochs=2, dev_size=0.1, checkpointing=False, metric="ndcg@10")
+    utils.add_input_flags(parser, base, dev_size=0.1)
+    utils.add_training_flags(parser, batch=32, step=32, epochs=2, checkpointing=False, metric="ndcg@10")
     add = parser.add_argument_group("embedding").add_argument
     add("--max_length", type=integer(4), default=512, metavar="N", help="tokens of a query or document [512]")
     add("--query_max_len", type=integer(4), metavar="N", help="tokens of a query [--max_length]")
@@ -50,26 +51,23 @@ def parse_args(argv=None):
     add("--query_prefix", metavar="TEXT", help="put before every query [the base's own prompt]")
     add("--doc_prefix", metavar="TEXT", help="put before every document [the base's own prompt]")
     add("--max_negs", "--neg_nums", type=integer(0), default=1, metavar="N", help="mined negatives per query [1]")
-    add("--temperature", type=real(0, 10, "low"), default=0.05, metavar="X", help="divides the cosines [0.05]")
+    add("--temperature", type=real(0, 10, {0}), default=0.05, metavar="X", help="divides the cosines [0.05]")
     add("--pooling", default="auto", choices=["auto", "mean", "cls", "last"], help="tokens to one vector [the base's]")
     add("--append_eos", action="store_true", help="end every text with the EOS token, truncated ones too")
-    add("--false_negative_margin", type=real(0, 2), metavar="X", help="mask documents this much above the positive [off]")
+    add("--false_negative_margin", type=real(0, 2), metavar="X", help="mask documents so much above the positive")
     add("--negatives_cross_device", action=argparse.BooleanOptionalAction, default=True, help="[on]")
     add("--matryoshka_dims", type=integer(1), nargs="+", metavar="D", help="train these prefixes of the vector too")
     add("--query_column", metavar="NAME", help="where its name is not recognised")
     add("--positive_column", metavar="NAME", help="where its name is not recognised")
     add("--negative_column", metavar="NAME", help="where its name is not recognised")
-    args = utils.finish_shared_flags(parser, parser.parse_args(argv), base, step=32)
-    if args.metric_for_best and not re.fullmatch(r"(.+_)?(accuracy|precision|recall|mrr|ndcg|map)@\d+", args.metric_for_best):
-        parser.error(f"--metric_for_best {args.metric_for_best} is not measured: ndcg@10, recall@10, mrr@10, ...")
-    return args
+    return utils.finish_flags(parser, parser.parse_args(argv), base, step=32)
 
 
 # ---------------------------------------------------------------- data
 
 QUERY_NAMES = ("query", "anchor", "question")
 POSITIVE_NAMES = ("pos", "positive", "positives", "answer", "document", "passage", "response",
-                  "positive_passages", "pos_doc")  # fmt: skip
+                  "positive_passages", "pos_doc")
 NEGATIVE_NAMES = re.compile(r"neg|negatives?|negative_\d+|negative_passages|neg_doc|hard_negatives?")
 
 
@@ -101,18 +99,19 @@ def find_columns(rows, args):
     fields = list(dict.fromkeys(name for _, row in rows[:1000] for name in row))
     listed = ", ".join(f'"{name}"' for name in fields)
     chosen = []
-    for kind, flag, names in (("query", args.query_column, QUERY_NAMES), ("positive", args.positive_column, POSITIVE_NAMES)):
-        found = [flag] if flag in fields else [name for name in fields if not flag and name.lower() in names]
+    for kind, names in (("query", QUERY_NAMES), ("positive", POSITIVE_NAMES)):
+        flag = getattr(args, f"{kind}_column")
+        found = [name for name in fields if (name == flag if flag else name.lower() in names)]
         if len(found) != 1:
             what = f"{len(found)} columns could be the {kind}: {', '.join(found)}" if found else f"no {kind}"
-            raise InputError(f"{where}: {what} (fields: {listed}). Rename one to \"{names[0]}\" (known: {', '.join(names)}), "
-                             f"or pass --{kind}_column NAME.")  # fmt: skip
+            raise InputError(f"{where}: {what} (fields: {listed}). Rename one to \"{names[0]}\" "
+                             f"(known: {', '.join(names)}), or pass --{kind}_column NAME.")
         chosen += found
-    if args.negative_column and args.negative_column not in fields:
-        raise InputError(f"{where}: no --negative_column {args.negative_column} (fields: {listed}).")
-    negatives = [name for name in fields if name == args.negative_column or not args.negative_column and NEGATIVE_NAMES.fullmatch(name)]
-    used = {*chosen, *negatives, "prompt"}
-    return *chosen, negatives, [name for name in fields if name not in used]
+    flag = args.negative_column
+    if flag and flag not in fields:
+        raise InputError(f"{where}: no --negative_column {flag} (fields: {listed}).")
+    negatives = [name for name in fields if (name == flag if flag else NEGATIVE_NAMES.fullmatch(name.lower()))]
+    return *chosen, negatives, [name for name in fields if name not in {*chosen, *negatives, "prompt"}]
 
 
 def texts_of(value, where, name):
@@ -125,7 +124,7 @@ def texts_of(value, where, name):
         value = f"{value.get('title') or ''} {value.get('text') or ''}"
     if not isinstance(value, str):
         raise InputError(f"{where}: {name} is the {type(value).__name__} {value}, an id rather than a text. "
-                         "Look the texts up first.")  # fmt: skip
+                         "Look the texts up first.")
     return [value.strip()] if value.strip() else []
 
 
@@ -133,7 +132,7 @@ def read_examples(rows, args):
     """Turn [(where, row)] into Examples; counts, and says, what cannot be learnt from. Returns (examples, counts)."""
     query_name, positive_name, negative_names, unused = find_columns(rows, args)
     say(f"columns   query = {query_name}, positive = {positive_name}, negatives = {', '.join(negative_names) or 'none'}"
-        + (f" (unused: {', '.join(unused)})" if unused else ""))  # fmt: skip
+        + (f" (unused: {', '.join(unused)})" if unused else ""))
     examples, seen, drops = [], set(), {}
     for where, row in rows:
         query = texts_of(row.get(query_name), where, query_name)
@@ -178,16 +177,20 @@ def dev_from_beir(folder):
     missing = [name for name in ("corpus.jsonl", "queries.jsonl") if not (folder / name).is_file()]
     if missing or not qrels:
         raise InputError(f"{folder} is no BEIR folder: no {', '.join(missing) or 'qrels/*.tsv'}.")
-    corpus = {str(row["_id"]): f"{row.get('title') or ''} {row['text']}".strip() for _, row in utils.read_rows(folder / "corpus.jsonl")}
-    queries = {str(row["_id"]): (row["text"], None) for _, row in utils.read_rows(folder / "queries.jsonl")}
-    relevant = {}
+    texts = {"corpus.jsonl": {}, "queries.jsonl": {}}
+    for name, by_id in texts.items():
+        for where, row in utils.read_rows(folder / name):
+            if "_id" not in row or not texts_of(row, where, name):
+                raise InputError(f"{where}: no _id or no text. A line is {{\"_id\": \"7\", \"text\": \"...\"}}.")
+            by_id[str(row["_id"])] = texts_of(row, where, name)[0]
+    corpus, queries, relevant = texts["corpus.jsonl"], texts["queries.jsonl"], {}
     for where, row in utils.read_rows(qrels[0]):
-        query, document, score = (str(value) for value in list(row.values())[:3])
+        query, document, score = (*row.values(), None, None)[:3]
+        if query not in queries or document not in corpus:
+            raise InputError(f"{where}: {query if query not in queries else document} is in no file of {folder}.")
         if float(score) > 0:
-            if query not in queries or document not in corpus:
-                raise InputError(f"{where}: {query if query not in queries else document} is in no file of {folder}.")
             relevant.setdefault(query, set()).add(document)
-    return DevSet({name: queries[name] for name in relevant}, corpus, relevant)
+    return DevSet({name: (queries[name], None) for name in relevant}, corpus, relevant)
 
 
 def read_data(args):
@@ -203,7 +206,8 @@ def read_data(args):
         if isinstance(source, str) and Path(source).is_dir():
             dev = dev_from_beir(source)
         else:
-            dev = dev_from_examples(read_examples(utils.read_rows(source) if isinstance(source, str) else source, args)[0])
+            rows = utils.read_rows(source) if isinstance(source, str) else source
+            dev = dev_from_examples(read_examples(rows, args)[0])
         kept = rng.sample(sorted(dev.queries), min(args.dev_sample_limit or len(dev.queries), len(dev.queries)))
         dev.queries = {key: dev.queries[key] for key in sorted(kept)}
         dev_sets[name] = dev
@@ -216,7 +220,7 @@ def read_data(args):
         while len(held) < wanted and (group := next(groups, None)):
             held += group
         dev_sets[""], examples = dev_from_examples(held), [example for group in groups for example in group]
-        say(f"dev       {len(held)} rows ({len(dev_sets[''].queries)} queries) held out of the training set, by query")
+        say(f"dev       {len(held)} rows held out of the training set, by query")
     in_dev = {utils.text_id(text) for dev in dev_sets.values() for text, _ in dev.queries.values()}
     clean = [example for example in examples if utils.text_id(example.query) not in in_dev]
     if len(clean) < len(examples):
@@ -227,7 +231,7 @@ def read_data(args):
         raise InputError(f"{len(examples)} rows are left to train on, in-batch negatives need two. Add rows.")
     sizes = {name or "dev": {"queries": len(dev.queries), "corpus": len(dev.corpus)} for name, dev in dev_sets.items()}
     say(f"data      {len(examples)} rows to train on; " + "; ".join(
-        f"{name}: {size['queries']} queries over {size['corpus']} documents" for name, size in sizes.items()))  # fmt: skip
+        f"{name}: {size['queries']} queries over {size['corpus']} documents" for name, size in sizes.items()))
     return examples, dev_sets, {"train_rows": len(examples), "dropped": dropped, "dev": sizes}
 
 
@@ -250,14 +254,15 @@ class Texts:
             for side, limit in ((True, query_max_len), (False, passage_max_len)):
                 at = [i for i, is_query in enumerate(batch["is_query"]) if is_query == side]
                 some = [batch["text"][i] for i in at]
-                for i, row in zip(at, tokenizer(some, truncation=True, max_length=limit)["input_ids"] if some else [], strict=True):
+                rows = tokenizer(some, truncation=True, max_length=limit)["input_ids"] if some else []
+                for i, row in zip(at, rows, strict=True):
                     ids[i] = row
             return {"input_ids": ids}
 
         data = Dataset.from_dict({"text": texts, "is_query": sides}).map(
             encode, batched=True, remove_columns=["text", "is_query"], new_fingerprint=key, num_proc=workers or None,
             desc="tokenising", cache_file_name=str(cache_folder() / f"{key}.arrow"),
-        )  # fmt: skip
+        )
         column = data.data.column("input_ids").combine_chunks()
         self.values, self.offsets = column.values.to_numpy(), column.offsets.to_numpy()
         return self
@@ -287,7 +292,7 @@ class TrainSet(torch.utils.data.Dataset):
             query_id = utils.text_id(example.query)
             prefix = args.query_prefix if example.prompt is None else example.prompt
             documents = [[(texts.add(args.doc_prefix, text, False), utils.text_id(text)) for text in side]
-                         for side in (example.pos, example.neg)]  # fmt: skip
+                         for side in (example.pos, example.neg)]
             self.rows.append((texts.add(prefix, example.query, True), *documents, sorted({query_id, *known[query_id]})))
 
     def __len__(self):
@@ -369,6 +374,10 @@ def pool(hidden, lengths, pooling):
     return F.normalize(vectors, dim=1)
 
 
+METRICS = [f"{kind}@{k}" for kind in ("accuracy", "precision", "recall") for k in (1, 3, 5, 10)]
+METRICS += ["mrr@10", "ndcg@10", "map@100"]
+
+
 def retrieval_metrics(query_emb, corpus_emb, relevant, chunk=2**25):
     """Rank the corpus by cosine for each query, ties by ascending index, and score the ranks.
 
@@ -416,7 +425,8 @@ class EmbedTrainer(utils.StepTrainer):
         input_ids, lengths = self.pad(step, piece)
         inputs = {"input_ids": input_ids}
         if not self.causal:  # a causal model never sees the padding on its right
-            inputs["attention_mask"] = (torch.arange(input_ids.shape[1], device=lengths.device) < lengths[:, None]).long()
+            positions = torch.arange(input_ids.shape[1], device=lengths.device)
+            inputs["attention_mask"] = (positions < lengths[:, None]).long()  # (B, T)
         with self.accelerator.autocast():
             hidden = model(**inputs).last_hidden_state
         return pool(hidden, lengths, self.flags.pooling)
@@ -446,34 +456,40 @@ class EmbedTrainer(utils.StepTrainer):
         parts = self.accelerator.gather(self.accelerator.pad_across_processes(rows)).chunk(len(sizes))
         return [part[:size] for part, size in zip(parts, sizes, strict=True)]
 
-    def run_step(self, model, step, pieces, at_once):
-        """Forward and backward of one step: in one pass, or by gradient caching (Gao et al. 2021, section 3.2)."""
-        order = torch.tensor([i for piece in pieces for i in piece], device=self.args.device).argsort()
-        if at_once or len(pieces) == 1:
-            loss = self.loss(torch.cat([self.encode(model, step, piece) for piece in pieces])[order], step)
-            self.accelerator.backward(loss)
-            return self.reported(loss)
-        *early, final = pieces
-        states, vectors = [], []
-        with self.accelerator.no_sync(model):
-            for piece in early:
+    def run_step(self, model, step, pieces, tokens_at_once):
+        """Forward and backward of one step by gradient caching (Gao et al. 2021, section 3.2).
+
+        As many of the last pieces as memory allows keep their graphs: all of them without accumulation, which makes it
+        one plain pass. The others are computed without a graph first, and again once the loss has given the gradient
+        of their vectors.
+        """
+        sizes = [len(piece) * len(step["sequences"][piece[0]]) for piece in pieces]
+        early = sum(total > tokens_at_once for total in itertools.accumulate(reversed(sizes)))
+        early = min(early, len(pieces) - 1)
+        vectors, states = [], []
+        with self.unsynced(model, early > 0):
+            for i, piece in enumerate(pieces):
                 states.append(get_rng_state())
-                with torch.no_grad():
+                with torch.set_grad_enabled(i >= early):
                     vectors.append(self.encode(model, step, piece))
-            vectors.append(self.encode(model, step, final))  # keeps its graph, which saves its second forward
         leaves = [vector.detach().requires_grad_() for vector in vectors]
+        order = torch.tensor([i for piece in pieces for i in piece], device=self.args.device).argsort()
         loss = self.loss(torch.cat(leaves)[order], step)
         loss.backward()
-        with self.accelerator.no_sync(model):  # first, so that two graphs never coexist
-            self.accelerator.backward((vectors.pop() * leaves[-1].grad).sum())
-        for i, piece in enumerate(early):
-            with nullcontext() if i == len(early) - 1 else self.accelerator.no_sync(model), replayed(states[i]):
-                vector = self.encode(model, step, piece)
+        with self.unsynced(model, early > 0):  # first, so that the kept graphs are gone before others are made
+            kept = zip(vectors[early:], leaves[early:], strict=True)
+            self.accelerator.backward(sum((vector * leaf.grad).sum() for vector, leaf in kept))
+        del vectors
+        for i in range(early):
+            with self.unsynced(model, i < early - 1), replayed(states[i]):
+                vector = self.encode(model, step, pieces[i])
                 self.accelerator.backward((vector * leaves[i].grad).sum())
-        return self.reported(loss)
+        world = self.accelerator.num_processes if self.flags.negatives_cross_device else 1
+        return loss.detach() / world
 
-    def reported(self, loss):
-        return loss.detach() / (self.accelerator.num_processes if self.flags.negatives_cross_device else 1)
+    def unsynced(self, model, more):
+        """Context in which processes do not add up their gradients yet, because there is `more` to come."""
+        return self.accelerator.no_sync(model) if more else nullcontext()
 
     @torch.no_grad()
     def embed(self, sequences):
@@ -524,7 +540,7 @@ def st_files(args):
     kinds = [module["type"].split(".")[-1] for module in modules]
     if extra := set(kinds) - {"Transformer", "Pooling", "Normalize"}:
         raise InputError(f"{args.model_name} has a {extra.pop()} layer behind its pooling, which would get lost. "
-                         "Choose a base without one.")  # fmt: skip
+                         "Choose a base without one.")
     pooling = None
     if "Pooling" in kinds:
         stored = utils.base_json(args, modules[kinds.index("Pooling")]["path"] + "/config.json") or {}
@@ -543,12 +559,15 @@ def append_eos(tokenizer):
     eos, old = tokenizer.eos_token or tokenizer.sep_token, tokenizer.backend_tokenizer.post_processor
     if not eos:
         raise InputError("--append_eos: the tokenizer has no EOS token. Drop the flag.")
-    new = processors.TemplateProcessing(single=f"$A {eos}", special_tokens=[(eos, tokenizer.convert_tokens_to_ids(eos))])
+    if tokenizer("a")["input_ids"][-1] == tokenizer.convert_tokens_to_ids(eos):
+        return
+    ids = [(eos, tokenizer.convert_tokens_to_ids(eos))]
+    new = processors.TemplateProcessing(single=f"$A {eos}", special_tokens=ids)
     tokenizer.backend_tokenizer.post_processor = processors.Sequence([old, new]) if old else new
 
 
 def probe(model):
-    """Run a forward pass: (whether attention is causal, D, the names of linear layers that the hidden states ignore)."""
+    """Run a forward pass: (whether attention is causal, D, the linear layers on which the hidden states do not depend)."""
     outputs, hooks = {}, []
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear | Conv1D):
@@ -567,10 +586,10 @@ def probe(model):
 
 
 def save_st_files(folder, args, dimension):
-    """Write the files that make `folder` a SentenceTransformer, under the names that every version and vLLM, TEI read."""
+    """Write the files that make `folder` a SentenceTransformer, in the names that old versions, vLLM and TEI read."""
     kinds = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
     modules = [{"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-               for i, (path, kind) in enumerate(kinds)]  # fmt: skip
+               for i, (path, kind) in enumerate(kinds)]
     keys = {"cls": "cls_token", "mean": "mean_tokens", "last": "lasttoken"}
     others = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
     modes = {f"pooling_mode_{key}": key == keys[args.pooling] for key in others}
@@ -579,10 +598,11 @@ def save_st_files(folder, args, dimension):
     length = max(args.query_max_len, args.passage_max_len)
     prompts = {"query": args.query_prefix, "document": args.doc_prefix}
     utils.write_json(folder / "modules.json", modules)
-    utils.write_json(folder / "1_Pooling/config.json", {"word_embedding_dimension": dimension, **modes, "include_prompt": True})
+    pooling = {"word_embedding_dimension": dimension, **modes, "include_prompt": True}
+    utils.write_json(folder / "1_Pooling/config.json", pooling)
     utils.write_json(folder / "sentence_bert_config.json", {"max_seq_length": length, "do_lower_case": False})
     utils.write_json(folder / "config_sentence_transformers.json",
-                     {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"})  # fmt: skip
+                     {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"})
 
 
 # ---------------------------------------------------------------- main
@@ -613,39 +633,34 @@ def settle_pooling(args, stored, causal, texts, config, notes):
         notes.append("last-token pooling, but texts end in different tokens: --append_eos gives them one to learn")
     two_way = getattr(config, "is_causal", True) is False or "bidirec" in config.model_type
     if causal and (two_way or args.pooling == "mean" and stored):
-        notes.append("the base is meant to see both ways, but its first token does not see the last: it runs causal here")
+        notes.append("the base should see both ways, but its first token does not see its last: it runs causal here")
 
 
 def text_indices(row):
+    """Return the text indices of a row as TrainSet gives it: query, positive, negatives."""
     query, positive, negatives, _ = row
     return [query, positive[0], *(negative[0] for negative in negatives)]
-
-
-def negatives_per_query(train_set, plan, args):
-    """Return how many documents a query is contrasted with besides its positive, on average and before masking."""
-    mined = sum(min(args.max_negs, len(neg)) for _, _, neg, _ in train_set.rows) / len(train_set)
-    world = PartialState().num_processes if args.negatives_cross_device else 1
-    return round(plan.step_rows * world * (1 + mined) - 1, 1)
 
 
 def show_examples(train_set, texts, tokenizer):
     """Print three rows as the model sees them, special tokens and prefixes included."""
     for i in range(min(3, len(train_set))):
-        query, positive, negatives, _ = train_set[i]
-        for name, j in (("query", query), ("positive", positive[0]), *(("negative", n[0]) for n in negatives[:1])):
+        for name, j in zip(("query", "positive", "negative"), text_indices(train_set[i]), strict=False):
             text = tokenizer.decode(texts[j])
-            say(f"example {i + 1} {name:8} {len(texts[j]):4} tokens  {text if len(text) < 160 else text[:100] + ' ... ' + text[-50:]}")
+            text = text if len(text) < 160 else f"{text[:100]} ... {text[-50:]}"
+            say(f"example {i + 1} {name:8} {len(texts[j]):4} tokens  {text}")
 
 
 def make_measure(dev_sets, texts, args):
-    """Return measure(trainer) -> {metric: value} over all dev sets, their names in front of the metrics."""
+    """Return measure(trainer) -> {metric: value} over all dev sets, whose names stand in front of the metrics."""
     tokens = {}
     for name, dev in dev_sets.items():
         order = sorted(dev.corpus)
         column = {key: i for i, key in enumerate(order)}
-        queries = [texts.add(args.query_prefix if prompt is None else prompt, text, True) for text, prompt in dev.queries.values()]
+        queries = [texts.add(args.query_prefix if prompt is None else prompt, text, True)
+                   for text, prompt in dev.queries.values()]
         corpus = [texts.add(args.doc_prefix, dev.corpus[key], False) for key in order]
-        tokens[name] = queries, corpus, [{column[key] for key in dev.relevant.get(query, ())} for query in dev.queries]
+        tokens[name] = queries, corpus, [{column[key] for key in dev.relevant[query]} for query in dev.queries]
 
     def measure(trainer):
         metrics = {}
@@ -653,18 +668,57 @@ def make_measure(dev_sets, texts, args):
             query_emb, corpus_emb = (trainer.embed([texts[i] for i in side]) for side in (queries, corpus))
             found = retrieval_metrics(query_emb, corpus_emb, relevant)
             for dim in args.matryoshka_dims or []:
-                found[f"ndcg@10_dim{dim}"] = retrieval_metrics(query_emb[:, :dim], corpus_emb[:, :dim], relevant)["ndcg@10"]
-            metrics |= {f"{name}_{key}" if name else key: value for key, value in found.items()}
+                part = retrieval_metrics(query_emb[:, :dim], corpus_emb[:, :dim], relevant)
+                found[f"ndcg@10_dim{dim}"] = part["ndcg@10"]
+            metrics |= {named(name, key): value for key, value in found.items()}
         return metrics
 
     return measure
 
 
+def named(dev_name, metric):
+    """Return the metric's name with the dev set's in front, if that has one."""
+    return f"{dev_name}_{metric}" if dev_name else metric
+
+
+def plan_run(args, train_set, dev_sets):
+    """Make the plan, and say how many documents a query is contrasted with; raises InputError for an unknown metric."""
+    first, metric = next(iter(dev_sets), ""), args.metric_for_best
+    known = [named(name, key) for name in dev_sets for key in METRICS]
+    if metric and dev_sets and metric not in known:
+        raise InputError(f"--metric_for_best {metric} is not measured. Choose one of {', '.join(known)}.")
+    metric = metric or named(first, "ndcg@10")
+    plan = utils.make_plan(args, len(train_set), bool(dev_sets), metric, greater_is_better=True, drop_last=True)
+    plan.shown = list(dict.fromkeys([metric, named(first, "ndcg@10"), named(first, "recall@10")]))
+    mined = sum(min(args.max_negs, len(neg)) for _, _, neg, _ in train_set.rows) / len(train_set)
+    contrasted = plan.examples_per_step if args.negatives_cross_device else plan.step_rows
+    plan.negatives_per_query = round(contrasted * (1 + mined) - 1, 1)
+    say(f"negatives {plan.negatives_per_query:g} per query: the other documents of a step")
+    return plan
+
+
+def load_model(args, config, stored_pooling, texts, notes):
+    """Load the base, look at what it does, wrap it. Returns (model, whether it is causal, D, precision)."""
+    precision, in_words = utils.choose_precision(args)
+    model = utils.load_base(args, AutoModel, config, precision, notes)
+    say(f"model     {args.model_name}, {in_words}" + (f", {args.bits}-bit base" if args.bits else ""))
+    causal, dimension, unused = probe(model)
+    if max(args.matryoshka_dims or [0]) > dimension:
+        raise InputError(f"--matryoshka_dims {max(args.matryoshka_dims)} exceeds the model's {dimension} dimensions.")
+    settle_pooling(args, stored_pooling, causal, texts, config, notes)
+    return utils.add_adapter(model, args, "FEATURE_EXTRACTION", unused, notes), causal, dimension, precision
+
+
+def longest_rows(train_set, texts, plan, args):
+    """Return the rows of most tokens, as many as are in memory at once (at least two: one has nothing to contrast)."""
+    by_length = sorted(range(len(train_set)), key=lambda i: -sum(len(texts[j]) for j in text_indices(train_set[i])))
+    return [train_set[i] for i in by_length[: max(2, min(args.batch_size, plan.step_rows))]]
+
+
 def main(argv=None):
     """Run the command line `argv`; return what training_summary_report.json holds."""
-    args = parse_args(argv)
-    state, notes, started = utils.start_process(args), [], time.perf_counter()
-    checkpoint = utils.open_output_dir(args)
+    args, notes = parse_args(argv), []
+    state, checkpoint = utils.start_process(), utils.open_output_dir(args)
     set_seed(args.seed)
     examples, dev_sets, counts = read_data(args)
 
@@ -674,51 +728,38 @@ def main(argv=None):
     train_set, measure = TrainSet(examples, texts, args), make_measure(dev_sets, texts, args)
     with state.main_process_first():
         texts.tokenise(tokenizer, args.query_max_len, args.passage_max_len, args.num_workers)
-    first = next(iter(dev_sets), "")
-    plan = utils.make_plan(args, len(train_set), bool(dev_sets), f"{first}_ndcg@10" if first else "ndcg@10",
-                           lambda name: True, drop_last=True)  # fmt: skip
-
-    precision, why = utils.choose_precision(args)
-    model = utils.load_base(args, AutoModel, config, precision, notes)
-    causal, dimension, unused = probe(model)
-    settle_pooling(args, stored_pooling, causal, texts, config, notes)
-    if max(args.matryoshka_dims or [0]) > dimension:
-        raise InputError(f"--matryoshka_dims {max(args.matryoshka_dims)} exceeds the model's {dimension} dimensions.")
-    model = utils.add_lora(model, args, "FEATURE_EXTRACTION", unused, notes)
+    plan = plan_run(args, train_set, dev_sets)
+    model, causal, dimension, precision = load_model(args, config, stored_pooling, texts, notes)
     trainer = EmbedTrainer(
         flags=args, causal=causal, model=model, measure=measure, train_dataset=train_set, eval_dataset=train_set,
         args=utils.training_arguments(args, plan, precision, drop_last=True), data_collator=Collator(texts),
         processing_class=tokenizer,
-    )  # fmt: skip
+    )
     show_examples(train_set, texts, tokenizer)
-    by_length = sorted(range(len(train_set)), key=lambda i: -sum(len(texts[j]) for j in text_indices(train_set[i])))
-    longest = [train_set[i] for i in by_length[: max(2, args.batch_size)]]
-    plan.shown = [plan.metric, f"{first}_recall@10" if first else "recall@10"]
-    plan.negatives_per_query = negatives_per_query(train_set, plan, args)
-    say(f"negatives {plan.negatives_per_query:g} per query: the other documents of the step")
-    plan_report = utils.preflight(args, trainer, plan, longest, why, notes)
-    run_config = utils.run_config(args, Hasher.hash([examples, dev_sets]))
-    utils.check_same_run(args, run_config, checkpoint)
+    plan_report = utils.preflight(args, trainer, plan, longest_rows(train_set, texts, plan, args), notes)
+    run = utils.describe_run(args, Hasher.hash([examples, dev_sets]), checkpoint)
     if args.dry_run:
-        return run_config | {"data": counts, "plan": plan_report}
+        return run | {"data": counts, "plan": plan_report}
 
+    final, started = Path(args.output_dir) / "final", time.perf_counter()
     if state.is_main_process:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        utils.write_json(Path(args.output_dir) / "training_config.json", run_config)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        utils.write_json(final.parent / "training_config.json", run)
     outputs = partial(trainer.embed, [texts[i] for i in range(min(8, len(texts.index)))])
-    base, started = outputs(), time.perf_counter()
+    base = outputs()
     before, after, warnings = utils.train(trainer, args, plan, checkpoint)
     seconds = time.perf_counter() - started
-    final = Path(args.output_dir) / "final"
     trainer.save_model(str(final))
     if state.is_main_process:
         save_st_files(final, args, dimension)
-        utils.write_json(final / "training_config.json", run_config)
+        utils.write_json(final / "training_config.json", run)
         for file in final.glob("*.safetensors"):
             file.chmod(0o644)  # safetensors writes 0600, which a server's user cannot read
     state.wait_for_everyone()
     proof = utils.prove(trainer, str(final), base, outputs, AutoModel)
-    return utils.write_report(trainer, args, plan_report, run_config, counts, (before, after), proof, warnings, seconds)
+    return utils.write_report(trainer, args, run, {
+        "data": counts, "plan": plan_report, "metrics": (before, after), "proof": proof, "warnings": warnings,
+        "seconds": seconds})
 
 
 if __name__ == "__main__":

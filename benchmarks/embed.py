@@ -73,10 +73,36 @@ def run_ours(model, rows_file, length, folder):
         return train(trainer, *rest)
 
     utils.train = timed
-    report = train_embed_lora.main([
-        "--model_name", model, "--train_file", rows_file, "--output_dir", folder, "--batch_size", str(BATCH), "--epochs", "1",
-        "--max_length", str(length), "--max_negs", "1", "--temperature", str(TEMPERATURE), "--lora_r", str(RANK),
-        "--lora_alpha", str(ALPHA), "--dev_size", "0", "--checkpoint_strategy", "no", "--report_to", "none"])  # fmt: skip
+    report = train_embed_lora.main(
+        [
+            "--model_name",
+            model,
+            "--train_file",
+            rows_file,
+            "--output_dir",
+            folder,
+            "--batch_size",
+            str(BATCH),
+            "--epochs",
+            "1",
+            "--max_length",
+            str(length),
+            "--max_negs",
+            "1",
+            "--temperature",
+            str(TEMPERATURE),
+            "--lora_r",
+            str(RANK),
+            "--lora_alpha",
+            str(ALPHA),
+            "--dev_size",
+            "0",
+            "--checkpoint_strategy",
+            "no",
+            "--report_to",
+            "none",
+        ]
+    )
     return clock.ends, report["padded_per_real_token"]
 
 
@@ -84,24 +110,47 @@ def run_theirs(model, rows_file, length, folder, loss, dropout):
     """Train with SentenceTransformerTrainer; return the end of each step."""
     from datasets import Dataset
     from peft import LoraConfig
-    from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    from sentence_transformers import (
+        SentenceTransformer,
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
     from sentence_transformers.losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss
 
     rows = [json.loads(line) for line in open(rows_file, encoding="utf-8")]
-    data = Dataset.from_dict({"anchor": [row["query"] for row in rows], "positive": [row["pos"][0] for row in rows],
-                              "negative": [row["neg"][0] for row in rows]})  # fmt: skip
+    data = Dataset.from_dict(
+        {
+            "anchor": [row["query"] for row in rows],
+            "positive": [row["pos"][0] for row in rows],
+            "negative": [row["neg"][0] for row in rows],
+        }
+    )
     off = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     st = SentenceTransformer(model, device="cpu", config_kwargs=off)
     st.max_seq_length = length
-    st.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["query", "key", "value", "dense"],
-                              exclude_modules=["pooler.dense"]))  # fmt: skip
+    st.add_adapter(
+        LoraConfig(
+            r=RANK,
+            lora_alpha=ALPHA,
+            target_modules=["query", "key", "value", "dense"],
+            exclude_modules=["pooler.dense"],
+        )
+    )
     cached = {"mini_batch_size": 8} if loss == "cached" else {}
     kind = CachedMultipleNegativesRankingLoss if loss == "cached" else MultipleNegativesRankingLoss
     clock = timer()
     arguments = SentenceTransformerTrainingArguments(
-        output_dir=folder, per_device_train_batch_size=BATCH, num_train_epochs=1, learning_rate=2e-4, use_cpu=True,
-        save_strategy="no", report_to=[], logging_strategy="no", dataloader_drop_last=True, disable_tqdm=True,
-    )  # fmt: skip
+        output_dir=folder,
+        per_device_train_batch_size=BATCH,
+        num_train_epochs=1,
+        learning_rate=2e-4,
+        use_cpu=True,
+        save_strategy="no",
+        report_to=[],
+        logging_strategy="no",
+        dataloader_drop_last=True,
+        disable_tqdm=True,
+    )
     loss = kind(st, scale=1 / TEMPERATURE, **cached)
     SentenceTransformerTrainer(st, arguments, train_dataset=data, loss=loss, callbacks=[clock]).train()
     return clock.ends, None
@@ -110,8 +159,11 @@ def run_theirs(model, rows_file, length, folder, loss, dropout):
 def run_side(job):
     """Run one side in this process and print its figures as the last line."""
     ends, padding = {"ours": run_ours, "theirs": run_theirs}[job.pop("side")](**job)
-    figures = {"pairs_per_second": BATCH * (len(ends) - 1) / (ends[-1] - ends[0]), "padded_per_real_token": padding,
-               "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}  # fmt: skip
+    figures = {
+        "pairs_per_second": BATCH * (len(ends) - 1) / (ends[-1] - ends[0]),
+        "padded_per_real_token": padding,
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }
     print(json.dumps(figures))
 
 
@@ -141,8 +193,13 @@ def main():
                 for side, figures in sides.items():
                     extra = {"loss": loss, "dropout": dropout} if side == "theirs" else {}
                     one = json.dumps(job | extra | {"side": side, "folder": f"{folder}/{side}{i}"})
-                    done = subprocess.run([sys.executable, __file__, "--side", one], capture_output=True, text=True,
-                                          env=os.environ | {"HF_HUB_OFFLINE": "1"}, check=True)  # fmt: skip
+                    done = subprocess.run(
+                        [sys.executable, __file__, "--side", one],
+                        capture_output=True,
+                        text=True,
+                        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+                        check=True,
+                    )
                     figures.append(json.loads(done.stdout.splitlines()[-1]))
         ratio, memory = (
             statistics.median(a[key] / b[key] for a, b in zip(sides["ours"], sides["theirs"], strict=True))
@@ -151,9 +208,18 @@ def main():
         speed = {side: statistics.median(f["pairs_per_second"] for f in figures) for side, figures in sides.items()}
         peak = {side: statistics.median(f["peak_gib"] for f in figures) for side, figures in sides.items()}
         padding = sides["ours"][0]["padded_per_real_token"]
-        results[case] = {"rows": source, "speed_ratio": ratio, "memory_ratio": memory, "padding": padding, "runs": sides}
-        print(f"{case} ({source} rows): {speed['ours']:.2f} against {speed['theirs']:.2f} pairs/s ({ratio:.2f}x), "
-              f"{peak['ours']:.1f} against {peak['theirs']:.1f} GiB ({memory:.2f}x), padded/real {padding:.2f}", flush=True)  # fmt: skip
+        results[case] = {
+            "rows": source,
+            "speed_ratio": ratio,
+            "memory_ratio": memory,
+            "padding": padding,
+            "runs": sides,
+        }
+        print(
+            f"{case} ({source} rows): {speed['ours']:.2f} against {speed['theirs']:.2f} pairs/s ({ratio:.2f}x), "
+            f"{peak['ours']:.1f} against {peak['theirs']:.1f} GiB ({memory:.2f}x), padded/real {padding:.2f}",
+            flush=True,
+        )
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     Path(args.out).write_text(json.dumps(results, indent=2) + "\n")
 

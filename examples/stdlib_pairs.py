@@ -1,6 +1,6 @@
 """Write training pairs from the docstrings of Python's own standard library: summary line -> the rest of the docstring.
 
-    python examples/stdlib_pairs.py runs/demo/pairs.jsonl
+python examples/stdlib_pairs.py runs/demo/pairs.jsonl
 """
 
 import ast
@@ -9,7 +9,17 @@ import sys
 import sysconfig
 from pathlib import Path
 
-SKIPPED = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "idle_test", "turtledemo", "ensurepip"}
+SKIPPED = {
+    "test",
+    "tests",
+    "site-packages",
+    "dist-packages",
+    "idlelib",
+    "lib2to3",
+    "idle_test",
+    "turtledemo",
+    "ensurepip",
+}
 
 
 def docstrings(folder):

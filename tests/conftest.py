@@ -9,16 +9,18 @@ from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=tempfile.mkdtemp(), CUDA_VISIBLE_DEVICES="", MPLBACKEND="Agg")
 
+import train_embed_lora
+import utils
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
-import train_embed_lora
-import utils
-
 ROOT = Path(__file__).parent.parent
-TOPICS = "apple bread chair door engine flower guitar house island jacket kettle lamp mirror needle ocean pencil".split()
+TOPICS = (
+    "apple bread chair door engine flower guitar house island jacket kettle lamp mirror needle ocean pencil".split()
+)
 SENTENCES = [f"where do I find the {a} with a {b}" for a in TOPICS for b in TOPICS]
 
 
@@ -34,7 +36,9 @@ def make_rows(count):
         a, b = TOPICS[i % 16], TOPICS[(i // 16 + 3 * i) % 16]
         long = " and the ".join(TOPICS[: 1 + i % 7])
         pos = [f"the {a} {i} stands behind the {b} and the {long}", f"look for {a} {i}"][: 2 if i % 4 == 0 else 1]
-        rows.append({"query": f"where is {a} {i}", "pos": pos, "neg": [f"no {b} {i} here", f"{long} {i}"] * (i % 3 > 0)})
+        rows.append(
+            {"query": f"where is {a} {i}", "pos": pos, "neg": [f"no {b} {i} here", f"{long} {i}"] * (i % 3 > 0)}
+        )
     return rows
 
 
@@ -57,8 +61,14 @@ def tiny_bert(tmp_path_factory):
     special = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"}
     train_tokenizer(special, "[CLS] $A [SEP]").save_pretrained(folder)
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=600, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
-                        max_position_embeddings=128)  # fmt: skip
+    config = BertConfig(
+        vocab_size=600,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        max_position_embeddings=128,
+    )
     BertModel(config).save_pretrained(folder)
     return folder
 
@@ -70,8 +80,16 @@ def tiny_qwen(tmp_path_factory):
     special = {"unk_token": "<|unk|>", "eos_token": "<|endoftext|>", "pad_token": "<|pad|>"}
     train_tokenizer(special, None).save_pretrained(folder)
     torch.manual_seed(0)
-    config = Qwen3Config(vocab_size=600, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=16,
-                         num_key_value_heads=2, intermediate_size=128, max_position_embeddings=128)  # fmt: skip
+    config = Qwen3Config(
+        vocab_size=600,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        head_dim=16,
+        num_key_value_heads=2,
+        intermediate_size=128,
+        max_position_embeddings=128,
+    )
     Qwen3Model(config).save_pretrained(folder)
     return folder
 

@@ -1,6 +1,6 @@
 """Kill a short run at random moments with kill -9, resume it, and compare with the run that nobody killed.
 
-    python tests/kill_and_resume.py MODEL_FOLDER WORK_FOLDER KILLS
+python tests/kill_and_resume.py MODEL_FOLDER WORK_FOLDER KILLS
 """
 
 import os
@@ -14,21 +14,46 @@ import torch
 from safetensors.torch import load_file
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
-from conftest import make_rows, write_jsonl
-
-from utils import read_json
+from conftest import make_rows, write_jsonl  # noqa: E402, I001
+from utils import read_json  # noqa: E402
 
 model, folder, kills = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 data = write_jsonl(folder / "pairs.jsonl", make_rows(96))
-flags = ["--model_name", model, "--train_file", data, "--batch_size", "4", "--gradient_accumulation", "2", "--epochs", "4.5",
-         "--lora_dropout", "0.1", "--eval_every", "3", "--logging_steps", "4", "--lr", "1e-3", "--report_to", "none"]  # fmt: skip
+flags = [
+    "--model_name",
+    model,
+    "--train_file",
+    data,
+    "--batch_size",
+    "4",
+    "--gradient_accumulation",
+    "2",
+    "--epochs",
+    "4.5",
+    "--lora_dropout",
+    "0.1",
+    "--eval_every",
+    "3",
+    "--logging_steps",
+    "4",
+    "--lr",
+    "1e-3",
+    "--report_to",
+    "none",
+]
 environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def start(out, *more):
     command = [sys.executable, "train_embed_lora.py", *flags, "--output_dir", str(out), *more]
-    return subprocess.Popen(command, cwd=Path(__file__).parent.parent, env=environment, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    return subprocess.Popen(
+        command,
+        cwd=Path(__file__).parent.parent,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def contents(out):

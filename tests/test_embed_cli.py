@@ -9,13 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import train_embed_lora
+import utils
+from conftest import ROOT, TOPICS, make_rows, write_jsonl
+
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TOPICS, make_rows, write_jsonl
-
-import train_embed_lora
-import utils
 
 
 @pytest.fixture
@@ -23,7 +23,11 @@ def hub_folder(tmp_path):
     """A data set folder as on the hub: configuration `triplet`, split `train` alone."""
     folder = tmp_path / "msmarco"
     (folder / "triplet").mkdir(parents=True)
-    rows = [{"query": f"q {a} {i}", "positive": f"the {a} {i}", "negative": f"no {a} {i}"} for a in TOPICS for i in range(45)]
+    rows = [
+        {"query": f"q {a} {i}", "positive": f"the {a} {i}", "negative": f"no {a} {i}"}
+        for a in TOPICS
+        for i in range(45)
+    ]
     write_jsonl(folder / "triplet/train.jsonl", rows)
     (folder / "README.md").write_text(
         "---\nconfigs:\n- config_name: triplet\n  data_files:\n  - split: train\n    path: triplet/train.jsonl\n---\n"
@@ -32,12 +36,15 @@ def hub_folder(tmp_path):
 
 
 def test_colab_command(hub_folder, tiny_bert, tmp_path, capsys):
-    report = train_embed_lora.main(shlex.split(
-        f"--output_dir {tmp_path}/nv8bit_t4_mini_eval --dataset_name {hub_folder} --model_name {tiny_bert} "
-        "--dataset_subset triplet --dataset_split train --dataset_dev_split dev --train_sample_limit 500 "
-        "--dev_sample_limit 50 --batch_size 2 --gradient_accumulation 8 --max_length 192 --max_negs 0 --lora_r 4 "
-        '--epochs 1 --lr 2e-5 --eval_every 200 --fp16 --query_prefix "<|query|> " --doc_prefix "<|document|> " '
-        "--load_in_8bit"))  # fmt: skip
+    report = train_embed_lora.main(
+        shlex.split(
+            f"--output_dir {tmp_path}/nv8bit_t4_mini_eval --dataset_name {hub_folder} --model_name {tiny_bert} "
+            "--dataset_subset triplet --dataset_split train --dataset_dev_split dev --train_sample_limit 500 "
+            "--dev_sample_limit 50 --batch_size 2 --gradient_accumulation 8 --max_length 192 --max_negs 0 --lora_r 4 "
+            '--epochs 1 --lr 2e-5 --eval_every 200 --fp16 --query_prefix "<|query|> " --doc_prefix "<|document|> " '
+            "--load_in_8bit"
+        )
+    )
     said = capsys.readouterr().out
     assert report["plan"]["negatives_per_query"] == 15
     assert report["plan"]["total_steps"] == report["steps"] == 31
@@ -49,16 +56,22 @@ def test_colab_command(hub_folder, tiny_bert, tmp_path, capsys):
     prompts = utils.read_json(f"{tmp_path}/nv8bit_t4_mini_eval/final/config_sentence_transformers.json")["prompts"]
     assert prompts == {"query": "<|query|> ", "document": "<|document|> "}
     assert "lowered to 128" in said  # --max_length 192 on a model of 128 positions
-    steps = [entry["step"] for entry in utils.read_json(f"{tmp_path}/nv8bit_t4_mini_eval/detailed_training_logs.json")
-             if "eval_ndcg@10" in entry]  # fmt: skip
+    steps = [
+        entry["step"]
+        for entry in utils.read_json(f"{tmp_path}/nv8bit_t4_mini_eval/detailed_training_logs.json")
+        if "eval_ndcg@10" in entry
+    ]
     assert steps == [0, 31]
 
 
 def test_embedrag_qlora_command(tiny_qwen, tmp_path, pairs):
-    report = train_embed_lora.main(shlex.split(
-        f"--model_name_or_path {tiny_qwen} --finetune_type qlora --quantization_bits 4 --train_dataset {pairs} "
-        f"--output_dir {tmp_path}/out --batch_size 1 --lr 1e-4 --epochs 3 --neg_nums 2 --temperature 0.02 "
-        "--query_max_len 128 --passage_max_len 1000 --save_on_epoch_end 1 --warmup_proportion 0.05"))  # fmt: skip
+    report = train_embed_lora.main(
+        shlex.split(
+            f"--model_name_or_path {tiny_qwen} --finetune_type qlora --quantization_bits 4 --train_dataset {pairs} "
+            f"--output_dir {tmp_path}/out --batch_size 1 --lr 1e-4 --epochs 3 --neg_nums 2 --temperature 0.02 "
+            "--query_max_len 128 --passage_max_len 1000 --save_on_epoch_end 1 --warmup_proportion 0.05"
+        )
+    )
     assert report["plan"]["step_rows"] == 32  # a batch of one has not one document to contrast
     assert report["flags"]["bits"] == 4
     steps = report["plan"]["steps_per_epoch"]
@@ -68,12 +81,18 @@ def test_embedrag_qlora_command(tiny_qwen, tmp_path, pairs):
 
 def test_recommended_command(hub_folder, tiny_bert, tmp_path, capsys):
     with open(f"{hub_folder}/triplet/train.jsonl", "a") as file:
-        file.writelines(json.dumps({"query": f"more {i}", "positive": f"yes {i}", "negative": f"no {i}"}) + "\n" for i in range(3000))
-    report = train_embed_lora.main(shlex.split(
-        f"--output_dir {tmp_path}/rec --dataset_name {hub_folder} --dataset_subset triplet --dataset_split train "
-        f"--model_name {tiny_bert} --dataset_dev_split dev --train_sample_limit 3000 --dev_sample_limit 300 "
-        "--batch_size 32 --gradient_accumulation 2 --epochs 5 --lr 2e-5 --eval_every 200 --lora_r 16 --lora_alpha 32 "
-        "--lora_dropout 0.05 --max_length 512 --max_negs 1 --fp16 --dry_run"))  # fmt: skip
+        file.writelines(
+            json.dumps({"query": f"more {i}", "positive": f"yes {i}", "negative": f"no {i}"}) + "\n"
+            for i in range(3000)
+        )
+    report = train_embed_lora.main(
+        shlex.split(
+            f"--output_dir {tmp_path}/rec --dataset_name {hub_folder} --dataset_subset triplet --dataset_split train "
+            f"--model_name {tiny_bert} --dataset_dev_split dev --train_sample_limit 3000 --dev_sample_limit 300 "
+            "--batch_size 32 --gradient_accumulation 2 --epochs 5 --lr 2e-5 --eval_every 200 --lora_r 16 --lora_alpha 32 "
+            "--lora_dropout 0.05 --max_length 512 --max_negs 1 --fp16 --dry_run"
+        )
+    )
     said = capsys.readouterr().out
     assert report["plan"]["total_steps"] == 230  # 46 whole steps of 64 in 3000 rows
     assert "--eval_every 200 evaluates once in 230 steps" in said
@@ -86,11 +105,20 @@ def test_two_gpus_without_a_launcher_restart_on_two_processes(tiny_bert, tmp_pat
     command = shlex.split(
         f"train_embed_lora.py --model_name_or_path {tiny_bert} --finetune_type full --train_dataset {pairs} --output_dir "
         f"{tmp_path}/out --batch_size 1 --lr 1e-5 --epochs 3 --neg_nums 1 --temperature 0.02 --query_max_len 128 "
-        "--passage_max_len 1000 --save_on_epoch_end 1 --warmup_proportion 0.05 --report_to none")  # fmt: skip
-    start = (f"import sys, runpy, torch; torch.cuda.device_count = lambda: 2; sys.argv = {command!r}; "
-             "runpy.run_path(sys.argv[0], run_name='__main__')")  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", start], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True, timeout=300)  # fmt: skip
+        "--passage_max_len 1000 --save_on_epoch_end 1 --warmup_proportion 0.05 --report_to none"
+    )
+    start = (
+        f"import sys, runpy, torch; torch.cuda.device_count = lambda: 2; sys.argv = {command!r}; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", start],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "torch.distributed.run --standalone --nproc_per_node 2 train_embed_lora.py" in done.stdout
     assert "x 2 processes" in done.stdout
@@ -102,12 +130,22 @@ def test_two_gpus_without_a_launcher_restart_on_two_processes(tiny_bert, tmp_pat
 
 def test_command_line_script(tiny_bert, pairs, tmp_path):
     flags = f"--model_name {tiny_bert} --train_file {pairs} --output_dir {tmp_path}/out --max_steps 2 --report_to none"
-    done = subprocess.run([sys.executable, "train_embed_lora.py", *shlex.split(flags)], cwd=ROOT, capture_output=True,
-                          text=True, timeout=300)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "train_embed_lora.py", *shlex.split(flags)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "result    ndcg@10" in done.stdout
-    done = subprocess.run([sys.executable, "train_embed_lora.py", *shlex.split(flags)], cwd=ROOT, capture_output=True,
-                          text=True, timeout=300)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "train_embed_lora.py", *shlex.split(flags)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 1
     assert done.stdout.splitlines()[-1].startswith(f"error: --output_dir {tmp_path}/out is not empty")
     assert "Traceback" not in done.stderr
@@ -139,9 +177,22 @@ def check_final(folder, tokenizer_folder, queries, documents, trainer_vectors):
 
 
 @pytest.mark.parametrize("kind", ["encoder", "decoder"])
-def test_final_folder_loads_everywhere_with_the_same_embeddings(kind, embed_trainer, run_embed, tiny_bert, tiny_qwen, tmp_path, monkeypatch):
+def test_final_folder_loads_everywhere_with_the_same_embeddings(
+    kind, embed_trainer, run_embed, tiny_bert, tiny_qwen, tmp_path, monkeypatch
+):
     model = {"encoder": tiny_bert, "decoder": tiny_qwen}[kind]
-    flags = ["--query_prefix", "search: ", "--doc_prefix", "text: ", "--max_steps", 4, "--lr", "1e-2", "--max_length", 40]
+    flags = [
+        "--query_prefix",
+        "search: ",
+        "--doc_prefix",
+        "text: ",
+        "--max_steps",
+        4,
+        "--lr",
+        "1e-2",
+        "--max_length",
+        40,
+    ]
     flags += ["--append_eos"] if kind == "decoder" else []
     caught, prove = [], utils.prove
     monkeypatch.setattr(utils, "prove", lambda trainer, *rest: caught.append(trainer) or prove(trainer, *rest))
@@ -149,21 +200,42 @@ def test_final_folder_loads_everywhere_with_the_same_embeddings(kind, embed_trai
     trainer = caught[0]
     queries, documents = ["where is apple 3", "a b c"], ["the lamp " * 30, "short"]  # the first is cut at 40 tokens
     tokenizer = trainer.processing_class
-    ids = [tokenizer(text, truncation=True, max_length=40)["input_ids"]
-           for text in ["search: " + q for q in queries] + ["text: " + d for d in documents]]  # fmt: skip
+    ids = [
+        tokenizer(text, truncation=True, max_length=40)["input_ids"]
+        for text in ["search: " + q for q in queries] + ["text: " + d for d in documents]
+    ]
     assert len({row[-1] for row in ids}) == 1  # the end token survives truncation
     assert trainer.flags.pooling == {"encoder": "mean", "decoder": "last"}[kind]
     check_final(tmp_path / "out/final", model, queries, documents, trainer.embed(ids).numpy())
 
 
 def test_real_model_gets_better_and_loads_in_sentence_transformers(minilm, tmp_path, monkeypatch):
-    rows = [{"anchor": f"which page explains {a} and {b}?", "positive": f"Manual of the {a}: care for your {b}."}
-            for a in TOPICS for b in TOPICS]  # fmt: skip
+    rows = [
+        {"anchor": f"which page explains {a} and {b}?", "positive": f"Manual of the {a}: care for your {b}."}
+        for a in TOPICS
+        for b in TOPICS
+    ]
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
     caught, prove = [], utils.prove
     monkeypatch.setattr(utils, "prove", lambda trainer, *rest: caught.append(trainer) or prove(trainer, *rest))
-    report = train_embed_lora.main(["--model_name", minilm, "--train_file", data, "--output_dir", f"{tmp_path}/out", "--max_steps",
-                                    "10", "--lr", "1e-3", "--dev_size", "0.3", "--report_to", "none"])  # fmt: skip
+    report = train_embed_lora.main(
+        [
+            "--model_name",
+            minilm,
+            "--train_file",
+            data,
+            "--output_dir",
+            f"{tmp_path}/out",
+            "--max_steps",
+            "10",
+            "--lr",
+            "1e-3",
+            "--dev_size",
+            "0.3",
+            "--report_to",
+            "none",
+        ]
+    )
     assert report["metrics"]["after"]["ndcg@10"] > report["metrics"]["before"]["ndcg@10"]
     assert "pooler.dense" in " ".join(report["plan"]["notes"])
     queries, documents = ["which page explains apple?"], ["Manual of the apple."]
@@ -176,11 +248,26 @@ def test_files_of_a_run(run_embed, tmp_path):
     pytest.importorskip("tensorboard")
     report = run_embed("--epochs", 2, "--batch_size", 8, "--gradient_accumulation", 1, "--report_to", "tensorboard")
     out = tmp_path / "out"
-    names = {"final", "detailed_training_logs.json", "training_losses.json", "training_summary_report.json",
-             "training_curves.png", "training_config.json", "runs"}  # fmt: skip
+    names = {
+        "final",
+        "detailed_training_logs.json",
+        "training_losses.json",
+        "training_summary_report.json",
+        "training_curves.png",
+        "training_config.json",
+        "runs",
+    }
     assert names <= {path.name for path in out.iterdir()}
-    final = {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer_config.json", "modules.json",
-             "training_config.json", "config_sentence_transformers.json", "sentence_bert_config.json"}  # fmt: skip
+    final = {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "modules.json",
+        "training_config.json",
+        "config_sentence_transformers.json",
+        "sentence_bert_config.json",
+    }
     assert final <= {path.name for path in (out / "final").iterdir()}
     assert (out / "final/adapter_model.safetensors").stat().st_mode & 0o777 == 0o644
     assert report == json.loads(json.dumps(report)) == utils.read_json(out / "training_summary_report.json")
@@ -196,22 +283,22 @@ def test_files_of_a_run(run_embed, tmp_path):
 
 def test_final_is_the_best_state_not_the_last(run_embed, tmp_path, monkeypatch):
     scores = iter([0.1, 0.5, 0.9, 0.3, 0.2, 0.1, 0.1])
-    monkeypatch.setattr(train_embed_lora, "retrieval_metrics",
-                        lambda *_: {"ndcg@10": next(scores), "recall@10": 0.5})  # fmt: skip
+    monkeypatch.setattr(train_embed_lora, "retrieval_metrics", lambda *_: {"ndcg@10": next(scores), "recall@10": 0.5})
     report = run_embed("--max_steps", 5, "--eval_every", 1, "--logging_steps", -1, "--save_total_limit", 6)
     assert report["best_step"] == 2
     from safetensors.torch import load_file
 
     out = tmp_path / "out"
-    final, best, last = (load_file(out / f"{name}/adapter_model.safetensors") for name in ("final", "checkpoint-2", "checkpoint-5"))
+    final, best, last = (
+        load_file(out / f"{name}/adapter_model.safetensors") for name in ("final", "checkpoint-2", "checkpoint-5")
+    )
     assert all(torch.equal(final[key], best[key]) for key in final)
     assert any(not torch.equal(final[key], last[key]) for key in final)
 
 
 def test_early_stopping(run_embed, monkeypatch):
     scores = iter([0.1, 0.9, *[0.3] * 10])
-    monkeypatch.setattr(train_embed_lora, "retrieval_metrics",
-                        lambda *_: {"ndcg@10": next(scores), "recall@10": 0.5})  # fmt: skip
+    monkeypatch.setattr(train_embed_lora, "retrieval_metrics", lambda *_: {"ndcg@10": next(scores), "recall@10": 0.5})
     report = run_embed("--max_steps", 10, "--eval_every", 1, "--early_stopping_patience", 2)
     assert report["steps"] == 3 and report["best_step"] == 1
 
@@ -224,14 +311,28 @@ def test_dry_run_checks_and_leaves_nothing(run_embed, tmp_path, capsys):
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
-@pytest.mark.parametrize("flags", [
-    ["--finetune_type", "full", "--optimizer", "sgd"], ["--gradient_checkpointing", "--gradient_accumulation", 4],
-    ["--load_in_4bit"], ["--load_in_8bit"], ["--matryoshka_dims", 64, 8], ["--false_negative_margin", 0.1],
-    ["--lr_scheduler", "constant", "--use_rslora"], ["--pooling", "cls"], ["--model_dropout", "--gradient_accumulation", 2],
-    ["--attn_implementation", "eager"], ["--target_modules", "query,value"], ["--eval_strategy", "no"],
-    ["--checkpoint_strategy", "no"], ["--eval_every", 0, "--full_determinism"], ["--num_workers", 1],
-    ["--attn_implementation", "flash_attention_2"], ["--max_grad_norm", 0, "--logging_steps", 0],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--finetune_type", "full", "--optimizer", "sgd"],
+        ["--gradient_checkpointing", "--gradient_accumulation", 4],
+        ["--load_in_4bit"],
+        ["--load_in_8bit"],
+        ["--matryoshka_dims", 64, 8],
+        ["--false_negative_margin", 0.1],
+        ["--lr_scheduler", "constant", "--use_rslora"],
+        ["--pooling", "cls"],
+        ["--model_dropout", "--gradient_accumulation", 2],
+        ["--attn_implementation", "eager"],
+        ["--target_modules", "query,value"],
+        ["--eval_strategy", "no"],
+        ["--checkpoint_strategy", "no"],
+        ["--eval_every", 0, "--full_determinism"],
+        ["--num_workers", 1],
+        ["--attn_implementation", "flash_attention_2"],
+        ["--max_grad_norm", 0, "--logging_steps", 0],
+    ],
+)
 def test_flags_run_to_the_end(run_embed, flags):
     report = run_embed("--batch_size", 8, "--max_steps", 3, "--lr", "1e-3", *flags)
     assert report["steps"] == 3
@@ -242,14 +343,18 @@ def test_flags_run_to_the_end(run_embed, flags):
 
 def test_init_adapter_goes_on_where_stage_one_ended(run_embed, tmp_path):
     run_embed("--max_steps", 4, "--lora_r", 4, "--pooling", "cls", "--query_prefix", "Q: ", out=tmp_path / "one")
-    report = run_embed("--max_steps", 2, "--lora_dropout", 0.1, "--init_adapter", tmp_path / "one/final", "--eval_every", 1)
+    report = run_embed(
+        "--max_steps", 2, "--lora_dropout", 0.1, "--init_adapter", tmp_path / "one/final", "--eval_every", 1
+    )
     assert report["flags"]["lora_r"] == 4
     assert report["flags"]["pooling"] == "cls" and report["flags"]["query_prefix"] == "Q: "
     assert utils.read_json(tmp_path / "out/final/adapter_config.json")["lora_dropout"] == 0.1
 
 
 def test_the_plan_matches_what_ran(run_embed, tmp_path):
-    report = run_embed("--batch_size", 4, "--gradient_accumulation", 3, "--epochs", 1.5, "--eval_every", 4, "--logging_steps", 3)
+    report = run_embed(
+        "--batch_size", 4, "--gradient_accumulation", 3, "--epochs", 1.5, "--eval_every", 4, "--logging_steps", 3
+    )
     plan, log = report["plan"], utils.read_json(tmp_path / "out/detailed_training_logs.json")
     assert plan["steps_per_epoch"] == report["data"]["train_rows"] // 12
     assert report["steps"] == plan["total_steps"] == -(-3 * plan["steps_per_epoch"] // 2)
@@ -281,13 +386,17 @@ def test_every_flag_is_read():
     declared = re.findall(r'add\("--(\w+)"', source)
     assert len(declared) > 70
     unread = [name for name in declared if not re.search(rf"\b(args|flags)\.{name}\b", source)]
-    assert unread == ["max_length"] or unread == []
+    assert unread == ["query_column", "positive_column"] and 'getattr(args, f"{kind}_column")' in source
 
 
 def test_every_documented_command_parses():
     text = (ROOT / "README.md").read_text() + train_embed_lora.__doc__
     text = text.replace("\\\n", " ")
-    commands = [line.strip().lstrip("!$ ") for line in text.splitlines() if re.match(r"\s*[!$ ]*python train_embed_lora\.py", line)]
+    commands = [
+        line.strip().lstrip("!$ ")
+        for line in text.splitlines()
+        if re.match(r"\s*[!$ ]*python train_embed_lora\.py", line)
+    ]
     assert len(commands) >= 8
     for command in commands:
         train_embed_lora.parse_args(shlex.split(command, comments=True)[2:])
@@ -303,14 +412,36 @@ def test_pasted_into_a_notebook_cell_it_starts_nothing(monkeypatch, capsys):
 
 
 def start(flags):
-    return subprocess.Popen([sys.executable, "train_embed_lora.py", *flags], cwd=ROOT, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "train_embed_lora.py", *flags],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_a_checkpoint_and_says_how_to_resume(number, tiny_bert, pairs, tmp_path):
-    flags = ["--model_name", tiny_bert, "--train_file", pairs, "--output_dir", f"{tmp_path}/out", "--report_to", "none",
-             "--epochs", "4000", "--checkpoint_steps", "100000", "--eval_strategy", "no", "--logging_steps", "-1"]  # fmt: skip
+    flags = [
+        "--model_name",
+        tiny_bert,
+        "--train_file",
+        pairs,
+        "--output_dir",
+        f"{tmp_path}/out",
+        "--report_to",
+        "none",
+        "--epochs",
+        "4000",
+        "--checkpoint_steps",
+        "100000",
+        "--eval_strategy",
+        "no",
+        "--logging_steps",
+        "-1",
+    ]
     process, lines = start(flags), []
     for line in process.stdout:
         lines.append(line)
@@ -348,7 +479,12 @@ def test_resume_without_a_checkpoint_starts_at_step_0_and_says_so(run_embed, cap
 
 
 def test_kill_and_resume_three_times(tiny_bert, tmp_path):
-    done = subprocess.run([sys.executable, "tests/kill_and_resume.py", tiny_bert, str(tmp_path), "3"], cwd=ROOT,
-                          capture_output=True, text=True, timeout=600)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "tests/kill_and_resume.py", tiny_bert, str(tmp_path), "3"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "3 kills, same weights, same log" in done.stdout

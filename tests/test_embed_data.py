@@ -4,17 +4,33 @@ import json
 import shutil
 from pathlib import Path
 
+import train_embed_lora
+import utils
+from conftest import make_rows, write_jsonl
+from train_embed_lora import (
+    DevSet,
+    Example,
+    Texts,
+    dev_from_beir,
+    dev_from_examples,
+    parse_args,
+    read_data,
+    read_examples,
+)
+from utils import InputError
+
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from conftest import make_rows, write_jsonl
 
-import train_embed_lora
-import utils
-from train_embed_lora import DevSet, Example, Texts, dev_from_beir, dev_from_examples, parse_args, read_data, read_examples
-from utils import InputError
-
-BGE = {"query": "q1", "pos": ["p1", "p2"], "neg": ["n1"], "pos_scores": [1.0, 0.5], "neg_scores": [0.1], "prompt": "Find: "}
+BGE = {
+    "query": "q1",
+    "pos": ["p1", "p2"],
+    "neg": ["n1"],
+    "pos_scores": [1.0, 0.5],
+    "neg_scores": [0.1],
+    "prompt": "Find: ",
+}
 
 
 def read(path, *flags):
@@ -22,18 +38,28 @@ def read(path, *flags):
     return read_examples([row for file in utils.expand_files(args.train_file) for row in utils.read_rows(file)], args)
 
 
-@pytest.mark.parametrize("row, expected", [
-    (BGE, Example("q1", ["p1", "p2"], ["n1"], "Find: ")),
-    ({"query": "q", "pos": ["p"], "neg": []}, Example("q", ["p"], [])),
-    ({"query": "q", "pos": "p"}, Example("q", ["p"], [])),
-    ({"anchor": "q", "positive": "p", "negative": "n"}, Example("q", ["p"], ["n"])),
-    ({"question": "q", "answer": "p"}, Example("q", ["p"], [])),
-    ({"Query": "q", "Document": "p"}, Example("q", ["p"], [])),
-    ({"query": "q", "response": "p", "negative_1": "a", "negative_2": "b"}, Example("q", ["p"], ["a", "b"])),
-    ({"query": "q", "pos_doc": ["p"], "neg_doc": ["n"]}, Example("q", ["p"], ["n"])),
-    ({"query_id": 7, "query": "q", "positive_passages": [{"docid": "1", "title": "T", "text": "p"}],
-      "negative_passages": [{"docid": "2", "title": "", "text": "n"}]}, Example("q", ["T p"], ["n"])),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "row, expected",
+    [
+        (BGE, Example("q1", ["p1", "p2"], ["n1"], "Find: ")),
+        ({"query": "q", "pos": ["p"], "neg": []}, Example("q", ["p"], [])),
+        ({"query": "q", "pos": "p"}, Example("q", ["p"], [])),
+        ({"anchor": "q", "positive": "p", "negative": "n"}, Example("q", ["p"], ["n"])),
+        ({"question": "q", "answer": "p"}, Example("q", ["p"], [])),
+        ({"Query": "q", "Document": "p"}, Example("q", ["p"], [])),
+        ({"query": "q", "response": "p", "negative_1": "a", "negative_2": "b"}, Example("q", ["p"], ["a", "b"])),
+        ({"query": "q", "pos_doc": ["p"], "neg_doc": ["n"]}, Example("q", ["p"], ["n"])),
+        (
+            {
+                "query_id": 7,
+                "query": "q",
+                "positive_passages": [{"docid": "1", "title": "T", "text": "p"}],
+                "negative_passages": [{"docid": "2", "title": "", "text": "n"}],
+            },
+            Example("q", ["T p"], ["n"]),
+        ),
+    ],
+)
 def test_formats(tmp_path, row, expected):
     assert read(write_jsonl(tmp_path / "rows.jsonl", [row]))[0] == [expected]
 
@@ -55,7 +81,9 @@ def test_file_types_and_globs(tmp_path):
 
 
 def test_columns_may_be_named(tmp_path, capsys):
-    path = write_jsonl(tmp_path / "rows.jsonl", [{"frage": "q", "answer": "no", "positive": "p", "schlecht": "n", "id": "1"}])
+    path = write_jsonl(
+        tmp_path / "rows.jsonl", [{"frage": "q", "answer": "no", "positive": "p", "schlecht": "n", "id": "1"}]
+    )
     flags = ["--query_column", "frage", "--positive_column", "positive", "--negative_column", "schlecht"]
     assert read(path, *flags)[0] == [Example("q", ["p"], ["n"])]
     assert "query = frage, positive = positive, negatives = schlecht (unused: answer, id)" in capsys.readouterr().out
@@ -68,15 +96,23 @@ def test_scores_are_reported_as_unused(tmp_path, capsys):
 
 def test_drops_are_counted_with_their_place(tmp_path, capsys):
     rows = [
-        {"query": "q1", "pos": ["p1"], "neg": ["n1"]}, {"query": " ", "pos": ["p"]}, {"query": "q2", "pos": ["", None]},
-        {"query": "Q1", "pos": ["P1"], "neg": ["n1"]}, {"query": "q3", "pos": ["p3"], "neg": ["P3 ", "n3"]}, {"query": "q4"},
-    ]  # fmt: skip
+        {"query": "q1", "pos": ["p1"], "neg": ["n1"]},
+        {"query": " ", "pos": ["p"]},
+        {"query": "q2", "pos": ["", None]},
+        {"query": "Q1", "pos": ["P1"], "neg": ["n1"]},
+        {"query": "q3", "pos": ["p3"], "neg": ["P3 ", "n3"]},
+        {"query": "q4"},
+    ]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     examples, drops = read(path)
     assert [example.query for example in examples] == ["q1", "q3"]
     assert examples[1].neg == ["n3"]
-    assert drops == {"rows with an empty query": 1, "rows with an empty positive": 2, "duplicate rows": 1,
-                     "negatives equal to a positive": 1}  # fmt: skip
+    assert drops == {
+        "rows with an empty query": 1,
+        "rows with an empty positive": 2,
+        "duplicate rows": 1,
+        "negatives equal to a positive": 1,
+    }
     said = capsys.readouterr().out
     assert f"1 duplicate rows (first: {path}, line 4)" in said
     assert f"2 rows with an empty positive (first: {path}, line 3)" in said
@@ -113,7 +149,9 @@ def test_dev_pool_is_every_positive_and_negative_once():
 
 def beir(folder, **files):
     (folder / "qrels").mkdir(parents=True)
-    write_jsonl(folder / "corpus.jsonl", [{"_id": "10", "title": "T", "text": "x"}, {"_id": "9", "title": "", "text": "y"}])
+    write_jsonl(
+        folder / "corpus.jsonl", [{"_id": "10", "title": "T", "text": "x"}, {"_id": "9", "title": "", "text": "y"}]
+    )
     write_jsonl(folder / "queries.jsonl", [{"_id": "1", "text": "first"}, {"_id": "2", "text": "no relevant one"}])
     (folder / "qrels/test.tsv").write_text("query-id\tcorpus-id\tscore\n1\t10\t1\n1\t9\t0\n")
     return folder
@@ -130,7 +168,11 @@ def test_texts_are_tokenised_once_and_cached(tiny_bert, tmp_path, capfd):
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
     for attempt in range(2):
         texts = Texts()
-        places = [texts.add("Q: ", "where is it", True), texts.add("", "lamp " * 50, False), texts.add("Q: ", "where is it", True)]
+        places = [
+            texts.add("Q: ", "where is it", True),
+            texts.add("", "lamp " * 50, False),
+            texts.add("Q: ", "where is it", True),
+        ]
         texts.tokenise(tokenizer, 20, 10, 0)
         assert places == [0, 1, 0]
         assert texts[0].tolist() == tokenizer("Q: where is it")["input_ids"]
@@ -139,7 +181,9 @@ def test_texts_are_tokenised_once_and_cached(tiny_bert, tmp_path, capfd):
 
 
 def test_per_row_prompt_replaces_the_query_prefix(tmp_path, embed_trainer):
-    data = write_jsonl(tmp_path / "bge.jsonl", [{**row, "prompt": "Find it: "} for row in make_rows(20)[:10]] + make_rows(20)[10:])
+    data = write_jsonl(
+        tmp_path / "bge.jsonl", [{**row, "prompt": "Find it: "} for row in make_rows(20)[:10]] + make_rows(20)[10:]
+    )
     trainer = embed_trainer("--query_prefix", "Q: ", "--doc_prefix", "D: ", "--dev_size", 0, data=data)
     queries = {text for text, is_query in trainer.data_collator.texts.index if is_query}
     assert sum(text.startswith("Find it: where") for text in queries) == 10
@@ -166,27 +210,26 @@ def two(row):
 BROKEN_FLAGS = {
     "--bacth_size 4": "unrecognized arguments: --bacth_size 4",
     "--batch 4": "unrecognized arguments: --batch 4",
-    "--batch_size 0": "argument --batch_size: 0 is below 1",
-    "--batch_size two": "argument --batch_size: invalid whole_number value: 'two'",
+    "--batch_size 0": "argument --batch_size: 0 is outside [1, inf)",
+    "--batch_size two": "argument --batch_size: invalid int value: 'two'",
     "--lr 1": "argument --lr/--learning_rate: 1 is outside (0, 1)",
     "--lr nan": "argument --lr/--learning_rate: nan is outside",
     "--epochs 0": "argument --epochs/--num_train_epochs: 0 is outside (0, inf)",
     "--warmup_ratio 1": "1 is outside [0, 1)",
     "--lora_dropout 1.5": "argument --lora_dropout: 1.5 is outside [0, 1]",
-    "--logging_steps -2": "-2 is below -1",
-    "--fp16 --bf16": "--fp16, --bf16 and --mixed_precision exclude one another",
+    "--logging_steps -2": "-2 is outside [-1, inf)",
+    "--fp16 --bf16": "--fp16, --bf16, --mixed_precision: pass one",
     "--load_in_8bit --load_in_4bit": "8 and 4 bits are both asked for",
-    "--finetune_type full --load_in_8bit": "--finetune_type full trains all weights",
+    "--finetune_type full --load_in_8bit": "--finetune_type full: no quantisation",
     "--save_best 1 --eval_strategy no": "--save_best and --early_stopping_patience need an evaluation",
     "--early_stopping_patience 3 --dev_size 0": "need an evaluation",
-    "--checkpoint_strategy no --save_best 1": "--checkpoint_strategy no leaves nothing to come back to",
+    "--checkpoint_strategy no --save_best 1": "need checkpoints: drop --checkpoint_strategy no",
     "--early_stopping_patience 3 --save_best 0": "keeps the best state: drop --save_best 0",
-    "--resume_from_checkpoint --output_dir x --overwrite": "--resume_from_checkpoint goes on with a run",
-    "--metric_for_best f1": "--metric_for_best f1 is not measured",
+    "--resume_from_checkpoint --output_dir x --overwrite": "--overwrite deletes what --resume_from_checkpoint needs",
     "--dataset_name x": "--train_file and --dataset_name both name training data",
     "--init_adapter nowhere": "--init_adapter nowhere has no adapter_config.json",
     "--temperature 0": "argument --temperature: 0 is outside (0",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("flags", BROKEN_FLAGS)
@@ -198,7 +241,10 @@ def test_broken_flags_exit_2_with_a_sentence(flags, capsys):
 
 
 def test_no_data_and_resume_without_a_folder_exit_2(capsys):
-    for flags, sentence in (([], "no training data"), (["--train_file", "x", "--resume_from_checkpoint"], "needs the --output_dir")):
+    for flags, sentence in (
+        ([], "no training data"),
+        (["--train_file", "x", "--resume_from_checkpoint"], "needs the run's --output_dir"),
+    ):
         with pytest.raises(SystemExit) as stop:
             train_embed_lora.main(flags)
         assert stop.value.code == 2
@@ -206,13 +252,22 @@ def test_no_data_and_resume_without_a_folder_exit_2(capsys):
 
 
 BROKEN_FILES = {  # name: (content, what the message says)
-    "a.jsonl": (two('{"query": "q", "pos": ["p"'), "a.jsonl, line 2: no valid JSON (Expecting ',' delimiter, column 27)"),
+    "a.jsonl": (
+        two('{"query": "q", "pos": ["p"'),
+        "a.jsonl, line 2: no valid JSON (Expecting ',' delimiter, column 27)",
+    ),
     "b.jsonl": (two("[1, 2]"), "b.jsonl, line 2: a list, not a JSON object"),
     "c.jsonl": ("", "c.jsonl holds no rows"),
     "d.jsonl": ('{"query": "q", "answers": "p"}\n', 'd.jsonl, line 1: no positive (fields: "query", "answers")'),
     "e.jsonl": ('{"text": "q", "pos": "p"}\n', 'no query (fields: "text", "pos"). Rename one to "query"'),
-    "f.jsonl": ('{"query": "q", "positive": "p", "answer": "a"}\n', "2 columns could be the positive: positive, answer"),
-    "g.jsonl": ('{"query": 17, "positive": 3, "negative": 4}\n', "g.jsonl, line 1: query is the int 17, an id rather than a text"),
+    "f.jsonl": (
+        '{"query": "q", "positive": "p", "answer": "a"}\n',
+        "2 columns could be the positive: positive, answer",
+    ),
+    "g.jsonl": (
+        '{"query": 17, "positive": 3, "negative": 4}\n',
+        "g.jsonl, line 1: query is the int 17, an id rather than a text",
+    ),
     "h.jsonl": (two({"query": "q2", "pos": [12, 13]}), "h.jsonl, line 2: pos is the int 12, an id"),
     "i.jsonl": (json.dumps(GOOD) + "\n", "1 rows are left to train on"),
     "j.jsonl": ('{"query": "", "pos": ["p"]}\n' * 3, "0 rows are left to train on"),
@@ -224,7 +279,7 @@ BROKEN_FILES = {  # name: (content, what the message says)
     "p.txt": ("q\tp\n", "p.txt is none of .jsonl, .json, .csv, .tsv, .parquet"),
     "r.jsonl": (b'{"query": "\xff\xfe"}\n', "r.jsonl is not UTF-8 (byte 11)"),
     "s.jsonl": (two({"query": ["q", "r"], "pos": ["p"]}), "s.jsonl, line 2: 2 queries in one row"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BROKEN_FILES)
@@ -250,36 +305,56 @@ BROKEN_FOLDERS = {
     "missing dev": (["--dev_file", "dev=nowhere"], "nowhere is not there"),
     "dev twice": (["--dev_file", "DATA", "--dev_file", "DATA"], "a dev set is called '' already"),
     "no BEIR": (["--dev_file", "EMPTY"], "is no BEIR folder: no corpus.jsonl, queries.jsonl"),
-    "missing model": (["--model_name", "./nowhere"], "--model_name ./nowhere is not there"),
-    "unknown hub model": (["--model_name", "no/such-model"], "--model_name no/such-model has no config.json that can be read"),
-    "empty model": (["--model_name", "EMPTY"], "has no config.json. Name the folder"),
-    "unknown architecture": (["--model_name", "MODEL:config.json:{\"model_type\": \"nonsense\"}"], "is of no known model"),
-    "remote code": (["--model_name", "MODEL:config.json:{\"model_type\": \"mine\", \"auto_map\": {\"AutoModel\": \"m.M\"}}"],
-                    "comes with Python code of its own"),
-    "encoder-decoder": (["--model_name", "MODEL:config.json:{\"model_type\": \"t5\"}"], "is an encoder-decoder"),
+    "missing model": (["--model_name", "./nowhere"], "--model_name ./nowhere: no config of a known model"),
+    "unknown hub model": (["--model_name", "no/such-model"], "--model_name no/such-model: no config of a known model"),
+    "empty model": (["--model_name", "EMPTY"], "no config of a known model"),
+    "unknown architecture": (
+        ["--model_name", 'MODEL:config.json:{"model_type": "nonsense"}'],
+        "no config of a known model",
+    ),
+    "remote code": (
+        ["--model_name", 'MODEL:config.json:{"model_type": "mine", "auto_map": {"AutoModel": "m.M"}}'],
+        "brings Python code of its own",
+    ),
+    "encoder-decoder": (["--model_name", 'MODEL:config.json:{"model_type": "t5"}'], "is an encoder-decoder"),
     "no weights": (["--model_name", "MODEL:model.safetensors"], "cannot be loaded"),
-    "a dense layer": (["--model_name", "MODEL:modules.json:[{\"type\": \"x.Transformer\"}, {\"type\": \"x.Dense\"}]"],
-                      "has a Dense layer behind its pooling"),
+    "a dense layer": (
+        ["--model_name", 'MODEL:modules.json:[{"type": "x.Transformer"}, {"type": "x.Dense"}]'],
+        "has a Dense layer behind its pooling",
+    ),
     "wrong targets": (["--target_modules", "q_proj"], "Linear layers here: dense, key, query, value"),
     "dimension": (["--matryoshka_dims", "4096"], "--matryoshka_dims 4096 exceeds the model's 64 dimensions"),
     "hub data": (["--train_file", "--dataset_name", "no/such-data"], "--dataset_name no/such-data cannot be read"),
     "no checkpoint": (["--resume_from_checkpoint", "nowhere"], "nowhere is no complete checkpoint"),
-    "full folder": (["--output_dir", "DATA_FOLDER"], "is not empty. Pass --overwrite"),
+    "full folder": (["--output_dir", "DATA_FOLDER"], "is not empty. Pass another, --overwrite"),
     "a file for a folder": (["--output_dir", "DATA"], "is not empty"),
+    "unknown metric": (["--metric_for_best", "f1"], "--metric_for_best f1 is not measured. Choose one of accuracy@1"),
     "no such report": (["--report_to", "mlflow"], "mlflow: it is not installed"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BROKEN_FOLDERS)
 def test_broken_folders_and_models_end_in_a_sentence(case, tmp_path, tiny_bert, pairs):
     flags, sentence = BROKEN_FOLDERS[case]
     (tmp_path / "empty").mkdir()
-    flags = [{"EMPTY": str(tmp_path / "empty"), "DATA": pairs, "DATA_FOLDER": str(Path(pairs).parent)}.get(f, f) for f in flags]
+    flags = [
+        {"EMPTY": str(tmp_path / "empty"), "DATA": pairs, "DATA_FOLDER": str(Path(pairs).parent)}.get(f, f)
+        for f in flags
+    ]
     for i, flag in enumerate(flags):
         if flag.startswith("MODEL:"):
             flags[i] = shutil.copytree(tiny_bert, str(tmp_path / "model"))
             break_model(flags[i], *(flag.split(":", 2)[1:] + [None])[:2])
-    base = ["--model_name", tiny_bert, "--train_file", pairs, "--output_dir", str(tmp_path / "out"), "--report_to", "none"]
+    base = [
+        "--model_name",
+        tiny_bert,
+        "--train_file",
+        pairs,
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--report_to",
+        "none",
+    ]
     if "--dataset_name" in flags:
         base, flags = base[:2] + base[4:], flags[1:]
     with pytest.raises(InputError) as error:
@@ -292,4 +367,4 @@ def test_init_adapter_with_a_contradicting_rank_exits_2(run_embed, tmp_path, cap
     with pytest.raises(SystemExit) as stop:
         run_embed("--init_adapter", tmp_path / "one/final", "--lora_r", 8)
     assert stop.value.code == 2
-    assert "was trained with r 4, not 8" in capsys.readouterr().err
+    assert "was trained with lora_r 4, not 8" in capsys.readouterr().err

@@ -4,13 +4,13 @@ import math
 import random
 from unittest.mock import Mock
 
+from train_embed_lora import contrastive_loss, excluded_columns, pool, retrieval_metrics
+from utils import text_id, worsening, write_logs
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-
-from train_embed_lora import contrastive_loss, excluded_columns, pool, retrieval_metrics
-from utils import text_id, worsening, write_logs
 
 
 def test_loss_equals_a_hand_worked_number():
@@ -85,9 +85,12 @@ def test_metrics_equal_sentence_transformers(ties):
 
     named = {f"q{i:03d}": {f"d{j:03d}" for j in gold} for i, gold in enumerate(relevant)}
     evaluator = InformationRetrievalEvaluator(
-        {key: key for key in vectors if key[0] == "q"}, {key: key for key in vectors if key[0] == "d"}, named,
-        score_functions={"cosine": Model.similarity}, write_csv=False,
-    )  # fmt: skip
+        {key: key for key in vectors if key[0] == "q"},
+        {key: key for key in vectors if key[0] == "d"},
+        named,
+        score_functions={"cosine": Model.similarity},
+        write_csv=False,
+    )
     theirs = {key.removeprefix("cosine_"): value for key, value in evaluator(Model()).items()}
     ours = retrieval_metrics(query_emb, corpus_emb, relevant)
     assert set(ours) == set(theirs)
@@ -138,10 +141,8 @@ def test_warning_when_the_loss_falls_while_recall_worsens():
 
 
 def test_epoch_losses_are_means_over_steps(tmp_path):
-    from types import SimpleNamespace
-
     from utils import read_json
 
     log = [{"step": 3, "loss": 3.0}, {"step": 4, "loss": 7.0}, {"step": 8, "loss": 1.0}]
-    write_logs(tmp_path, log, SimpleNamespace(steps_per_epoch=4))
+    write_logs(tmp_path, log, 4)
     assert read_json(tmp_path / "training_losses.json") == [{"epoch": 1, "loss": 4.0}, {"epoch": 2, "loss": 1.0}]

@@ -5,19 +5,21 @@ import os
 import subprocess
 import sys
 
+import train_embed_lora
+import utils
+from conftest import ROOT, gradient, relative
+
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, gradient, relative
-
-import train_embed_lora
-import utils
 
 
 def naive_gradient(trainer, rows, temperature=0.05):
     """One padded forward pass of every text of the step, a loop over queries for the loss, one backward pass."""
     model, texts = trainer.model, trainer.data_collator.texts
-    documents = list(dict.fromkeys(document for _, positive, negatives, _ in rows for document in (positive, *negatives)))
+    documents = list(
+        dict.fromkeys(document for _, positive, negatives, _ in rows for document in (positive, *negatives))
+    )
     ids = [texts[row[0]] for row in rows] + [texts[i] for i, _ in documents]
     width = max(map(len, ids))
     input_ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in ids])
@@ -50,7 +52,9 @@ def test_gradient_does_not_depend_on_the_cut(reference, batch_size, piece_tokens
     trainer, rows, loss, expected = reference
     trainer.batch_size, trainer.device_tokens = batch_size, piece_tokens
     step = trainer.data_collator(rows)
-    assert trainer.cut_step(step)[1] == (batch_size == 32)  # one plain pass, or gradient caching
+    pieces, tokens_at_once = trainer.cut_step(step)
+    padded = sum(len(piece) * len(step["sequences"][piece[0]]) for piece in pieces)
+    assert tokens_at_once == pytest.approx(padded * batch_size / 32)  # all for one plain pass, else gradient caching
     found_loss, found = gradient(trainer, step)
     assert found_loss.item() == pytest.approx(loss.item(), abs=1e-5)
     assert relative(found, expected) < 1e-4
@@ -74,22 +78,24 @@ def test_cached_gradient_replays_the_dropout_of_the_direct_one(embed_trainer):
     pieces, _ = trainer.cut_step(step)
     assert len(pieces) > 3
     gradients = []
-    for at_once in (True, False):
+    for tokens_at_once in (10**6, 1):
         torch.manual_seed(7)
         trainer.model.train()
         trainer.model.zero_grad()
-        trainer.run_step(trainer.model, step, pieces, at_once)
+        trainer.run_step(trainer.model, step, pieces, tokens_at_once)
         gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad]))
     assert relative(*gradients) < 1e-5
     torch.manual_seed(8)
     trainer.model.zero_grad()
-    trainer.run_step(trainer.model, step, pieces, True)
+    trainer.run_step(trainer.model, step, pieces, 10**6)
     other = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad])
     assert relative(other, gradients[0]) > 1e-2  # the dropout was there to be replayed
 
 
 @pytest.mark.parametrize("batch_size", [32, 4])
-def test_gradient_is_the_same_after_running_out_of_memory_in_a_backward_pass(reference, batch_size, monkeypatch, capsys):
+def test_gradient_is_the_same_after_running_out_of_memory_in_a_backward_pass(
+    reference, batch_size, monkeypatch, capsys
+):
     trainer, rows, _, expected = reference
     trainer.batch_size = batch_size
     backward, calls = trainer.accelerator.backward, []
@@ -139,8 +145,21 @@ def test_two_processes_give_the_gradient_of_one(reference, tmp_path, tiny_bert, 
         halves = [naive_gradient(trainer, half)[1] for half in (rows[:16], rows[16:])]
         expected = (halves[0] + halves[1]) / 2
     flag = "--negatives_cross_device" if cross_device else "--no-negatives_cross_device"
-    flags = ["--model_name", tiny_bert, "--train_file", pairs, "--max_negs", "2", "--batch_size", "4",
-             "--gradient_accumulation", "4", "--report_to", "none", flag]  # fmt: skip
+    flags = [
+        "--model_name",
+        tiny_bert,
+        "--train_file",
+        pairs,
+        "--max_negs",
+        "2",
+        "--batch_size",
+        "4",
+        "--gradient_accumulation",
+        "4",
+        "--report_to",
+        "none",
+        flag,
+    ]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     script = [str(ROOT / "tests/two_processes.py"), str(tmp_path), json.dumps(flags)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -157,7 +176,9 @@ def test_cut_sorts_and_respects_the_budget():
 
 
 def test_positives_and_negatives_depend_on_seed_epoch_and_row_alone(tmp_path):
-    examples = [train_embed_lora.Example(f"q{i}", [f"p{i}a", f"p{i}b"], [f"n{i}{j}" for j in range(5)]) for i in range(20)]
+    examples = [
+        train_embed_lora.Example(f"q{i}", [f"p{i}a", f"p{i}b"], [f"n{i}{j}" for j in range(5)]) for i in range(20)
+    ]
     flags = ["--train_file", "x", "--max_negs", "2"]
 
     def draws(seed, epoch):

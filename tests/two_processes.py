@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 sys.path[:0] = [str(Path(__file__).parent.parent)]
-import train_embed_lora
-import utils
+import train_embed_lora  # noqa: E402
+import utils  # noqa: E402
 
 
 def gradient_instead(trainer, *_):
