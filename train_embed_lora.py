@@ -567,7 +567,7 @@ def append_eos(tokenizer):
 
 
 def probe(model):
-    """Run a forward pass: (whether attention is causal, D, the linear layers on which the hidden states do not depend)."""
+    """Run a forward pass: (whether attention is causal, D, the linear layers that the hidden states do not need)."""
     outputs, hooks = {}, []
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear | Conv1D):

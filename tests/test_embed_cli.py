@@ -89,8 +89,8 @@ def test_recommended_command(hub_folder, tiny_bert, tmp_path, capsys):
         shlex.split(
             f"--output_dir {tmp_path}/rec --dataset_name {hub_folder} --dataset_subset triplet --dataset_split train "
             f"--model_name {tiny_bert} --dataset_dev_split dev --train_sample_limit 3000 --dev_sample_limit 300 "
-            "--batch_size 32 --gradient_accumulation 2 --epochs 5 --lr 2e-5 --eval_every 200 --lora_r 16 --lora_alpha 32 "
-            "--lora_dropout 0.05 --max_length 512 --max_negs 1 --fp16 --dry_run"
+            "--batch_size 32 --gradient_accumulation 2 --epochs 5 --lr 2e-5 --eval_every 200 --lora_r 16 "
+            "--lora_alpha 32 --lora_dropout 0.05 --max_length 512 --max_negs 1 --fp16 --dry_run"
         )
     )
     said = capsys.readouterr().out
@@ -103,8 +103,8 @@ def test_recommended_command(hub_folder, tiny_bert, tmp_path, capsys):
 
 def test_two_gpus_without_a_launcher_restart_on_two_processes(tiny_bert, tmp_path, pairs):
     command = shlex.split(
-        f"train_embed_lora.py --model_name_or_path {tiny_bert} --finetune_type full --train_dataset {pairs} --output_dir "
-        f"{tmp_path}/out --batch_size 1 --lr 1e-5 --epochs 3 --neg_nums 1 --temperature 0.02 --query_max_len 128 "
+        f"train_embed_lora.py --model_name_or_path {tiny_bert} --finetune_type full --train_dataset {pairs} "
+        f"--output_dir {tmp_path}/out --batch_size 1 --lr 1e-5 --epochs 3 --neg_nums 1 --temperature 0.02 --query_max_len 128 "
         "--passage_max_len 1000 --save_on_epoch_end 1 --warmup_proportion 0.05 --report_to none"
     )
     start = (
