@@ -152,7 +152,8 @@ def read_examples(rows, args):
             drops.setdefault("duplicate rows", []).append(where)
             continue
         seen.add(key)
-        examples.append(Example(query[0], pos, true_neg, row.get("prompt") or None))
+        prompt = row.get("prompt") if "prompt" not in (query_name, positive_name) else None
+        examples.append(Example(query[0], pos, true_neg, prompt or None))
     for reason, places in drops.items():
         say(f"dropped   {len(places)} {reason} (first: {places[0]})")
     return examples, {reason: len(places) for reason, places in drops.items()}
@@ -185,10 +186,10 @@ def dev_from_beir(folder):
             by_id[str(row["_id"])] = texts_of(row, where, name)[0]
     corpus, queries, relevant = texts["corpus.jsonl"], texts["queries.jsonl"], {}
     for where, row in utils.read_rows(qrels[0]):
-        query, document, score = (*row.values(), None, None)[:3]
+        query, document, score = (*row.values(), "1")[:3]
         if query not in queries or document not in corpus:
             raise InputError(f"{where}: {query if query not in queries else document} is in no file of {folder}.")
-        if float(score) > 0:
+        if score not in ("0", "-1"):
             relevant.setdefault(query, set()).add(document)
     return DevSet({name: (queries[name], None) for name in relevant}, corpus, relevant)
 
@@ -493,8 +494,10 @@ class EmbedTrainer(utils.StepTrainer):
 
     @torch.no_grad()
     def embed(self, sequences):
-        """Embed token sequences in evaluation mode, shared out over the processes: (len(sequences), D) on the CPU."""
+        """Embed token sequences in evaluation mode, shared out over the processes: (len(sequences), D) on each."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        if len(sequences) < world:
+            world, rank = 1, 0
         training, step = self.model.training, {"sequences": sequences}
         self.model.eval()
         own = range(rank, len(sequences), world)
@@ -510,7 +513,7 @@ class EmbedTrainer(utils.StepTrainer):
         if world > 1:
             order, vectors = torch.cat(self.gather(order)), torch.cat(self.gather(vectors))
         self.model.train(training)
-        return vectors[order.argsort()].cpu()
+        return vectors[order.argsort()]
 
 
 def get_rng_state():
@@ -521,10 +524,11 @@ def get_rng_state():
 @contextmanager
 def replayed(state):
     """Run a block with an earlier random state, and go on with the present one after it."""
-    with torch.random.fork_rng(devices=range(state[1] is not None)):
-        torch.set_rng_state(state[0])
-        if state[1] is not None:
-            torch.cuda.set_rng_state(state[1])
+    cpu, gpu = state
+    with torch.random.fork_rng(devices=[] if gpu is None else [torch.cuda.current_device()]):
+        torch.set_rng_state(cpu)
+        if gpu is not None:
+            torch.cuda.set_rng_state(gpu)
         yield
 
 
@@ -566,7 +570,7 @@ def append_eos(tokenizer):
     tokenizer.backend_tokenizer.post_processor = processors.Sequence([old, new]) if old else new
 
 
-def probe(model):
+def probe(model, precision):
     """Run a forward pass: (whether attention is causal, D, the linear layers that the hidden states do not need)."""
     outputs, hooks = {}, []
     for name, layer in model.named_modules():
@@ -574,9 +578,10 @@ def probe(model):
             keep = lambda _, __, output, name=name: outputs.update({name: output.requires_grad_()})  # noqa: E731
             hooks.append(layer.register_forward_hook(keep))
     model.eval()
-    first, changed = (
-        model(torch.tensor([[5, 6, 7, last]], device=model.device)).last_hidden_state.float() for last in (8, 9)
-    )
+    with torch.autocast(model.device.type, dtype=utils.DTYPES[precision], enabled=precision != "none"):
+        first, changed = (
+            model(torch.tensor([[5, 6, 7, last]], device=model.device)).last_hidden_state.float() for last in (8, 9)
+        )
     for hook in hooks:
         hook.remove()
     causal = torch.allclose(first[0, 0], changed[0, 0], rtol=1e-3, atol=1e-4)
@@ -702,7 +707,7 @@ def load_model(args, config, stored_pooling, texts, notes):
     precision, in_words = utils.choose_precision(args)
     model = utils.load_base(args, AutoModel, config, precision, notes)
     say(f"model     {args.model_name}, {in_words}" + (f", {args.bits}-bit base" if args.bits else ""))
-    causal, dimension, unused = probe(model)
+    causal, dimension, unused = probe(model, precision)
     if max(args.matryoshka_dims or [0]) > dimension:
         raise InputError(f"--matryoshka_dims {max(args.matryoshka_dims)} exceeds the model's {dimension} dimensions.")
     settle_pooling(args, stored_pooling, causal, texts, config, notes)

@@ -99,8 +99,8 @@ def add_input_flags(parser, model, dev_size):
     add("--model_name", "--model_name_or_path", metavar="ID", help=f"hub id or local folder [{model}]")
     add("--model_revision", metavar="REV", help="branch, tag or commit of a hub model [main]")
     add("--trust_remote_code", action="store_true", help="run the Python code that comes with the base model")
-    add("--attn_implementation", default="auto", choices=["auto", "eager", "sdpa", "flash_attention_2"], help="[auto]")
-    add("--finetune_type", "--training_type", default="lora", choices=["lora", "qlora", "full"], help="[lora]")
+    add("--attn_implementation", default="auto", choices="auto eager sdpa flash_attention_2".split(), help="[auto]")
+    add("--finetune_type", "--training_type", default="lora", choices="lora qlora full".split(), help="[lora]")
     add("--load_in_8bit", action="store_true", help="quantise the base to 8 bits (bitsandbytes)")
     add("--load_in_4bit", action="store_true", help="quantise the base to 4 bits (bitsandbytes NF4)")
     add("--quantization_bits", type=int, choices=[4, 8], help="the same as a number [qlora alone means 4]")
@@ -116,7 +116,7 @@ def add_input_flags(parser, model, dev_size):
     add("--hf_revision", metavar="REV", help="branch, tag or commit of a hub data set")
     add("--train_sample_limit", type=integer(1), metavar="N", help="train on N rows, drawn with --seed [all]")
     add("--dev_sample_limit", type=integer(1), metavar="N", help="evaluate on (or hold out) N rows [all, --dev_size]")
-    add("--dev_size", type=real(0, 1, {1}), default=dev_size, metavar="X", help=f"share held out [{dev_size}]")
+    add("--dev_size", type=real(0, 1, {1}), default=dev_size, metavar="X", help=f"else this share [{dev_size}]")
     add("--num_workers", type=integer(0), default=0, metavar="N", help="extra processes that tokenise and load [0]")
 
     add = parser.add_argument_group("LoRA").add_argument
@@ -134,7 +134,7 @@ def add_training_flags(parser, batch, step, epochs, checkpointing, metric):
     add("--batch_size", type=integer(1), default=batch, metavar="N", help=f"examples in memory, per process [{batch}]")
     add("--gradient_accumulation", "--gradient_accumulation_steps", type=integer(1), metavar="N",
         help=f"pieces that make one exact step of batch_size x N examples [a step of {step} examples]")
-    add("--epochs", "--num_train_epochs", type=real(0, without={0}), default=epochs, metavar="X", help=f"[{epochs}]")
+    add("--epochs", "--num_train_epochs", type=real(0, without={0}), default=epochs, help=f"data passes [{epochs}]")
     add("--max_steps", type=integer(1), metavar="N", help="optimizer steps, in place of --epochs")
     add("--lr", "--learning_rate", type=real(0, 1, {0, 1}), metavar="X", help="peak [2e-4; full fine-tuning 2e-5]")
     add("--lr_scheduler", "--lr_scheduler_type", default="cosine", choices=["linear", "cosine", "constant"],
@@ -158,16 +158,16 @@ def add_training_flags(parser, batch, step, epochs, checkpointing, metric):
     add("--output_dir", metavar="DIR", help="where everything goes [runs/<script>-<date-time>]")
     add("--overwrite", action="store_true", help="delete what an earlier run left in --output_dir")
     add("--save_best", type=int, choices=[0, 1], help="final/ is the best state, not the last [1 with a dev set]")
-    add("--eval_every", "--eval_steps", type=integer(0), metavar="N", help="steps; 0 = each epoch [10 %% of the run]")
+    add("--eval_every", "--eval_steps", type=integer(0), metavar="N", help="steps; 0 = each epoch [a tenth of the run]")
     add("--eval_strategy", choices=["no", "epoch", "steps"], help="steps without --eval_every: every --logging_steps")
     add("--early_stopping_patience", type=integer(1), metavar="N", help="evaluations without a new best, 3-5 [off]")
-    add("--metric_for_best", "--metric_for_best_model", metavar="NAME", help=f"[{metric}]")
-    add("--checkpoint_strategy", default="steps", choices=["no", "epoch", "steps"], help="[steps]")
+    add("--metric_for_best", "--metric_for_best_model", metavar="NAME", help=f"what best means [{metric}]")
+    add("--checkpoint_strategy", default="steps", choices=["no", "epoch", "steps"], help="when [steps]")
     add("--save_on_epoch_end", type=int, choices=[0, 1], default=0, help="checkpoint every epoch and keep them all [0]")
-    add("--checkpoint_steps", "--save_steps", type=integer(1), metavar="N", help="steps [10 %% of the run]")
+    add("--checkpoint_steps", "--save_steps", type=integer(1), metavar="N", help="in steps [a tenth of the run]")
     add("--save_total_limit", type=integer(1), metavar="N", help="checkpoints kept [2; all with --save_on_epoch_end 1]")
-    add("--logging_steps", type=integer(-1), default=10, metavar="N", help="steps; -1 = every step, 0 = off [10]")
-    add("--report_to", choices=["none", "tensorboard", "mlflow", "wandb"], help="[tensorboard if installed]")
+    add("--logging_steps", type=integer(-1), default=10, metavar="N", help="in steps; -1 = every step, 0 = off [10]")
+    add("--report_to", choices="none tensorboard mlflow wandb".split(), help="logs go to [tensorboard, if installed]")
     add("--dry_run", action="store_true", help="check everything, train nothing")
 
 
@@ -414,6 +414,9 @@ def position_limit(config, tokenizer):
     return min(limit, tokenizer.model_max_length)
 
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": torch.float32}
+
+
 def choose_precision(args):
     """Return ("bf16" | "fp16" | "none", in words): bf16 from compute capability 8.0 on, fp16 below, none on a CPU."""
     asked = args.mixed_precision or ("fp16" if args.fp16 else "bf16" if args.bf16 else None)
@@ -438,7 +441,7 @@ def without_dropout(config):
 
 def load_base(args, auto_class, config, precision, notes):
     """Load the base in the compute dtype (float32 for full fine-tuning), quantised if asked; adds to `notes`."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": torch.float32}[precision]
+    dtype = DTYPES[precision]
     device, attention = PartialState().device, args.attn_implementation
     if attention == "flash_attention_2":
         modern = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
@@ -597,11 +600,16 @@ class StepTrainer(Trainer):
         input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).long()
         return input_ids.to(self.args.device), lengths.to(self.args.device)
 
-    def evaluate(self, *args, **kwargs):
-        """Measure the dev sets; Trainer's own evaluation would average per-batch means of a loss."""
+    def measure_dev_sets(self):
+        """Return {"eval_<metric>": value} over all dev sets."""
         started = time.perf_counter()
         metrics = {f"eval_{name}": value for name, value in self.measure(self).items()}
         self.evaluation_seconds += time.perf_counter() - started
+        return metrics
+
+    def evaluate(self, *args, **kwargs):
+        """Measure and log; Trainer's own evaluation would average per-batch means of a loss."""
+        metrics = self.measure_dev_sets()
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -822,7 +830,7 @@ def train(trainer, args, plan, checkpoint):
     if stored:
         before = {key: value for key, value in stored["log_history"][0].items() if key.startswith("eval_")}
     else:
-        before = {f"eval_{key}": value for key, value in trainer.measure(trainer).items()} if plan.has_dev else {}
+        before = trainer.measure_dev_sets() if plan.has_dev else {}
     callback = RunCallback(trainer, args, plan, before)
     trainer.remove_callback(ProgressCallback)
     for each in (Progress(plan.shown), callback):

@@ -104,8 +104,8 @@ def test_recommended_command(hub_folder, tiny_bert, tmp_path, capsys):
 def test_two_gpus_without_a_launcher_restart_on_two_processes(tiny_bert, tmp_path, pairs):
     command = shlex.split(
         f"train_embed_lora.py --model_name_or_path {tiny_bert} --finetune_type full --train_dataset {pairs} "
-        f"--output_dir {tmp_path}/out --batch_size 1 --lr 1e-5 --epochs 3 --neg_nums 1 --temperature 0.02 --query_max_len 128 "
-        "--passage_max_len 1000 --save_on_epoch_end 1 --warmup_proportion 0.05 --report_to none"
+        f"--output_dir {tmp_path}/out --batch_size 1 --lr 1e-5 --epochs 3 --neg_nums 1 --temperature 0.02 "
+        "--query_max_len 128 --passage_max_len 1000 --save_on_epoch_end 1 --warmup_proportion 0.05 --report_to none"
     )
     start = (
         f"import sys, runpy, torch; torch.cuda.device_count = lambda: 2; sys.argv = {command!r}; "
@@ -339,6 +339,20 @@ def test_flags_run_to_the_end(run_embed, flags):
     assert report["proof"]["relative_change"] > 0
     assert ("ndcg@10_dim8" in report["metrics"]["after"]) == ("--matryoshka_dims" in flags)
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("flags", [[], ["--load_in_4bit"], ["--load_in_8bit"], ["--finetune_type", "full"]])
+def test_half_precision_bases_keep_float32_adapters(run_embed, monkeypatch, tmp_path, flags):
+    monkeypatch.setattr(utils, "choose_precision", lambda args: ("bf16", "bf16"))
+    caught, train = [], utils.train
+    monkeypatch.setattr(utils, "train", lambda trainer, *rest: caught.append(trainer) or train(trainer, *rest))
+    report = run_embed("--batch_size", 8, "--max_steps", 3, "--lr", "1e-3", *flags)
+    assert report["proof"]["relative_change"] > 0
+    trained = {p.dtype for p in caught[0].model.parameters() if p.requires_grad}
+    frozen = {p.dtype for p in caught[0].model.parameters() if not p.requires_grad and p.ndim == 2}
+    assert trained == {torch.float32}
+    assert torch.float32 not in frozen or flags == ["--finetune_type", "full"]
+    assert any("half precision" in note for note in report["plan"]["notes"])
 
 
 def test_init_adapter_goes_on_where_stage_one_ended(run_embed, tmp_path):

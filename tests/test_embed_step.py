@@ -138,30 +138,18 @@ def test_a_loss_that_is_not_finite_stops_the_run(reference):
         gradient(trainer, trainer.data_collator(rows))
 
 
-@pytest.mark.parametrize("cross_device", [True, False])
-def test_two_processes_give_the_gradient_of_one(reference, tmp_path, tiny_bert, pairs, cross_device):
+@pytest.mark.parametrize("cross_device, batch_size", [(True, 4), (True, 16), (False, 4)])
+def test_two_processes_give_the_gradient_of_one(reference, tmp_path, tiny_bert, pairs, cross_device, batch_size):
     trainer, rows, _, expected = reference
     if not cross_device:  # each process contrasts its own half
         halves = [naive_gradient(trainer, half)[1] for half in (rows[:16], rows[16:])]
         expected = (halves[0] + halves[1]) / 2
-    flag = "--negatives_cross_device" if cross_device else "--no-negatives_cross_device"
-    flags = [
-        "--model_name",
-        tiny_bert,
-        "--train_file",
-        pairs,
-        "--max_negs",
-        "2",
-        "--batch_size",
-        "4",
-        "--gradient_accumulation",
-        "4",
-        "--report_to",
-        "none",
-        flag,
-    ]
+    flags = (
+        f"--model_name {tiny_bert} --train_file {pairs} --max_negs 2 --batch_size {batch_size} --report_to none "
+        f"--gradient_accumulation {16 // batch_size} --{'' if cross_device else 'no-'}negatives_cross_device"
+    )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    script = [str(ROOT / "tests/two_processes.py"), str(tmp_path), json.dumps(flags)]
+    script = [str(ROOT / "tests/two_processes.py"), str(tmp_path), json.dumps(flags.split())]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command + script, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
