@@ -23,10 +23,10 @@ from pathlib import Path
 import utils
 from utils import InputError, integer, real, say
 
+import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
 from datasets.fingerprint import Hasher
 from tokenizers import processors
 from torch import nn
@@ -55,7 +55,8 @@ def parse_args(argv=None):
     add("--pooling", default="auto", choices=["auto", "mean", "cls", "last"], help="tokens to one vector [the base's]")
     add("--append_eos", action="store_true", help="end every text with the EOS token, truncated ones too")
     add("--false_negative_margin", type=real(0, 2), metavar="X", help="mask documents so much above the positive")
-    add("--negatives_cross_device", action=argparse.BooleanOptionalAction, default=True, help="[on]")
+    add("--negatives_cross_device", action=argparse.BooleanOptionalAction, default=True,
+        help="contrast with the documents of all processes [on]")
     add("--matryoshka_dims", type=integer(1), nargs="+", metavar="D", help="train these prefixes of the vector too")
     add("--query_column", metavar="NAME", help="where its name is not recognised")
     add("--positive_column", metavar="NAME", help="where its name is not recognised")
@@ -125,14 +126,16 @@ def texts_of(value, where, name):
     if not isinstance(value, str):
         raise InputError(f"{where}: {name} is the {type(value).__name__} {value}, an id rather than a text. "
                          "Look the texts up first.")
-    return [value.strip()] if value.strip() else []
+    value = value.strip().encode(errors="replace").decode()  # half an emoji cannot be encoded
+    return [value] if value else []
 
 
 def read_examples(rows, args):
     """Turn [(where, row)] into Examples; counts, and says, what cannot be learnt from. Returns (examples, counts)."""
     query_name, positive_name, negative_names, unused = find_columns(rows, args)
+    has_prompt = any("prompt" in row for _, row in rows) and "prompt" not in (query_name, positive_name)
     say(f"columns   query = {query_name}, positive = {positive_name}, negatives = {', '.join(negative_names) or 'none'}"
-        + (f" (unused: {', '.join(unused)})" if unused else ""))
+        + ", query prefix = prompt" * has_prompt + (f" (unused: {', '.join(unused)})" if unused else ""))
     examples, seen, drops = [], set(), {}
     for where, row in rows:
         query = texts_of(row.get(query_name), where, query_name)
@@ -152,8 +155,11 @@ def read_examples(rows, args):
             drops.setdefault("duplicate rows", []).append(where)
             continue
         seen.add(key)
-        prompt = row.get("prompt") if "prompt" not in (query_name, positive_name) else None
+        prompt = texts_of(row.get("prompt"), where, "prompt") and row["prompt"] if has_prompt else None
         examples.append(Example(query[0], pos, true_neg, prompt or None))
+    for name, values in ((query_name, [e.query for e in examples]), (positive_name, [e.pos[0] for e in examples])):
+        if len(values) > 1 and all(value.isdecimal() for value in values):
+            raise InputError(f"{rows[0][0]}: every {name} is a number, ids rather than texts. Look the texts up first.")
     for reason, places in drops.items():
         say(f"dropped   {len(places)} {reason} (first: {places[0]})")
     return examples, {reason: len(places) for reason, places in drops.items()}
@@ -181,12 +187,12 @@ def dev_from_beir(folder):
     texts = {"corpus.jsonl": {}, "queries.jsonl": {}}
     for name, by_id in texts.items():
         for where, row in utils.read_rows(folder / name):
-            if "_id" not in row or not texts_of(row, where, name):
+            if "_id" not in row or "text" not in row:
                 raise InputError(f"{where}: no _id or no text. A line is {{\"_id\": \"7\", \"text\": \"...\"}}.")
-            by_id[str(row["_id"])] = texts_of(row, where, name)[0]
+            by_id[str(row["_id"])] = next(iter(texts_of(row, where, name)), "-")  # an empty document counts too
     corpus, queries, relevant = texts["corpus.jsonl"], texts["queries.jsonl"], {}
     for where, row in utils.read_rows(qrels[0]):
-        query, document, score = (*row.values(), "1")[:3]
+        query, document, score = (*row.values(), None, "1")[:3]
         if query not in queries or document not in corpus:
             raise InputError(f"{where}: {query if query not in queries else document} is in no file of {folder}.")
         if score not in ("0", "-1"):
@@ -199,8 +205,6 @@ def read_data(args):
     rows, sources = utils.read_sources(args)
     rng = random.Random(args.seed)
     rng.shuffle(rows)
-    if args.train_sample_limit and (sources or args.dev_sample_limit):
-        rows = rows[: 2 * (args.train_sample_limit + (args.dev_sample_limit or 0))]  # twice: some will be dropped
     examples, dropped = read_examples(rows, args)
     dev_sets = {}
     for name, source in sources.items():
@@ -211,6 +215,8 @@ def read_data(args):
             dev = dev_from_examples(read_examples(rows, args)[0])
         kept = rng.sample(sorted(dev.queries), min(args.dev_sample_limit or len(dev.queries), len(dev.queries)))
         dev.queries = {key: dev.queries[key] for key in sorted(kept)}
+        if not dev.queries:
+            raise InputError(f"--dev_file {source} holds no query with a relevant document.")
         dev_sets[name] = dev
     wanted = args.dev_sample_limit or math.ceil(args.dev_size * len(examples))
     if not dev_sets and wanted and len(examples) > 3 and args.eval_strategy != "no":
@@ -248,7 +254,10 @@ class Texts:
     def tokenise(self, tokenizer, query_max_len, passage_max_len, workers):
         """Tokenise all texts, cached by `datasets` under a hash of texts, tokenizer and lengths."""
         texts, sides = zip(*self.index, strict=True)
-        key = Hasher.hash([texts, sides, tokenizer.backend_tokenizer.to_str(), query_max_len, passage_max_len])
+        rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
+        key = Hasher.hash([texts, sides, rules, query_max_len, passage_max_len])
+        folder = Path(datasets.config.HF_DATASETS_CACHE) / "lora_tokens"
+        folder.mkdir(parents=True, exist_ok=True)
 
         def encode(batch):
             ids = [None] * len(batch["text"])
@@ -260,9 +269,9 @@ class Texts:
                     ids[i] = row
             return {"input_ids": ids}
 
-        data = Dataset.from_dict({"text": texts, "is_query": sides}).map(
+        data = datasets.Dataset.from_dict({"text": texts, "is_query": sides}).map(
             encode, batched=True, remove_columns=["text", "is_query"], new_fingerprint=key, num_proc=workers or None,
-            desc="tokenising", cache_file_name=str(cache_folder() / f"{key}.arrow"),
+            desc="tokenising", cache_file_name=str(folder / f"{key}.arrow"),
         )
         column = data.data.column("input_ids").combine_chunks()
         self.values, self.offsets = column.values.to_numpy(), column.offsets.to_numpy()
@@ -270,15 +279,6 @@ class Texts:
 
     def __getitem__(self, i):
         return self.values[self.offsets[i] : self.offsets[i + 1]]
-
-
-def cache_folder():
-    """Return the folder where `datasets` keeps its caches, ours beside them."""
-    import datasets.config
-
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "lora_tokens"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 class TrainSet(torch.utils.data.Dataset):
@@ -308,8 +308,9 @@ class TrainSet(torch.utils.data.Dataset):
 class Collator:
     """Make one step of rows: each distinct text once, and which document belongs to which query.
 
-    `sequences` token ids; `queries` (Q,), `documents` (N,) positions in it; `document_ids` (N,) text hashes;
-    `target` (Q,) column of each query's positive; `known` (Q, K) hashes of texts that are no negatives, 0-padded.
+    `sequences` token ids; `queries` (Q,), `documents` (N,) positions in it; `texts` (N,) text indices of the documents,
+    `document_ids` (N,) their hashes; `target` (Q,) column of each query's positive; `known` (Q, K) hashes of texts
+    that are no negatives of a query, 0-padded.
     """
 
     def __init__(self, texts):
@@ -328,6 +329,7 @@ class Collator:
             "sequences": [self.texts[i] for i in position],
             "queries": torch.tensor([position[row[0]] for row in rows]),
             "documents": torch.tensor([position[i] for i, _ in column]),
+            "texts": torch.tensor([i for i, _ in column]),
             "document_ids": torch.tensor([text_id for _, text_id in column]),
             "target": torch.tensor([column[row[1]] for row in rows]),
             "known": nn.utils.rnn.pad_sequence(known, batch_first=True),
@@ -420,6 +422,7 @@ class EmbedTrainer(utils.StepTrainer):
     def __init__(self, *, flags, causal, **kwargs):
         super().__init__(batch_size=flags.batch_size, **kwargs)
         self.flags, self.causal = flags, causal
+        self.world = self.accelerator.num_processes if flags.negatives_cross_device else 1
 
     def encode(self, model, step, piece):
         """Embed a piece's sequences: unit vectors (B, D) in float32."""
@@ -436,20 +439,22 @@ class EmbedTrainer(utils.StepTrainer):
         """Loss of the step from its sequences' vectors (B, D); over all processes' queries and documents at once."""
         query_emb, doc_emb = vectors[step["queries"]], vectors[step["documents"]]
         ids, target, known = step["document_ids"], step["target"], step["known"]
-        world = self.accelerator.num_processes if self.flags.negatives_cross_device else 1
-        if world > 1:
+        repeated = False
+        if self.world > 1:
             rank = self.accelerator.process_index
             before = sum(map(len, self.gather(ids)[:rank]))
             known = torch.cat(self.gather(self.accelerator.pad_across_processes(known, dim=1)))
-            target, ids = torch.cat(self.gather(target + before)), torch.cat(self.gather(ids))
-            # one's own part stays attached; DDP averages the gradients, so the loss is counted `world` times
+            target, ids, texts = (torch.cat(self.gather(x)) for x in (target + before, ids, step["texts"]))
+            # one's own part stays attached, so that each process has the gradient of the whole loss for it
             query_emb, doc_emb = (
                 torch.cat([own if i == rank else other for i, other in enumerate(self.gather(own.detach()))])
                 for own in (query_emb, doc_emb)
             )
-        excluded = excluded_columns(ids, target, known)
+            column = (texts[:, None] == texts).int().argmax(1)  # (N,) a text is one column, whoever has it
+            target, repeated = column[target], column != torch.arange(len(column), device=column.device)
+        excluded = excluded_columns(ids, target, known) | repeated
         margin, dims = self.flags.false_negative_margin, self.flags.matryoshka_dims
-        return world * contrastive_loss(query_emb, doc_emb, target, excluded, self.flags.temperature, margin, dims)
+        return contrastive_loss(query_emb, doc_emb, target, excluded, self.flags.temperature, margin, dims)
 
     def gather(self, rows):
         """Return the rows (n, ...) of every process, whose numbers may differ, as a list."""
@@ -476,7 +481,7 @@ class EmbedTrainer(utils.StepTrainer):
         leaves = [vector.detach().requires_grad_() for vector in vectors]
         order = torch.tensor([i for piece in pieces for i in piece], device=self.args.device).argsort()
         loss = self.loss(torch.cat(leaves)[order], step)
-        loss.backward()
+        (self.world * loss).backward()  # DDP averages the gradients
         with self.unsynced(model, early > 0):  # first, so that the kept graphs are gone before others are made
             kept = zip(vectors[early:], leaves[early:], strict=True)
             self.accelerator.backward(sum((vector * leaf.grad).sum() for vector, leaf in kept))
@@ -485,8 +490,7 @@ class EmbedTrainer(utils.StepTrainer):
             with self.unsynced(model, i < early - 1), replayed(states[i]):
                 vector = self.encode(model, step, pieces[i])
                 self.accelerator.backward((vector * leaves[i].grad).sum())
-        world = self.accelerator.num_processes if self.flags.negatives_cross_device else 1
-        return loss.detach() / world
+        return loss.detach()
 
     def unsynced(self, model, more):
         """Context in which processes do not add up their gradients yet, because there is `more` to come."""
@@ -560,23 +564,25 @@ def st_files(args):
 
 def append_eos(tokenizer):
     """Make the tokenizer itself end every text with EOS, so that whoever loads it does the same, truncated or not."""
-    eos, old = tokenizer.eos_token or tokenizer.sep_token, tokenizer.backend_tokenizer.post_processor
-    if not eos:
-        raise InputError("--append_eos: the tokenizer has no EOS token. Drop the flag.")
+    eos = tokenizer.eos_token or tokenizer.sep_token
+    if not eos or not tokenizer.is_fast:
+        raise InputError("--append_eos: the tokenizer has no EOS token, or is none of `tokenizers`'. Drop the flag.")
     if tokenizer("a")["input_ids"][-1] == tokenizer.convert_tokens_to_ids(eos):
         return
-    ids = [(eos, tokenizer.convert_tokens_to_ids(eos))]
+    old, ids = tokenizer.backend_tokenizer.post_processor, [(eos, tokenizer.convert_tokens_to_ids(eos))]
     new = processors.TemplateProcessing(single=f"$A {eos}", special_tokens=ids)
     tokenizer.backend_tokenizer.post_processor = processors.Sequence([old, new]) if old else new
 
 
 def probe(model, precision):
     """Run a forward pass: (whether attention is causal, D, the linear layers that the hidden states do not need)."""
-    outputs, hooks = {}, []
+    outputs, hooks, thresholds = {}, [], {}
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear | Conv1D):
             keep = lambda _, __, output, name=name: outputs.update({name: output.requires_grad_()})  # noqa: E731
             hooks.append(layer.register_forward_hook(keep))
+        if hasattr(getattr(layer, "state", None), "threshold"):  # LLM.int8: outlier columns depend on every token
+            thresholds[layer], layer.state.threshold = layer.state.threshold, 0.0
     model.eval()
     with torch.autocast(model.device.type, dtype=utils.DTYPES[precision], enabled=precision != "none"):
         first, changed = (
@@ -584,6 +590,8 @@ def probe(model, precision):
         )
     for hook in hooks:
         hook.remove()
+    for layer, threshold in thresholds.items():
+        layer.state.threshold = threshold
     causal = torch.allclose(first[0, 0], changed[0, 0], rtol=1e-3, atol=1e-4)
     gradients = torch.autograd.grad(changed.sum(), list(outputs.values()), allow_unused=True)
     unused = [name for name, gradient in zip(outputs, gradients, strict=True) if gradient is None]
@@ -686,14 +694,15 @@ def named(dev_name, metric):
     return f"{dev_name}_{metric}" if dev_name else metric
 
 
-def plan_run(args, train_set, dev_sets):
+def plan_run(args, train_set, dev_sets, notes):
     """Make the plan, and say how many documents a query is contrasted with; raises InputError for an unknown metric."""
     first, metric = next(iter(dev_sets), ""), args.metric_for_best
-    known = [named(name, key) for name in dev_sets for key in METRICS]
+    dims = [f"ndcg@10_dim{dim}" for dim in args.matryoshka_dims or []]
+    known = [named(name, key) for name in dev_sets for key in METRICS + dims]
     if metric and dev_sets and metric not in known:
         raise InputError(f"--metric_for_best {metric} is not measured. Choose one of {', '.join(known)}.")
     metric = metric or named(first, "ndcg@10")
-    plan = utils.make_plan(args, len(train_set), bool(dev_sets), metric, greater_is_better=True, drop_last=True)
+    plan = utils.make_plan(args, len(train_set), bool(dev_sets), metric, True, drop_last=True, notes=notes)
     plan.shown = list(dict.fromkeys([metric, named(first, "ndcg@10"), named(first, "recall@10")]))
     mined = sum(min(args.max_negs, len(neg)) for _, _, neg, _ in train_set.rows) / len(train_set)
     contrasted = plan.examples_per_step if args.negatives_cross_device else plan.step_rows
@@ -723,9 +732,11 @@ def longest_rows(train_set, texts, plan, args):
 def main(argv=None):
     """Run the command line `argv`; return what training_summary_report.json holds."""
     args, notes = parse_args(argv), []
-    state, checkpoint = utils.start_process(), utils.open_output_dir(args)
+    state = utils.start_process(args)
+    checkpoint = utils.open_output_dir(args)
     set_seed(args.seed)
-    examples, dev_sets, counts = read_data(args)
+    with state.main_process_first():
+        examples, dev_sets, counts = read_data(args)
 
     config, tokenizer = utils.load_config(args), utils.load_tokenizer(args)
     stored_pooling = settle_texts(args, config, tokenizer, notes)
@@ -733,23 +744,23 @@ def main(argv=None):
     train_set, measure = TrainSet(examples, texts, args), make_measure(dev_sets, texts, args)
     with state.main_process_first():
         texts.tokenise(tokenizer, args.query_max_len, args.passage_max_len, args.num_workers)
-    plan = plan_run(args, train_set, dev_sets)
+    plan = plan_run(args, train_set, dev_sets, notes)
     model, causal, dimension, precision = load_model(args, config, stored_pooling, texts, notes)
     trainer = EmbedTrainer(
-        flags=args, causal=causal, model=model, measure=measure, train_dataset=train_set, eval_dataset=train_set,
+        flags=args, causal=causal, model=model, measure=measure, train_dataset=train_set,
+        eval_dataset=train_set,  # never read: Trainer refuses to evaluate without one
         args=utils.training_arguments(args, plan, precision, drop_last=True), data_collator=Collator(texts),
         processing_class=tokenizer,
     )
+    run = utils.describe_run(args, precision, Hasher.hash([examples, dev_sets]), checkpoint)
     show_examples(train_set, texts, tokenizer)
-    plan_report = utils.preflight(args, trainer, plan, longest_rows(train_set, texts, plan, args), notes)
-    run = utils.describe_run(args, Hasher.hash([examples, dev_sets]), checkpoint)
+    utils.preflight(args, trainer, plan, longest_rows(train_set, texts, plan, args))
     if args.dry_run:
-        return run | {"data": counts, "plan": plan_report}
+        return run | {"data": counts, "plan": vars(plan)}
 
     final, started = Path(args.output_dir) / "final", time.perf_counter()
     if state.is_main_process:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        utils.write_json(final.parent / "training_config.json", run)
+        utils.begin_output_dir(args, run)
     outputs = partial(trainer.embed, [texts[i] for i in range(min(8, len(texts.index)))])
     base = outputs()
     before, after, warnings = utils.train(trainer, args, plan, checkpoint)
@@ -763,9 +774,9 @@ def main(argv=None):
     state.wait_for_everyone()
     proof = utils.prove(trainer, str(final), base, outputs, AutoModel)
     return utils.write_report(trainer, args, run, {
-        "data": counts, "plan": plan_report, "metrics": (before, after), "proof": proof, "warnings": warnings,
+        "data": counts, "plan": vars(plan), "metrics": (before, after), "proof": proof, "warnings": warnings,
         "seconds": seconds})
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    utils.run(main, parse_args)

@@ -11,6 +11,7 @@ import glob
 import hashlib
 import importlib.metadata
 import importlib.util
+import io
 import json
 import logging
 import math
@@ -32,8 +33,9 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|a
 
 import torch
 from accelerate import PartialState
-from accelerate.utils.memory import should_reduce_batch_size
+from accelerate.utils import broadcast_object_list
 from datasets import get_dataset_split_names, load_dataset
+from datasets.exceptions import DatasetsError
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
@@ -44,7 +46,6 @@ from transformers import (
     PreTrainedConfig,
     ProgressCallback,
     Trainer,
-    TrainerCallback,
     TrainerState,
     TrainingArguments,
 )
@@ -54,7 +55,8 @@ from transformers.utils import cached_file
 PIECE_TOKENS = {"cpu": 448, "cuda": 32768}  # padded tokens of one forward pass at which a device is fastest
 MAX_SKIPPED_STEPS = 20  # fp16: the loss scale falls from 65536 to below 1 in 17 skipped steps
 # may differ between a run and its continuation without changing the weights
-FREE_ON_RESUME = {"output_dir", "overwrite", "resume_from_checkpoint", "num_workers", "report_to", "save_total_limit"}
+FREE_ON_RESUME = {"output_dir", "overwrite", "resume_from_checkpoint", "num_workers", "report_to", "save_total_limit",
+                  "dry_run"}
 
 
 class InputError(Exception):
@@ -99,8 +101,10 @@ def add_input_flags(parser, model, dev_size):
     add("--model_name", "--model_name_or_path", metavar="ID", help=f"hub id or local folder [{model}]")
     add("--model_revision", metavar="REV", help="branch, tag or commit of a hub model [main]")
     add("--trust_remote_code", action="store_true", help="run the Python code that comes with the base model")
-    add("--attn_implementation", default="auto", choices="auto eager sdpa flash_attention_2".split(), help="[auto]")
-    add("--finetune_type", "--training_type", default="lora", choices="lora qlora full".split(), help="[lora]")
+    add("--attn_implementation", default="auto", choices="auto eager sdpa flash_attention_2".split(),
+        help="how attention is computed [auto: as the model prefers]")
+    add("--finetune_type", "--training_type", default="lora", choices="lora qlora full".split(),
+        help="train adapters, adapters on a quantised base (qlora), or all weights (full) [lora]")
     add("--load_in_8bit", action="store_true", help="quantise the base to 8 bits (bitsandbytes)")
     add("--load_in_4bit", action="store_true", help="quantise the base to 4 bits (bitsandbytes NF4)")
     add("--quantization_bits", type=int, choices=[4, 8], help="the same as a number [qlora alone means 4]")
@@ -134,7 +138,8 @@ def add_training_flags(parser, batch, step, epochs, checkpointing, metric):
     add("--batch_size", type=integer(1), default=batch, metavar="N", help=f"examples in memory, per process [{batch}]")
     add("--gradient_accumulation", "--gradient_accumulation_steps", type=integer(1), metavar="N",
         help=f"pieces that make one exact step of batch_size x N examples [a step of {step} examples]")
-    add("--epochs", "--num_train_epochs", type=real(0, without={0}), default=epochs, help=f"data passes [{epochs}]")
+    add("--epochs", "--num_train_epochs", type=real(0, without={0}), default=epochs, metavar="X",
+        help=f"passes over the training rows; fractions are fine [{epochs}]")
     add("--max_steps", type=integer(1), metavar="N", help="optimizer steps, in place of --epochs")
     add("--lr", "--learning_rate", type=real(0, 1, {0, 1}), metavar="X", help="peak [2e-4; full fine-tuning 2e-5]")
     add("--lr_scheduler", "--lr_scheduler_type", default="cosine", choices=["linear", "cosine", "constant"],
@@ -142,7 +147,7 @@ def add_training_flags(parser, batch, step, epochs, checkpointing, metric):
     add("--warmup_steps", type=integer(0), metavar="N", help="steps of linear warm-up; beats --warmup_ratio")
     add("--warmup_ratio", "--warmup_proportion", type=real(0, 1, {1}), default=0.05, metavar="X",
         help="share of the steps that warm up [0.05]")
-    add("--optimizer", "--optim", default="adamw", choices=["adamw", "adamw_8bit", "sgd"], help="[adamw]")
+    add("--optimizer", "--optim", default="adamw", choices="adamw adamw_8bit sgd".split(), help="optimizer [adamw]")
     add("--weight_decay", type=real(0), default=0.01, metavar="X", help="decoupled weight decay [0.01]")
     add("--max_grad_norm", type=real(0), default=1.0, metavar="X", help="clip the gradient's norm; 0 = off [1.0]")
     add("--fp16", action="store_true", help="float16 with loss scaling")
@@ -162,7 +167,8 @@ def add_training_flags(parser, batch, step, epochs, checkpointing, metric):
     add("--eval_strategy", choices=["no", "epoch", "steps"], help="steps without --eval_every: every --logging_steps")
     add("--early_stopping_patience", type=integer(1), metavar="N", help="evaluations without a new best, 3-5 [off]")
     add("--metric_for_best", "--metric_for_best_model", metavar="NAME", help=f"what best means [{metric}]")
-    add("--checkpoint_strategy", default="steps", choices=["no", "epoch", "steps"], help="when [steps]")
+    add("--checkpoint_strategy", default="steps", choices=["no", "epoch", "steps"],
+        help="when checkpoints are written; with a dev set they follow the evaluations [steps]")
     add("--save_on_epoch_end", type=int, choices=[0, 1], default=0, help="checkpoint every epoch and keep them all [0]")
     add("--checkpoint_steps", "--save_steps", type=integer(1), metavar="N", help="in steps [a tenth of the run]")
     add("--save_total_limit", type=integer(1), metavar="N", help="checkpoints kept [2; all with --save_on_epoch_end 1]")
@@ -221,10 +227,12 @@ def finish_flags(parser, args, model, step):
 # ---------------------------------------------------------------- the process
 
 
-def run(main):
+def run(main, parse_args):
     """Start `main` as a command: several GPUs through torchrun, the user's mistakes in one sentence, exit code 1."""
     if sys.argv[0].endswith("kernel_launcher.py"):  # the file was pasted whole into a notebook cell
-        return say('Defined. Now call main(["--train_file", "pairs.jsonl"]) with the flags you want.')
+        say('Defined. Now call main(["--train_file", "pairs.jsonl"]) with the flags you want.')
+        return
+    parse_args()  # what is wrong with the flags is said once, not by every process
     gpus = torch.cuda.device_count()
     if gpus > 1 and "LOCAL_RANK" not in os.environ:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)]
@@ -234,17 +242,19 @@ def run(main):
     try:
         main()
     except InputError as error:
-        say(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def start_process():
+def start_process(args):
     """Join the process group, if there is one, and return accelerate's state of this process."""
     state = PartialState(cpu=not torch.cuda.is_available() and not torch.backends.mps.is_available())
     if torch.cuda.device_count() > state.num_processes:
         say("note      several GPUs are visible and this call uses the first: start the script from a shell to use all")
+    if state.num_processes > 1:
+        args.output_dir = broadcast_object_list([args.output_dir])[0]  # the default has the time in it
     return state
 
 
@@ -285,8 +295,11 @@ def read_rows(path):
             raise InputError(f"{path} is not UTF-8 (byte {error.start}). Save it as UTF-8.") from None
         if kind in {".csv", ".tsv"}:
             csv.field_size_limit(2**31 - 1)
-            reader = csv.DictReader(text.splitlines(keepends=True), delimiter="\t" if kind == ".tsv" else ",")
-            rows = [(f"{path}, line {reader.line_num}", row) for row in reader]
+            reader = csv.DictReader(io.StringIO(text), delimiter="\t" if kind == ".tsv" else ",", strict=True)
+            try:
+                rows = [(f"{path}, line {reader.line_num}", row) for row in reader]
+            except csv.Error as error:
+                raise InputError(f"{path}, line {reader.line_num + 1}: {error}. Double the quotes.") from None
         elif kind == ".json" and text.lstrip().startswith("["):
             rows = [(f"{path}, row {i}", row) for i, row in enumerate(parse_json(text, path), 1)]
         else:
@@ -332,7 +345,7 @@ def read_hub_rows(args, split):
             return None
         data = load_dataset(args.dataset_name, args.dataset_subset, split=split, revision=args.hf_revision,
                             **fresh if os.path.isdir(args.dataset_name) else {})
-    except (ValueError, OSError) as error:  # no such data set, subset or revision; no network
+    except (ValueError, OSError, DatasetsError) as error:  # no such data set, subset or revision; no network
         raise InputError(f"--dataset_name {args.dataset_name} cannot be read: {reason(error)}") from None
     return [(f"{args.dataset_name}[{split}], row {i}", row) for i, row in enumerate(data, 1)]
 
@@ -366,10 +379,13 @@ def text_id(text):
 
 def base_json(args, filename):
     """Return a JSON file of --init_adapter or else of the base model, local or on the hub; None if neither has it."""
-    for source in filter(None, [args.init_adapter, args.model_name]):
-        path = cached_file(source, filename, revision=None if source == args.init_adapter else args.model_revision,
-                           _raise_exceptions_for_missing_entries=False,
-                           _raise_exceptions_for_connection_errors=False)
+    for source, revision in ((args.init_adapter, None), (args.model_name, args.model_revision)):
+        try:
+            path = source and cached_file(source, filename, revision=revision,
+                                          _raise_exceptions_for_missing_entries=False)
+        except OSError:
+            path = None
+            say(f"note      the hub could not be asked whether {source} has a {filename}: going on as if not")
         if path:
             return read_json(path)
     return None
@@ -423,11 +439,12 @@ def choose_precision(args):
     if not torch.cuda.is_available():
         return "none", "float32, no GPU" + (f" for --{asked}" if asked in ("fp16", "bf16") else "")
     # not torch.cuda.is_bf16_supported(): it counts emulation, as on a T4
-    modern = torch.cuda.get_device_capability() >= (8, 0)
-    if asked == "bf16" and not modern:
-        return "fp16", "fp16, this GPU only emulates bf16"
-    chosen = asked or ("bf16" if modern else "fp16")
-    return chosen, {"none": "float32", "fp16": "fp16 with loss scaling", "bf16": "bf16"}[chosen]
+    major, minor = torch.cuda.get_device_capability()
+    chosen = asked or ("bf16" if major >= 8 else "fp16")
+    if chosen == "bf16" and major < 8:
+        chosen = "fp16"
+    why = f"{'as asked' if chosen == asked else 'chosen'} for a GPU of compute capability {major}.{minor}"
+    return chosen, f"{'float32' if chosen == 'none' else chosen}, {why}"
 
 
 def without_dropout(config):
@@ -455,21 +472,19 @@ def load_base(args, auto_class, config, precision, notes):
                "dtype": torch.float32 if args.finetune_type == "full" else dtype}
     if attention != "auto":
         options["attn_implementation"] = attention
-    if args.bits:
-        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
-        how = BitsAndBytesConfig(load_in_8bit=args.bits == 8, load_in_4bit=args.bits == 4, **nf4)
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    for bits in dict.fromkeys((args.bits, None)):  # where quantising fails, without
         try:
-            model = auto_class.from_pretrained(
-                args.model_name, quantization_config=how, device_map={"": device}, **options
-            )
-            return frozen(model)
-        except (ImportError, ValueError, RuntimeError) as error:
-            notes.append(f"{args.bits}-bit loading failed, so the base is not quantised: {reason(error)}")
+            if bits:
+                how = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4, **nf4)
+                placed = {"quantization_config": how, "device_map": {"": device}}
+                return frozen(auto_class.from_pretrained(args.model_name, **options, **placed))
+            return auto_class.from_pretrained(args.model_name, **options).to(device)
+        except (OSError, ValueError, ImportError, RuntimeError) as error:
+            if not bits:
+                raise InputError(f"{args.model_name} cannot be loaded: {reason(error)}") from None
+            notes.append(f"{bits}-bit loading failed, so the base is not quantised: {reason(error)}")
             args.bits = None
-    try:
-        return auto_class.from_pretrained(args.model_name, **options).to(device)
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"{args.model_name} cannot be loaded: {reason(error)}") from None
 
 
 def frozen(model):
@@ -494,7 +509,12 @@ def add_adapter(model, args, task, unused, notes):
         for name in unused:
             model.get_submodule(name).requires_grad_(False)
     elif args.init_adapter:
-        model = PeftModel.from_pretrained(model, args.init_adapter, is_trainable=True)
+        try:
+            model = PeftModel.from_pretrained(model, args.init_adapter, is_trainable=True)
+        except (RuntimeError, ValueError) as error:
+            raise InputError(f"--init_adapter {args.init_adapter} does not fit the base: {reason(error)}") from None
+        if not any(p.any() for name, p in model.named_parameters() if "lora_B" in name):  # peft only warns
+            raise InputError(f"--init_adapter {args.init_adapter} holds no weights for {args.model_name}.")
         stored = model.peft_config["default"]
         if args.lora_dropout is not None:  # peft would keep the stored one
             stored.lora_dropout = args.lora_dropout
@@ -506,10 +526,10 @@ def add_adapter(model, args, task, unused, notes):
         config = LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout or 0.0,
                             target_modules=args.target_modules, exclude_modules=unused or None,
                             use_rslora=args.use_rslora, task_type=task)
-        linear = sorted({n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
         try:
             model = get_peft_model(model, config)
         except ValueError as error:
+            linear = sorted({name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
             raise InputError(f"--target_modules: {reason(error)} Linear layers here: {', '.join(linear)}.") from None
     if unused:
         notes.append(f"not trained, because the outputs do not depend on it: {', '.join(unused)}")
@@ -517,7 +537,6 @@ def add_adapter(model, args, task, unused, notes):
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # the loss scaler cannot unscale fp16 gradients
     if args.gradient_checkpointing:
-        model.enable_input_require_grads()
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         base.activation_checkpointing_enable({"use_reentrant": False})
     return model
@@ -539,8 +558,7 @@ def cut(lengths, budget):
 
 def is_out_of_memory(error):
     """Tell whether a RuntimeError means that memory ran out, on any device."""
-    known = isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
-    return known or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
+    return any(sign in str(error) for sign in ("out of memory", "ALLOC_FAILED", "can't allocate memory"))
 
 
 class StepTrainer(Trainer):
@@ -560,6 +578,7 @@ class StepTrainer(Trainer):
     def training_step(self, model, step, num_items_in_batch=None):
         """Run forward and backward of one step; return its loss."""
         model.train()
+        step = self._prepare_inputs(step)
         loss = self.until_it_fits(lambda: self.run_step(model, step, *self.cut_step(step)))
         if not torch.isfinite(loss):
             half = ", or pass --mixed_precision none" if self.args.fp16 else ""
@@ -575,7 +594,7 @@ class StepTrainer(Trainer):
                 if not is_out_of_memory(error):
                     raise
                 if self.accelerator.num_processes > 1 or 2**self.halvings > self.device_tokens:
-                    raise InputError("out of memory: lower --max_length, --batch_size, or --load_in_4bit.") from error
+                    raise InputError("out of memory: lower --max_length or --batch_size, or quantise.") from error
             # outside the except block, where the error no longer holds the graph
             self.halvings += 1
             self.model.zero_grad()
@@ -615,39 +634,29 @@ class StepTrainer(Trainer):
         return metrics
 
 
-class Progress(ProgressCallback):
-    """Trainer's progress bar, with log lines that a person can read."""
-
-    def __init__(self, metrics):
-        super().__init__()
-        self.names = ["loss", "learning_rate", *(f"eval_{name}" for name in metrics)]
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        shown = [f"{name.removeprefix('eval_')} {logs[name]:.4g}" for name in self.names if name in logs]
-        if shown and state.is_world_process_zero:
-            (self.training_bar.write if self.training_bar else say)(f"step {state.global_step:6}  {'   '.join(shown)}")
-
-
-class RunCallback(TrainerCallback):
-    """What happens around the steps: log where checkpoints are, stop on signals, write the logs, warn in words."""
+class RunCallback(ProgressCallback):
+    """What happens around the steps: progress and log lines, stops on signals, the logs on disk, warnings in words."""
 
     def __init__(self, trainer, args, plan, before):
+        super().__init__()
         self.trainer, self.args, self.plan, self.before = trainer, args, plan, before
-        self.signal, self.skipped, self.handlers, self.warnings = None, 0, {}, []
+        self.signal, self.skipped, self.warnings = None, 0, []
 
     def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
         if state.global_step == 0 and self.before:
             self.trainer.log(dict(self.before))
-        if threading.current_thread() is threading.main_thread():
-            self.handlers = {number: signal.signal(number, self.catch) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def on_train_end(self, args, state, control, **kwargs):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        names = ["loss", "learning_rate", *(f"eval_{name}" for name in self.plan.shown)]
+        shown = [f"{name.removeprefix('eval_')} {logs[name]:.4g}" for name in names if name in logs]
+        if shown and state.is_world_process_zero:
+            self.training_bar.write(f"step {state.global_step:6}  {'   '.join(shown)}")
 
     def catch(self, number, frame):
+        """Handle SIGINT or SIGTERM: stop after this step; the second time at once."""
         if self.signal:
-            raise KeyboardInterrupt  # asked twice
+            raise KeyboardInterrupt
         self.signal = number
         say("\nstopping after this step, with a checkpoint; once more stops at once")
 
@@ -655,12 +664,16 @@ class RunCallback(TrainerCallback):
         self.trainer.train_dataset.epoch = state.global_step // self.plan.steps_per_epoch
 
     def on_step_end(self, args, state, control, **kwargs):
+        super().on_step_end(args, state, control, **kwargs)
         self.skipped = self.skipped + 1 if self.trainer.accelerator.optimizer_step_was_skipped else 0
         if self.skipped == MAX_SKIPPED_STEPS:
             raise InputError(f"fp16 gradients overflowed in {self.skipped} steps running: pass --mixed_precision none.")
         stop = self.signal is not None
         if self.trainer.accelerator.num_processes > 1:  # all processes must stop after the same step
             stop = self.trainer.accelerator.gather(torch.tensor([stop], device=args.device)).any().item()
+        if stop:
+            self.signal = self.signal or signal.SIGTERM  # it may have reached another process
+            args.save_total_limit = None  # at 1, Trainer would delete the checkpoint that we stop with
         epoch_ends = state.global_step % self.plan.steps_per_epoch == 0
         if stop or epoch_ends and self.args.save_on_epoch_end:
             control.should_save = True
@@ -671,6 +684,7 @@ class RunCallback(TrainerCallback):
             control.should_log = True
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        super().on_evaluate(args, state, control, **kwargs)
         if text := worsening(state.log_history, self.plan.metric, self.plan.greater_is_better):
             self.warnings.append(text)
             say(f"warning   {text}")
@@ -694,10 +708,12 @@ def worsening(log, metric, greater_is_better):
 # ---------------------------------------------------------------- plan, preflight, training, proof
 
 
-def make_plan(args, rows, has_dev, metric, greater_is_better, drop_last):
-    """Work out a run's steps from its flags; returns a namespace whose `notes` say what a user would want to know."""
-    plan = SimpleNamespace(metric=metric, greater_is_better=greater_is_better, notes=[])
+def make_plan(args, rows, has_dev, metric, greater_is_better, drop_last, notes):
+    """Work out a run's steps from its flags: a namespace, which keeps `notes`, things a user would want to know."""
+    plan = SimpleNamespace(metric=metric, greater_is_better=greater_is_better, notes=notes)
     world = PartialState().num_processes
+    if rows < world:
+        raise InputError(f"{rows} rows cannot be shared out over {world} processes. Add rows, or use one GPU.")
     plan.step_rows = args.batch_size * args.gradient_accumulation  # examples of a step, per process
     if drop_last and rows < plan.step_rows * world:
         plan.notes.append(f"{rows} rows are less than one step of {plan.step_rows * world}: the step is shrunk to them")
@@ -716,8 +732,11 @@ def make_plan(args, rows, has_dev, metric, greater_is_better, drop_last):
     by_epoch = args.checkpoint_strategy == "epoch" or args.save_on_epoch_end
     plan.save_steps = plan.eval_steps if plan.save_best else args.checkpoint_steps or (epoch if by_epoch else tenth)
     plan.lora_scale = args.lora_alpha / (math.sqrt(args.lora_r) if args.use_rslora else args.lora_r)
-    if left := drop_last and rows - epoch * plan.examples_per_step:
+    left = rows - epoch * plan.examples_per_step
+    if drop_last and left:
         plan.notes.append(f"each epoch leaves out {left} rows, drawn anew, that do not fill a step")
+    if plan.save_best and (args.checkpoint_steps or args.checkpoint_strategy == "epoch"):
+        plan.notes.append("checkpoints follow the evaluations, so that the best can be kept (--save_best 0: as asked)")
     if plan.has_dev and args.eval_every and args.eval_every * 2 > plan.total_steps:
         better, times = max(1, round(epoch / 2.5)), "once" if args.eval_every <= plan.total_steps else "never"
         better = round(better, -int(math.log10(better)))
@@ -759,6 +778,7 @@ def training_arguments(args, plan, precision, drop_last):
         save_steps=plan.save_steps,
         save_total_limit=args.save_total_limit or (None if args.save_on_epoch_end else 2),
         load_best_model_at_end=plan.save_best,
+        restore_callback_states_from_checkpoint=True,
         metric_for_best_model=plan.metric if plan.save_best else None,
         greater_is_better=plan.greater_is_better,
         logging_strategy="steps" if args.logging_steps else "no",
@@ -773,7 +793,7 @@ def training_arguments(args, plan, precision, drop_last):
     return arguments
 
 
-def preflight(args, trainer, plan, longest, notes):
+def preflight(args, trainer, plan, longest):
     """Print the plan and rehearse a step of the `longest` rows: memory and gradients are checked before hour three.
 
     Raises InputError if a gradient is not finite or an adapter gets none.
@@ -798,7 +818,7 @@ def preflight(args, trainer, plan, longest, notes):
     ):
         if present:
             plan.notes.append(f"a step's gradient depends on how it is cut into pieces: {cause}")
-    for note in notes + plan.notes:
+    for note in plan.notes:
         say(f"note      {note}")
     rng, started = torch.get_rng_state(), time.perf_counter()
     trainer.training_step(model, trainer.data_collator(longest))
@@ -812,7 +832,6 @@ def preflight(args, trainer, plan, longest, notes):
     model.zero_grad()
     trainer.real_tokens = trainer.padded_tokens = 0
     say(f"rehearsal longest {len(longest)} examples: {seconds:.1f} s, {peak_gib():.1f} GiB at most, finite gradients")
-    return vars(plan) | {"notes": notes + plan.notes}
 
 
 def peak_gib():
@@ -828,20 +847,26 @@ def train(trainer, args, plan, checkpoint):
     """Train; returns (metrics before, those of what final/ will hold, warnings). Exits if a signal stopped the run."""
     stored = read_json(checkpoint / "trainer_state.json") if checkpoint else None
     if stored:
-        before = {key: value for key, value in stored["log_history"][0].items() if key.startswith("eval_")}
+        first = next(iter(stored["log_history"]), {})
+        before = {key: value for key, value in first.items() if key.startswith("eval_")}
     else:
         before = trainer.measure_dev_sets() if plan.has_dev else {}
     callback = RunCallback(trainer, args, plan, before)
     trainer.remove_callback(ProgressCallback)
-    for each in (Progress(plan.shown), callback):
-        trainer.add_callback(each)
+    trainer.add_callback(callback)
     if args.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
-    if stored and stored["global_step"] >= plan.total_steps:  # killed between its last checkpoint and final/
+    if stored and is_finished(stored, args, plan):  # killed between its last checkpoint and final/
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         trainer._load_from_checkpoint(trainer.state.best_model_checkpoint or str(checkpoint))
     else:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        handlers = {number: signal.signal(number, callback.catch) for number in signals}
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     state, name = trainer.state, f"eval_{plan.metric}"
     if callback.signal and state.global_step < plan.total_steps:
         say(f"stopped after step {state.global_step}. Go on with the same command and --resume_from_checkpoint")
@@ -853,6 +878,13 @@ def train(trainer, args, plan, checkpoint):
         callback.warnings.append(f"{plan.metric} is worse than before training: lower --lr, and look at the data")
         say(f"warning   {callback.warnings[-1]}")
     return before, after, callback.warnings
+
+
+def is_finished(stored, args, plan):
+    """Tell whether a checkpoint's trainer_state.json is that of a run's last step, early stopping included."""
+    waited = stored["stateful_callbacks"].get("EarlyStoppingCallback", {}).get("attributes", {})
+    patience = args.early_stopping_patience or math.inf
+    return stored["global_step"] >= plan.total_steps or waited.get("early_stopping_patience_counter", 0) >= patience
 
 
 def prove(trainer, folder, base, outputs, auto_class):
@@ -869,7 +901,9 @@ def prove(trainer, folder, base, outputs, auto_class):
         model.set_adapter("default")
         model.delete_adapter("reloaded")
     else:
-        trainer.model = auto_class.from_pretrained(folder, dtype=torch.float32).to(model.device)
+        trainer.model = auto_class.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=trainer.flags.trust_remote_code
+        ).to(model.device)
         reloaded, trainer.model = outputs(), model
     error, change = ((x - live).norm().item() / live.norm().item() for x in (reloaded, base))
     if error > (1e-2 if trainer.args.fp16 or trainer.args.bf16 else 1e-5):
@@ -901,34 +935,47 @@ def open_output_dir(args):
         elif read_json(checkpoint / "trainer_state.json") is None:
             raise InputError(f"--resume_from_checkpoint {checkpoint} is no complete checkpoint. Give no name.")
         return checkpoint
-    if args.overwrite:
-        for path in [*folder.glob("checkpoint-*"), folder / "final", folder / "runs"] * (not args.dry_run):
-            shutil.rmtree(path, ignore_errors=True)
-    elif folder.is_file() or folder.is_dir() and any(folder.iterdir()):
+    if folder.is_file() or not args.overwrite and folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"--output_dir {folder} is not empty. Pass another, --overwrite or --resume_from_checkpoint.")
     return None
 
 
-def describe_run(args, data_fingerprint, checkpoint):
+def begin_output_dir(args, run):
+    """Write training_config.json; with --overwrite, and once nothing can be refused any more, delete the old run."""
+    folder = Path(args.output_dir)
+    if args.overwrite and (folder / "training_config.json").exists():
+        for path in [*folder.glob("checkpoint-*"), folder / "final", folder / "runs"]:
+            shutil.rmtree(path, ignore_errors=True)
+        for path in [*folder.glob("training_*"), folder / "detailed_training_logs.json"]:
+            path.unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "training_config.json", run)
+
+
+def describe_run(args, precision, data_fingerprint, checkpoint):
     """Return what makes a run repeatable: flags, versions, fingerprints of data and base.
 
-    Raises InputError if the run is resumed with flags or data other than its own.
+    Raises InputError if the run is resumed with flags, data, precision or processes other than its own.
     """
     digest, base = hashlib.sha256(), cached_file(args.model_name, "config.json", revision=args.model_revision)
     for file in sorted(Path(base).parent.glob("*.safetensors")):
         with open(file, "rb") as stream:
             digest.update(stream.read(2**20))  # the header and the first weights tell models apart
     names = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
+    installed = {name: importlib.metadata.version(name) for name in names if importlib.util.find_spec(name)}
     run = {
         "flags": vars(args),
-        "versions": {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in names},
+        "versions": {"python": sys.version.split()[0]} | installed,
+        "precision": precision,
+        "processes": PartialState().num_processes,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",
         "data_fingerprint": data_fingerprint,
         "base_fingerprint": digest.hexdigest(),
     }
     stored = read_json(Path(args.output_dir) / "training_config.json") if checkpoint else None
     if stored:
-        old, new = ({**each["flags"], "data": each["data_fingerprint"]} for each in (stored, run))
+        compared = ("data_fingerprint", "precision", "processes")
+        old, new = (each["flags"] | {name: each[name] for name in compared} for each in (stored, run))
         changed = [f"{name} was {old.get(name)} and is {new.get(name)}" for name in sorted(old.keys() | new.keys())
                    if name not in FREE_ON_RESUME and old.get(name) != new.get(name)]
         if changed:
@@ -951,12 +998,10 @@ def write_logs(folder, log, steps_per_epoch):
 
 def draw_curves(path, log, metrics, best_step):
     """Draw the training loss and the named metrics over the steps."""
-    import matplotlib
+    from matplotlib.figure import Figure  # not pyplot, whose backend belongs to the notebook
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (top, bottom) = plt.subplots(2, sharex=True, figsize=(8, 7), layout="constrained")
+    figure = Figure(figsize=(8, 7), layout="constrained")
+    top, bottom = figure.subplots(2, sharex=True)
     for axes, names in ((top, ["loss"]), (bottom, [f"eval_{name}" for name in metrics])):
         for name in names:
             points = [(entry["step"], entry[name]) for entry in log if name in entry]
@@ -971,7 +1016,6 @@ def draw_curves(path, log, metrics, best_step):
     top.set(ylabel="training loss", title=str(path.parent))
     bottom.set(xlabel="optimizer step", ylabel="dev sets")
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def write_report(trainer, args, run, results):

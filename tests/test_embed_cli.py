@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -147,7 +148,7 @@ def test_command_line_script(tiny_bert, pairs, tmp_path):
         timeout=300,
     )
     assert done.returncode == 1
-    assert done.stdout.splitlines()[-1].startswith(f"error: --output_dir {tmp_path}/out is not empty")
+    assert done.stderr.splitlines()[-1].startswith(f"error: --output_dir {tmp_path}/out is not empty")
     assert "Traceback" not in done.stderr
 
 
@@ -303,6 +304,43 @@ def test_early_stopping(run_embed, monkeypatch):
     assert report["steps"] == 3 and report["best_step"] == 1
 
 
+def test_a_run_killed_after_early_stopping_trains_no_further(run_embed, monkeypatch, tmp_path):
+    flags = ["--max_steps", 10, "--eval_every", 1, "--early_stopping_patience", 2]
+    scores = iter([0.1, 0.9, 0.3, 0.3])
+    monkeypatch.setattr(train_embed_lora, "retrieval_metrics", lambda *_: {"ndcg@10": next(scores), "recall@10": 0.5})
+    first = run_embed(*flags)
+    shutil.rmtree(tmp_path / "out/final")
+    again = run_embed(*flags, "--resume_from_checkpoint")
+    assert first["steps"] == again["steps"] == 3
+    assert first["metrics"] == again["metrics"] and first["best_step"] == again["best_step"] == 1
+
+
+def test_early_stopping_counts_on_after_a_kill(run_embed, monkeypatch, tmp_path):
+    flags = ["--max_steps", 10, "--eval_every", 1, "--early_stopping_patience", 3]
+    scores = iter([0.1, 0.9, 0.3, KeyboardInterrupt, 0.3, 0.3])
+
+    def score(*_):
+        if (value := next(scores)) is KeyboardInterrupt:
+            raise KeyboardInterrupt  # in the evaluation after step 3: the last checkpoint is that of step 2
+        return {"ndcg@10": value, "recall@10": 0.5}
+
+    monkeypatch.setattr(train_embed_lora, "retrieval_metrics", score)
+    with pytest.raises(KeyboardInterrupt):
+        run_embed(*flags)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a notebook's interrupt works again
+    assert run_embed(*flags, "--resume_from_checkpoint")["steps"] == 4
+
+
+def test_overwrite_deletes_the_old_run_only_once_the_new_one_is_sure(run_embed, tmp_path):
+    run_embed("--max_steps", 2)
+    (tmp_path / "out/notes.txt").write_text("mine")
+    with pytest.raises(utils.InputError, match="is not there"):
+        run_embed("--overwrite", data="nowhere.jsonl")
+    assert (tmp_path / "out/final/adapter_model.safetensors").exists()
+    run_embed("--overwrite", "--max_steps", 3)
+    assert not (tmp_path / "out/checkpoint-2").exists() and (tmp_path / "out/notes.txt").exists()
+
+
 def test_dry_run_checks_and_leaves_nothing(run_embed, tmp_path, capsys):
     report = run_embed("--dry_run")
     said = capsys.readouterr().out
@@ -416,9 +454,15 @@ def test_every_documented_command_parses():
         train_embed_lora.parse_args(shlex.split(command, comments=True)[2:])
 
 
+def test_every_flag_is_in_the_readme():
+    text = (ROOT / "README.md").read_text()
+    declared = re.findall(r'"--(\w+)"', (ROOT / "train_embed_lora.py").read_text() + (ROOT / "utils.py").read_text())
+    assert [name for name in declared if f"`--{name}`" not in text] == []
+
+
 def test_pasted_into_a_notebook_cell_it_starts_nothing(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["/x/ipykernel_launcher.py", "-f", "kernel.json"])
-    utils.run(lambda: pytest.fail("started"))
+    utils.run(lambda: pytest.fail("started"), lambda: pytest.fail("parsed"))
     assert "Now call main(" in capsys.readouterr().out
 
 
@@ -474,7 +518,7 @@ def test_resume_refuses_other_flags_and_other_data(run_embed, tmp_path, pairs):
     with pytest.raises(utils.InputError, match="lr was 0.0002 and is 0.01"):
         run_embed("--max_steps", 2, "--lr", 0.01, "--resume_from_checkpoint")
     write_jsonl(Path(pairs), make_rows(95))
-    with pytest.raises(utils.InputError, match="data was .* and is"):
+    with pytest.raises(utils.InputError, match="data_fingerprint was .* and is"):
         run_embed("--max_steps", 2, "--resume_from_checkpoint")
 
 

@@ -273,6 +273,8 @@ BROKEN_FILES = {  # name: (content, what the message says)
     "j.jsonl": ('{"query": "", "pos": ["p"]}\n' * 3, "0 rows are left to train on"),
     "k.csv": ("query,positive\nq,p\nq,p,extra\n", "k.csv, line 3: not the 2 columns of the first line"),
     "l.csv": ("query,positive\nq\n", "l.csv, line 2: not the 2 columns of the first line"),
+    "l2.tsv": ('query\tpositive\nq\t"open\nq2\tp2\n', "l2.tsv, line 2: unexpected end of data"),
+    "l3.csv": ("query,positive\n17,23\n18,24\n", "every query is a number, ids rather than texts"),
     "m.json": ('{"query": "q"', "m.json, line 1: no valid JSON"),
     "n.json": ('[{"query": "q", "pos": "p"}, 3]', "n.json, row 2: a int, not a JSON object"),
     "o.parquet": ("not parquet", "o.parquet is no parquet file"),
@@ -326,6 +328,7 @@ BROKEN_FOLDERS = {
     "dimension": (["--matryoshka_dims", "4096"], "--matryoshka_dims 4096 exceeds the model's 64 dimensions"),
     "hub data": (["--train_file", "--dataset_name", "no/such-data"], "--dataset_name no/such-data cannot be read"),
     "no checkpoint": (["--resume_from_checkpoint", "nowhere"], "nowhere is no complete checkpoint"),
+    "empty dev": (["--dev_file", "BLANK"], "holds no query with a relevant document"),
     "full folder": (["--output_dir", "DATA_FOLDER"], "is not empty. Pass another, --overwrite"),
     "a file for a folder": (["--output_dir", "DATA"], "is not empty"),
     "unknown metric": (["--metric_for_best", "f1"], "--metric_for_best f1 is not measured. Choose one of accuracy@1"),
@@ -337,10 +340,9 @@ BROKEN_FOLDERS = {
 def test_broken_folders_and_models_end_in_a_sentence(case, tmp_path, tiny_bert, pairs):
     flags, sentence = BROKEN_FOLDERS[case]
     (tmp_path / "empty").mkdir()
-    flags = [
-        {"EMPTY": str(tmp_path / "empty"), "DATA": pairs, "DATA_FOLDER": str(Path(pairs).parent)}.get(f, f)
-        for f in flags
-    ]
+    named = {"EMPTY": str(tmp_path / "empty"), "DATA": pairs, "DATA_FOLDER": str(Path(pairs).parent)}
+    named["BLANK"] = write_jsonl(tmp_path / "blank.jsonl", [{"query": "", "pos": ["p"]}])
+    flags = [named.get(flag, flag) for flag in flags]
     for i, flag in enumerate(flags):
         if flag.startswith("MODEL:"):
             flags[i] = shutil.copytree(tiny_bert, str(tmp_path / "model"))
