@@ -131,6 +131,14 @@ def test_other_runtime_errors_are_not_taken_for_lack_of_memory(reference, monkey
         gradient(trainer, trainer.data_collator(rows))
 
 
+def test_a_step_that_no_data_loader_made_is_moved_to_the_device(reference, monkeypatch):
+    trainer, rows, _, _ = reference  # as in the rehearsal
+    step, moved = trainer.data_collator(rows), []
+    monkeypatch.setattr(trainer, "_prepare_input", lambda value: moved.append(value) or value)
+    gradient(trainer, step)
+    assert moved == [step]
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(reference):
     trainer, rows, _, _ = reference
     next(p for p in trainer.model.parameters() if p.requires_grad).data.fill_(float("nan"))
