@@ -456,7 +456,10 @@ def test_every_documented_command_parses():
 
 def test_every_flag_is_in_the_readme():
     text = (ROOT / "README.md").read_text()
-    declared = re.findall(r'"--(\w+)"', (ROOT / "train_embed_lora.py").read_text() + (ROOT / "utils.py").read_text())
+    source = (ROOT / "train_embed_lora.py").read_text() + (ROOT / "utils.py").read_text()
+    lines = [line for line in source.splitlines() if line.startswith("    add(")]
+    declared = [name for line in lines for name in re.findall(r'"--(\w+)"', line)]
+    assert len(declared) > 85
     assert [name for name in declared if f"`--{name}`" not in text] == []
 
 
