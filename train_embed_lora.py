@@ -39,7 +39,8 @@ from transformers.pytorch_utils import Conv1D
 def parse_args(argv=None):
     """Parse and check the command line; exits 2 with one sentence on what is wrong."""
     parser = argparse.ArgumentParser(
-        "train_embed_lora.py", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
+        "train_embed_lora.py", usage="%(prog)s --train_file FILE [flags, see --help]", description=__doc__,
+        allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter,
     )
     base = "sentence-transformers/all-MiniLM-L6-v2"
     utils.add_input_flags(parser, base, dev_size=0.1)

@@ -403,6 +403,30 @@ def test_init_adapter_goes_on_where_stage_one_ended(run_embed, tmp_path):
     assert utils.read_json(tmp_path / "out/final/adapter_config.json")["lora_dropout"] == 0.1
 
 
+def test_several_named_dev_sets(run_embed, tmp_path, capsys):
+    for name, rows in (("a", make_rows(120)[100:]), ("b", make_rows(140)[125:])):
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    files = ["--dev_file", f"first={tmp_path}/a.jsonl", "--dev_file", f"second={tmp_path}/b.jsonl"]
+    files += ["--dev_sample_limit", 10]
+    report = run_embed("--max_steps", 2, *files)
+    assert report["plan"]["metric"] == "first_ndcg@10" and report["plan"]["save_best"]
+    assert {"first_recall@10", "second_recall@10"} <= set(report["metrics"]["after"])
+    assert report["data"]["dev"]["second"]["queries"] == 10
+    report = run_embed("--max_steps", 2, *files, "--metric_for_best", "second_mrr@10", "--overwrite")
+    assert report["plan"]["metric"] == "second_mrr@10"
+    assert "second_mrr@10" in capsys.readouterr().out.splitlines()[-4]
+
+
+def test_a_base_that_cannot_be_quantised_is_loaded_without_and_said_so(run_embed, monkeypatch):
+    def fail(**kwargs):
+        raise ImportError("no bitsandbytes here")
+
+    monkeypatch.setattr(utils, "BitsAndBytesConfig", fail)
+    report = run_embed("--max_steps", 2, "--load_in_4bit")
+    assert report["flags"]["bits"] is None
+    assert "4-bit loading failed, so the base is not quantised: no bitsandbytes here" in report["plan"]["notes"]
+
+
 def test_the_plan_matches_what_ran(run_embed, tmp_path):
     report = run_embed(
         "--batch_size", 4, "--gradient_accumulation", 3, "--epochs", 1.5, "--eval_every", 4, "--logging_steps", 3
