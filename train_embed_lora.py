@@ -656,13 +656,17 @@ def text_indices(row):
     return [query, positive[0], *(negative[0] for negative in negatives)]
 
 
-def show_examples(train_set, texts, tokenizer):
-    """Print three rows as the model sees them, special tokens and prefixes included."""
+def show_examples(train_set, texts, tokenizer, notes):
+    """Print three rows as the model sees them, special tokens and prefixes included; note what it cannot read."""
     for i in range(min(3, len(train_set))):
         for name, j in zip(("query", "positive", "negative"), text_indices(train_set[i]), strict=False):
             text = tokenizer.decode(texts[j])
             text = text if len(text) < 160 else f"{text[:100]} ... {text[-50:]}"
             say(f"example {i + 1} {name:8} {len(texts[j]):4} tokens  {text}")
+    unknown = np.mean(texts.values == tokenizer.unk_token_id)
+    if unknown > 0.01 and tokenizer.unk_token_id != tokenizer.eos_token_id:  # GPT-2 has one for both
+        notes.append(f"{unknown:.0%} of all tokens are {tokenizer.unk_token}: the base cannot read these texts. "
+                     "Choose one made for their language.")
 
 
 def make_measure(dev_sets, texts, args):
@@ -754,7 +758,7 @@ def main(argv=None):
         processing_class=tokenizer,
     )
     run = utils.describe_run(args, precision, Hasher.hash([examples, dev_sets]), checkpoint)
-    show_examples(train_set, texts, tokenizer)
+    show_examples(train_set, texts, tokenizer, notes)
     utils.preflight(args, trainer, plan, longest_rows(train_set, texts, plan, args))
     if args.dry_run:
         return run | {"data": counts, "plan": vars(plan)}

@@ -191,6 +191,15 @@ def test_per_row_prompt_replaces_the_query_prefix(tmp_path, embed_trainer):
     assert all(text.startswith("D: ") for text, is_query in trainer.data_collator.texts.index if not is_query)
 
 
+def test_a_language_that_the_base_cannot_read_is_noted(tmp_path, minilm, run_embed, capsys):
+    rows = [{"query": f"序列号{i}在哪里？", "pos": [f"序列号印在电池下方的贴纸上{i}。"]} for i in range(8)]
+    run_embed("--dry_run", model=minilm, data=write_jsonl(tmp_path / "zh.jsonl", rows))
+    assert "of all tokens are [UNK]: the base cannot read these texts" in capsys.readouterr().out
+    rows = [{"query": f"where is number {i}?", "pos": [f"It is on sticker {i}."]} for i in range(8)]
+    run_embed("--dry_run", model=minilm, data=write_jsonl(tmp_path / "en.jsonl", rows))
+    assert "[UNK]" not in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------- broken inputs
 
 GOOD = {"query": "q", "pos": ["p"], "neg": ["n"]}
