@@ -105,7 +105,8 @@ def find_columns(rows, args):
         flag = getattr(args, f"{kind}_column")
         found = [name for name in fields if (name == flag if flag else name.lower() in names)]
         if len(found) != 1:
-            what = f"{len(found)} columns could be the {kind}: {', '.join(found)}" if found else f"no {kind}"
+            what = f"{len(found)} columns could be the {kind}: {', '.join(found)}" if found else (
+                f"no column {flag}" if flag else f"no {kind}")
             raise InputError(f"{where}: {what} (fields: {listed}). Rename one to \"{names[0]}\" "
                              f"(known: {', '.join(names)}), or pass --{kind}_column NAME.")
         chosen += found
@@ -204,10 +205,9 @@ def dev_from_beir(folder):
 def read_data(args):
     """Read, check and split the data. Returns (training Examples, {name: DevSet}, counts for the report)."""
     rows, sources = utils.read_sources(args)
-    rng = random.Random(args.seed)
-    rng.shuffle(rows)
     examples, dropped = read_examples(rows, args)
-    dev_sets = {}
+    rng, dev_sets = random.Random(args.seed), {}
+    rng.shuffle(examples)
     for name, source in sources.items():
         if isinstance(source, str) and Path(source).is_dir():
             dev = dev_from_beir(source)
@@ -622,8 +622,8 @@ def save_st_files(folder, args, dimension):
 # ---------------------------------------------------------------- main
 
 
-def settle_texts(args, config, tokenizer, notes):
-    """Fill in lengths, prefixes and EOS from the base model where no flag gives them; returns its pooling or None."""
+def settle_texts(args, examples, config, tokenizer, notes):
+    """Fill in lengths, prefixes and EOS where no flag gives them; returns the base's own pooling, or None."""
     limit = utils.position_limit(config, tokenizer)
     for name in ("query_max_len", "passage_max_len"):
         wanted = getattr(args, name) or args.max_length
@@ -633,6 +633,12 @@ def settle_texts(args, config, tokenizer, notes):
     pooling, prompts = st_files(args)
     args.query_prefix = prompts["query"] if args.query_prefix is None else args.query_prefix
     args.doc_prefix = prompts["document"] if args.doc_prefix is None else args.doc_prefix
+    own = {example.prompt for example in examples}
+    if len(own) == 1 and own != {None}:
+        args.query_prefix = own.pop()  # the rows' own prompt is the one to save
+    elif len(own) > 1:
+        notes.append(f"the rows carry {len(own)} query prefixes and final/ stores one, '{args.query_prefix}': put a "
+                     "query's own prompt before it when you encode it")
     if args.append_eos:
         append_eos(tokenizer)
     return pooling
@@ -708,7 +714,8 @@ def plan_run(args, train_set, dev_sets, notes):
         raise InputError(f"--metric_for_best {metric} is not measured. Choose one of {', '.join(known)}.")
     metric = metric or named(first, "ndcg@10")
     plan = utils.make_plan(args, len(train_set), bool(dev_sets), metric, True, drop_last=True, notes=notes)
-    plan.shown = list(dict.fromkeys([metric, named(first, "ndcg@10"), named(first, "recall@10")]))
+    shown = [named(name, key) for name in dev_sets for key in ("ndcg@10", "recall@10")]
+    plan.shown = list(dict.fromkeys([metric, *shown] if dev_sets else []))
     mined = sum(min(args.max_negs, len(neg)) for _, _, neg, _ in train_set.rows) / len(train_set)
     contrasted = plan.examples_per_step if args.negatives_cross_device else plan.step_rows
     plan.negatives_per_query = round(contrasted * (1 + mined) - 1, 1)
@@ -744,7 +751,7 @@ def main(argv=None):
         examples, dev_sets, counts = read_data(args)
 
     config, tokenizer = utils.load_config(args), utils.load_tokenizer(args)
-    stored_pooling = settle_texts(args, config, tokenizer, notes)
+    stored_pooling = settle_texts(args, examples, config, tokenizer, notes)
     texts = Texts()
     train_set, measure = TrainSet(examples, texts, args), make_measure(dev_sets, texts, args)
     with state.main_process_first():
@@ -759,6 +766,9 @@ def main(argv=None):
     )
     run = utils.describe_run(args, precision, Hasher.hash([examples, dev_sets]), checkpoint)
     show_examples(train_set, texts, tokenizer, notes)
+    if checkpoint and (report := utils.read_json(Path(args.output_dir) / "training_summary_report.json")):
+        say(f"resume    {args.output_dir} is finished: final/ and the report are there")
+        return report
     utils.preflight(args, trainer, plan, longest_rows(train_set, texts, plan, args))
     if args.dry_run:
         return run | {"data": counts, "plan": vars(plan)}

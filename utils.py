@@ -216,6 +216,8 @@ def finish_flags(parser, args, model, step):
             setattr(args, flag, old)
     args.bits = given_bits.pop() if given_bits else 4 if args.finetune_type == "qlora" else None
     args.model_name = args.model_name or stored.get("base_model_name_or_path") or model
+    if os.path.isdir(args.model_name):  # the adapter stores it, and is loaded from elsewhere
+        args.model_name = os.path.abspath(args.model_name)
     args.lora_r, args.lora_alpha = args.lora_r or 16, args.lora_alpha or 32
     args.target_modules = args.target_modules or "all-linear"
     args.lr = args.lr or (2e-5 if full else 2e-4)
@@ -295,7 +297,9 @@ def read_rows(path):
             raise InputError(f"{path} is not UTF-8 (byte {error.start}). Save it as UTF-8.") from None
         if kind in {".csv", ".tsv"}:
             csv.field_size_limit(2**31 - 1)
-            reader = csv.DictReader(io.StringIO(text), delimiter="\t" if kind == ".tsv" else ",", strict=True)
+            header = text.partition("\n")[0]
+            delimiter = "\t" if kind == ".tsv" else ";" if ";" in header and "," not in header else ","  # Excel's
+            reader = csv.DictReader(io.StringIO(text), delimiter=delimiter, strict=True)
             try:
                 rows = [(f"{path}, line {reader.line_num}", row) for row in reader]
             except csv.Error as error:
@@ -358,6 +362,8 @@ def read_sources(args):
         if name in dev:
             raise InputError(f"--dev_file {source}: a dev set is called '{name}' already. Write --dev_file NAME=PATH.")
         dev[name] = expand_files([path])[0]
+    if len(dev) > 1 and "" in dev:
+        dev["dev"] = dev.pop("")
     if args.train_file:
         return [pair for file in expand_files(args.train_file) for pair in read_rows(file)], dev
     rows = read_hub_rows(args, args.dataset_split)
@@ -403,7 +409,8 @@ def load_config(args):
     except (OSError, KeyError, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"--model_name {args.model_name}: no config of a known model ({reason(error)})") from None
+        raise InputError(f"--model_name {args.model_name}: neither a folder here nor a hub model with a config of a "
+                         f"known model ({reason(error)})") from None
     if config.is_encoder_decoder:
         raise InputError(f"{args.model_name} is an encoder-decoder. Choose an encoder or a decoder.")
     return config
@@ -512,7 +519,8 @@ def add_adapter(model, args, task, unused, notes):
         try:
             model = PeftModel.from_pretrained(model, args.init_adapter, is_trainable=True)
         except (RuntimeError, ValueError) as error:
-            raise InputError(f"--init_adapter {args.init_adapter} does not fit the base: {reason(error)}") from None
+            raise InputError(f"--init_adapter {args.init_adapter} does not fit {args.model_name}. Pass the base that "
+                             "its adapter_config.json names.") from error
         if not any(p.any() for name, p in model.named_parameters() if "lora_B" in name):  # peft only warns
             raise InputError(f"--init_adapter {args.init_adapter} holds no weights for {args.model_name}.")
         stored = model.peft_config["default"]
@@ -699,7 +707,8 @@ def worsening(log, metric, greater_is_better):
     points = [(entry["step"], entry[f"eval_{metric}"]) for entry in log if f"eval_{metric}" in entry][-3:]
     values = [value if greater_is_better else -value for _, value in points]
     losses = [entry["loss"] for entry in log if "loss" in entry and entry["step"] >= points[0][0]]
-    if len(values) == 3 and values[0] > values[1] > values[2] and len(losses) > 1 and losses[-1] < losses[0]:
+    worse = len(values) == 3 and values[0] > values[1] > values[2] and values[0] - values[2] > 0.01 * abs(values[0])
+    if worse and len(losses) > 1 and losses[-1] < losses[0]:
         return (f"the loss fell from {losses[0]:.3f} to {losses[-1]:.3f} while {metric} worsened from "
                 f"{points[0][1]:.4f} to {points[2][1]:.4f}: overfitting. Fewer epochs, lower --lr, --lora_dropout 0.1.")
     return None
@@ -744,6 +753,8 @@ def make_plan(args, rows, has_dev, metric, greater_is_better, drop_last, notes):
                           f"before and after; --eval_every {better} gives two or three an epoch")
     if args.finetune_type != "full" and args.lr < 5e-5:
         plan.notes.append(f"--lr {args.lr:g} is low for LoRA, which wants ten times full fine-tuning's: 1e-4 to 3e-4")
+    if args.lr > 5e-3 and args.optimizer != "sgd":
+        plan.notes.append(f"--lr {args.lr:g} is very high: 1e-4 to 3e-4 is usual for LoRA")
     if args.finetune_type != "full" and plan.lora_scale > 4 and args.lr >= 2e-4:
         plan.notes.append(f"a LoRA scale of {plan.lora_scale:.1f} at --lr {args.lr:g} is strong")
     return plan
@@ -825,6 +836,8 @@ def preflight(args, trainer, plan, longest):
     seconds = time.perf_counter() - started
     torch.set_rng_state(rng)
     weights = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    if not any(grad is not None and grad.any() for grad in weights.values()):
+        raise InputError("the loss of the longest rows has no gradient: they have nothing to tell apart.")
     if idle := [name for name, grad in weights.items() if grad is None or "lora_B" in name and not grad.any()]:
         raise InputError(f"{len(idle)} trainable weights get no gradient ({idle[0]}, ...): narrow --target_modules.")
     if not trainer.args.fp16 and not all(grad.isfinite().all() for grad in weights.values()):
@@ -935,7 +948,9 @@ def open_output_dir(args):
         elif read_json(checkpoint / "trainer_state.json") is None:
             raise InputError(f"--resume_from_checkpoint {checkpoint} is no complete checkpoint. Give no name.")
         return checkpoint
-    if folder.is_file() or not args.overwrite and folder.is_dir() and any(folder.iterdir()):
+    if folder.is_file():
+        raise InputError(f"--output_dir {folder} is a file. Name a folder.")
+    if not args.overwrite and folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"--output_dir {folder} is not empty. Pass another, --overwrite or --resume_from_checkpoint.")
     return None
 

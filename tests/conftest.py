@@ -36,9 +36,7 @@ def make_rows(count):
         a, b = TOPICS[i % 16], TOPICS[(i // 16 + 3 * i) % 16]
         long = " and the ".join(TOPICS[: 1 + i % 7])
         pos = [f"the {a} {i} stands behind the {b} and the {long}", f"look for {a} {i}"][: 2 if i % 4 == 0 else 1]
-        rows.append(
-            {"query": f"where is {a} {i}", "pos": pos, "neg": [f"no {b} here", f"{long} {i}"] * (i % 3 > 0)}
-        )
+        rows.append({"query": f"where is {a} {i}", "pos": pos, "neg": [f"no {b} here", f"{long} {i}"] * (i % 3 > 0)})
     return rows
 
 

@@ -52,8 +52,10 @@ assert not run_until(folder / "whole", 10**6)
 weights, log = contents(folder / "whole")
 for run in range(kills):
     out, attempts = folder / f"killed{run}", 0
-    while done < kills and attempts < 3 and run_until(
-        out, rng.randrange(len(log) >> attempts), *["--resume_from_checkpoint"] * (attempts > 0)
+    while (
+        done < kills
+        and attempts < 3
+        and run_until(out, rng.randrange(len(log) >> attempts), *["--resume_from_checkpoint"] * (attempts > 0))
     ):
         done, attempts = done + 1, attempts + 1
         state = sorted(path.name for path in out.glob("checkpoint-*"))

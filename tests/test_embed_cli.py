@@ -310,6 +310,7 @@ def test_a_run_killed_after_early_stopping_trains_no_further(run_embed, monkeypa
     monkeypatch.setattr(train_embed_lora, "retrieval_metrics", lambda *_: {"ndcg@10": next(scores), "recall@10": 0.5})
     first = run_embed(*flags)
     shutil.rmtree(tmp_path / "out/final")
+    (tmp_path / "out/training_summary_report.json").unlink()
     again = run_embed(*flags, "--resume_from_checkpoint")
     assert first["steps"] == again["steps"] == 3
     assert first["metrics"] == again["metrics"] and first["best_step"] == again["best_step"] == 1
@@ -403,6 +404,24 @@ def test_init_adapter_goes_on_where_stage_one_ended(run_embed, tmp_path):
     assert utils.read_json(tmp_path / "out/final/adapter_config.json")["lora_dropout"] == 0.1
 
 
+def test_a_relative_model_folder_is_stored_absolute(run_embed, tiny_bert, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(tiny_bert).parent)
+    run_embed("--max_steps", 2, model=Path(tiny_bert).name)
+    stored = utils.read_json(tmp_path / "out/final/adapter_config.json")["base_model_name_or_path"]
+    assert os.path.samefile(stored, tiny_bert) and os.path.isabs(stored)
+
+
+def test_a_prompt_that_all_rows_share_is_saved(run_embed, tmp_path, capsys):
+    data = write_jsonl(tmp_path / "bge.jsonl", [{**row, "prompt": "Find it: "} for row in make_rows(40)])
+    run_embed("--max_steps", 2, data=data)
+    assert utils.read_json(tmp_path / "out/final/config_sentence_transformers.json")["prompts"]["query"] == "Find it: "
+    data = write_jsonl(
+        tmp_path / "mixed.jsonl", [{**row, "prompt": f"Find {i % 2}: "} for i, row in enumerate(make_rows(40))]
+    )
+    run_embed("--dry_run", "--overwrite", data=data)
+    assert "the rows carry 2 query prefixes and final/ stores one" in capsys.readouterr().out
+
+
 def test_several_named_dev_sets(run_embed, tmp_path, capsys):
     for name, rows in (("a", make_rows(120)[100:]), ("b", make_rows(140)[125:])):
         write_jsonl(tmp_path / f"{name}.jsonl", rows)
@@ -414,7 +433,8 @@ def test_several_named_dev_sets(run_embed, tmp_path, capsys):
     assert report["data"]["dev"]["second"]["queries"] == 10
     report = run_embed("--max_steps", 2, *files, "--metric_for_best", "second_mrr@10", "--overwrite")
     assert report["plan"]["metric"] == "second_mrr@10"
-    assert "second_mrr@10" in capsys.readouterr().out.splitlines()[-4]
+    assert {"second_mrr@10", "first_ndcg@10", "second_recall@10"} <= set(report["plan"]["shown"])
+    assert "result    second_recall@10" in capsys.readouterr().out
 
 
 def test_a_base_that_cannot_be_quantised_is_loaded_without_and_said_so(run_embed, monkeypatch):
@@ -538,6 +558,12 @@ def test_a_signal_saves_a_checkpoint_and_says_how_to_resume(number, tiny_bert, p
     assert "Go on with the same command and --resume_from_checkpoint" in said
     assert utils.find_checkpoint(tmp_path / "out")
     assert not (tmp_path / "out/final").exists()
+
+
+def test_a_finished_run_is_left_as_it_is(run_embed, capsys):
+    report = run_embed("--max_steps", 2)
+    assert run_embed("--max_steps", 2, "--resume_from_checkpoint") == report
+    assert "is finished" in capsys.readouterr().out
 
 
 def test_resume_refuses_other_flags_and_other_data(run_embed, tmp_path, pairs):

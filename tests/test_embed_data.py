@@ -74,7 +74,8 @@ def test_file_types_and_globs(tmp_path):
     for name, separator in (("a.csv", ","), ("a.tsv", "\t")):
         lines = [separator.join(f'"{value.replace(chr(34), chr(34) * 2)}"' for value in row.values()) for row in rows]
         (tmp_path / name).write_text("\n".join(["\ufeffquery" + separator + "positive", *lines]), encoding="utf-8")
-    for name in ("a.jsonl", "a.json", "lines.json", "a.parquet", "a.csv", "a.tsv"):
+    (tmp_path / "excel.csv").write_text((tmp_path / "a.tsv").read_text().replace("\t", ";"))
+    for name in ("a.jsonl", "a.json", "lines.json", "a.parquet", "a.csv", "a.tsv", "excel.csv"):
         assert read(tmp_path / name)[0] == expected, name
     write_jsonl(tmp_path / "b.jsonl", [{"query": "q9", "positive": "p9"}])
     assert len(read(tmp_path / "[ab].jsonl")[0]) == 4
@@ -314,14 +315,19 @@ BROKEN_FOLDERS = {
     "missing file": (["--train_file", "nowhere.jsonl"], "nowhere.jsonl is not there"),
     "missing glob": (["--train_file", "no*where.jsonl"], "no*where.jsonl is not there"),
     "missing dev": (["--dev_file", "dev=nowhere"], "nowhere is not there"),
+    "no such column": (["--query_column", "frage"], "no column frage"),
+    "same positive": (["--train_file", "SAME", "--dev_size", "0"], "has no gradient: they have nothing to tell apart"),
     "dev twice": (["--dev_file", "DATA", "--dev_file", "DATA"], "a dev set is called '' already"),
     "no BEIR": (["--dev_file", "EMPTY"], "is no BEIR folder: no corpus.jsonl, queries.jsonl"),
-    "missing model": (["--model_name", "./nowhere"], "--model_name ./nowhere: no config of a known model"),
-    "unknown hub model": (["--model_name", "no/such-model"], "--model_name no/such-model: no config of a known model"),
-    "empty model": (["--model_name", "EMPTY"], "no config of a known model"),
+    "missing model": (["--model_name", "./nowhere"], "--model_name ./nowhere: neither a folder here nor a hub model"),
+    "unknown hub model": (
+        ["--model_name", "no/such-model"],
+        "--model_name no/such-model: neither a folder here nor a hub model",
+    ),
+    "empty model": (["--model_name", "EMPTY"], "neither a folder here nor a hub model"),
     "unknown architecture": (
         ["--model_name", 'MODEL:config.json:{"model_type": "nonsense"}'],
-        "no config of a known model",
+        "neither a folder here nor a hub model",
     ),
     "remote code": (
         ["--model_name", 'MODEL:config.json:{"model_type": "mine", "auto_map": {"AutoModel": "m.M"}}'],
@@ -339,7 +345,7 @@ BROKEN_FOLDERS = {
     "no checkpoint": (["--resume_from_checkpoint", "nowhere"], "nowhere is no complete checkpoint"),
     "empty dev": (["--dev_file", "BLANK"], "holds no query with a relevant document"),
     "full folder": (["--output_dir", "DATA_FOLDER"], "is not empty. Pass another, --overwrite"),
-    "a file for a folder": (["--output_dir", "DATA"], "is not empty"),
+    "a file for a folder": (["--output_dir", "DATA"], "is a file. Name a folder"),
     "unknown metric": (["--metric_for_best", "f1"], "--metric_for_best f1 is not measured. Choose one of accuracy@1"),
     "no such report": (["--report_to", "mlflow"], "mlflow: it is not installed"),
 }
@@ -351,6 +357,7 @@ def test_broken_folders_and_models_end_in_a_sentence(case, tmp_path, tiny_bert, 
     (tmp_path / "empty").mkdir()
     named = {"EMPTY": str(tmp_path / "empty"), "DATA": pairs, "DATA_FOLDER": str(Path(pairs).parent)}
     named["BLANK"] = write_jsonl(tmp_path / "blank.jsonl", [{"query": "", "pos": ["p"]}])
+    named["SAME"] = write_jsonl(tmp_path / "same.jsonl", [{"query": f"q{i}", "pos": ["b"]} for i in range(40)])
     flags = [named.get(flag, flag) for flag in flags]
     for i, flag in enumerate(flags):
         if flag.startswith("MODEL:"):
