@@ -735,10 +735,18 @@ def load_model(args, config, stored_pooling, texts, notes):
     return utils.add_adapter(model, args, "FEATURE_EXTRACTION", unused, notes), causal, dimension, precision
 
 
-def longest_rows(train_set, texts, plan, args):
-    """Return the rows of most tokens, as many as are in memory at once (at least two: one has nothing to contrast)."""
-    by_length = sorted(range(len(train_set)), key=lambda i: -sum(len(texts[j]) for j in text_indices(train_set[i])))
-    return [train_set[i] for i in by_length[: max(2, min(args.batch_size, plan.step_rows))]]
+def heaviest_rows(train_set, texts, plan, args):
+    """Return as many rows as are in memory at once: the longest, and the heaviest of as many draws as the run makes.
+
+    At least two rows: one has nothing to contrast.
+    """
+    rng, count = random.Random(args.seed), max(2, min(args.batch_size, plan.step_rows))
+    tokens = [sum(len(texts[j]) for j in text_indices(train_set[i])) for i in range(len(train_set))]
+    draws = min(1000, plan.total_steps * -(-plan.step_rows // count))
+    samples = (rng.sample(range(len(tokens)), count) for _ in range(draws))
+    heaviest = max(samples, key=lambda rows: sum(tokens[i] for i in rows))
+    longest = max(range(len(tokens)), key=tokens.__getitem__)
+    return [train_set[i] for i in dict.fromkeys([longest, *heaviest])][:count]
 
 
 def main(argv=None):
@@ -769,7 +777,7 @@ def main(argv=None):
     if checkpoint and (report := utils.read_json(Path(args.output_dir) / "training_summary_report.json")):
         say(f"resume    {args.output_dir} is finished: final/ and the report are there")
         return report
-    utils.preflight(args, trainer, plan, longest_rows(train_set, texts, plan, args))
+    utils.preflight(args, trainer, plan, heaviest_rows(train_set, texts, plan, args))
     if args.dry_run:
         return run | {"data": counts, "plan": vars(plan)}
 

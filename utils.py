@@ -804,8 +804,8 @@ def training_arguments(args, plan, precision, drop_last):
     return arguments
 
 
-def preflight(args, trainer, plan, longest):
-    """Print the plan and rehearse a step of the `longest` rows: memory and gradients are checked before hour three.
+def preflight(args, trainer, plan, heaviest):
+    """Print the plan and rehearse the `heaviest` rows: memory and gradients are checked before hour three.
 
     Raises InputError if a gradient is not finite or an adapter gets none.
     """
@@ -832,19 +832,19 @@ def preflight(args, trainer, plan, longest):
     for note in plan.notes:
         say(f"note      {note}")
     rng, started = torch.get_rng_state(), time.perf_counter()
-    trainer.training_step(model, trainer.data_collator(longest))
+    trainer.training_step(model, trainer.data_collator(heaviest))
     seconds = time.perf_counter() - started
     torch.set_rng_state(rng)
     weights = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     if not any(grad is not None and grad.any() for grad in weights.values()):
-        raise InputError("the loss of the longest rows has no gradient: they have nothing to tell apart.")
+        raise InputError("the loss of the heaviest rows has no gradient: they have nothing to tell apart.")
     if idle := [name for name, grad in weights.items() if grad is None or "lora_B" in name and not grad.any()]:
         raise InputError(f"{len(idle)} trainable weights get no gradient ({idle[0]}, ...): narrow --target_modules.")
     if not trainer.args.fp16 and not all(grad.isfinite().all() for grad in weights.values()):
         raise InputError("the first gradient is not finite: pass --mixed_precision none, or check the base model.")
     model.zero_grad()
     trainer.real_tokens = trainer.padded_tokens = 0
-    say(f"rehearsal longest {len(longest)} examples: {seconds:.1f} s, {peak_gib():.1f} GiB at most, finite gradients")
+    say(f"rehearsal of {len(heaviest)} heavy examples: {seconds:.1f} s, {peak_gib():.1f} GiB, finite gradients")
 
 
 def peak_gib():
