@@ -15,7 +15,7 @@ import math
 import random
 import re
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,6 @@ from pathlib import Path
 import utils
 from utils import InputError, integer, real, say
 
-import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -256,10 +255,6 @@ class Texts:
         """Tokenise all texts, cached by `datasets` under a hash of texts, tokenizer and lengths."""
         texts, sides = zip(*self.index, strict=True)
         rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
-        key = Hasher.hash([texts, sides, rules, query_max_len, passage_max_len])
-        folder = Path(datasets.config.HF_DATASETS_CACHE) / "lora_tokens"
-        folder.mkdir(parents=True, exist_ok=True)
-
         def encode(batch):
             ids = [None] * len(batch["text"])
             for side, limit in ((True, query_max_len), (False, passage_max_len)):
@@ -270,12 +265,9 @@ class Texts:
                     ids[i] = row
             return {"input_ids": ids}
 
-        data = datasets.Dataset.from_dict({"text": texts, "is_query": sides}).map(
-            encode, batched=True, remove_columns=["text", "is_query"], new_fingerprint=key, num_proc=workers or None,
-            desc="tokenising", cache_file_name=str(folder / f"{key}.arrow"),
-        )
-        column = data.data.column("input_ids").combine_chunks()
-        self.values, self.offsets = column.values.to_numpy(), column.offsets.to_numpy()
+        key = [texts, sides, rules, query_max_len, passage_max_len]
+        data = utils.cached_map({"text": texts, "is_query": sides}, encode, key, workers)
+        self.values, self.offsets = utils.ragged(data, "input_ids")
         return self
 
     def __getitem__(self, i):
@@ -493,10 +485,6 @@ class EmbedTrainer(utils.StepTrainer):
                 self.accelerator.backward((vector * leaves[i].grad).sum())
         return loss.detach()
 
-    def unsynced(self, model, more):
-        """Context in which processes do not add up their gradients yet, because there is `more` to come."""
-        return self.accelerator.no_sync(model) if more else nullcontext()
-
     @torch.no_grad()
     def embed(self, sequences):
         """Embed token sequences in evaluation mode, shared out over the processes: (len(sequences), D) on each."""
@@ -694,27 +682,22 @@ def make_measure(dev_sets, texts, args):
             for dim in args.matryoshka_dims or []:
                 part = retrieval_metrics(query_emb[:, :dim], corpus_emb[:, :dim], relevant)
                 found[f"ndcg@10_dim{dim}"] = part["ndcg@10"]
-            metrics |= {named(name, key): value for key, value in found.items()}
+            metrics |= {utils.named(name, key): value for key, value in found.items()}
         return metrics
 
     return measure
-
-
-def named(dev_name, metric):
-    """Return the metric's name with the dev set's in front, if that has one."""
-    return f"{dev_name}_{metric}" if dev_name else metric
 
 
 def plan_run(args, train_set, dev_sets, notes):
     """Make the plan, and say how many documents a query is contrasted with; raises InputError for an unknown metric."""
     first, metric = next(iter(dev_sets), ""), args.metric_for_best
     dims = [f"ndcg@10_dim{dim}" for dim in args.matryoshka_dims or []]
-    known = [named(name, key) for name in dev_sets for key in METRICS + dims]
+    known = [utils.named(name, key) for name in dev_sets for key in METRICS + dims]
     if metric and dev_sets and metric not in known:
         raise InputError(f"--metric_for_best {metric} is not measured. Choose one of {', '.join(known)}.")
-    metric = metric or named(first, "ndcg@10")
+    metric = metric or utils.named(first, "ndcg@10")
     plan = utils.make_plan(args, len(train_set), bool(dev_sets), metric, True, drop_last=True, notes=notes)
-    shown = [named(name, key) for name in dev_sets for key in ("ndcg@10", "recall@10")]
+    shown = [utils.named(name, key) for name in dev_sets for key in ("ndcg@10", "recall@10")]
     plan.shown = list(dict.fromkeys([metric, *shown] if dev_sets else []))
     mined = sum(min(args.max_negs, len(neg)) for _, _, neg, _ in train_set.rows) / len(train_set)
     contrasted = plan.examples_per_step if args.negatives_cross_device else plan.step_rows
@@ -733,20 +716,6 @@ def load_model(args, config, stored_pooling, texts, notes):
         raise InputError(f"--matryoshka_dims {max(args.matryoshka_dims)} exceeds the model's {dimension} dimensions.")
     settle_pooling(args, stored_pooling, causal, texts, config, notes)
     return utils.add_adapter(model, args, "FEATURE_EXTRACTION", unused, notes), causal, dimension, precision
-
-
-def heaviest_rows(train_set, texts, plan, args):
-    """Return as many rows as are in memory at once: the longest, and the heaviest of as many draws as the run makes.
-
-    At least two rows: one has nothing to contrast.
-    """
-    rng, count = random.Random(args.seed), max(2, min(args.batch_size, plan.step_rows))
-    tokens = [sum(len(texts[j]) for j in text_indices(train_set[i])) for i in range(len(train_set))]
-    draws = min(1000, plan.total_steps * -(-plan.step_rows // count))
-    samples = (rng.sample(range(len(tokens)), count) for _ in range(draws))
-    heaviest = max(samples, key=lambda rows: sum(tokens[i] for i in rows))
-    longest = max(range(len(tokens)), key=tokens.__getitem__)
-    return [train_set[i] for i in dict.fromkeys([longest, *heaviest])][:count]
 
 
 def main(argv=None):
@@ -777,7 +746,8 @@ def main(argv=None):
     if checkpoint and (report := utils.read_json(Path(args.output_dir) / "training_summary_report.json")):
         say(f"resume    {args.output_dir} is finished: final/ and the report are there")
         return report
-    utils.preflight(args, trainer, plan, heaviest_rows(train_set, texts, plan, args))
+    tokens = [sum(len(texts[j]) for j in text_indices(train_set[i])) for i in range(len(train_set))]
+    utils.preflight(args, trainer, plan, [train_set[i] for i in utils.heaviest_rows(tokens, plan, args)])
     if args.dry_run:
         return run | {"data": counts, "plan": vars(plan)}
 
@@ -788,12 +758,9 @@ def main(argv=None):
     base = outputs()
     before, after, warnings = utils.train(trainer, args, plan, checkpoint)
     seconds = time.perf_counter() - started
-    trainer.save_model(str(final))
+    utils.save_final(trainer, final, run)
     if state.is_main_process:
         save_st_files(final, args, dimension)
-        utils.write_json(final / "training_config.json", run)
-        for file in final.glob("*.safetensors"):
-            file.chmod(0o644)  # safetensors writes 0600, which a server's user cannot read
     state.wait_for_everyone()
     proof = utils.prove(trainer, str(final), base, outputs, AutoModel)
     return utils.write_report(trainer, args, run, {

@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import os
+import random
 import shutil
 import signal
 import sys
@@ -23,6 +24,7 @@ import threading
 import time
 import warnings
 from collections import defaultdict
+from contextlib import nullcontext
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -31,11 +33,13 @@ from types import SimpleNamespace
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # names an optional CPU kernel at every import
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|accelerate|peft")
 
+import datasets
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import get_dataset_split_names, load_dataset
 from datasets.exceptions import DatasetsError
+from datasets.fingerprint import Hasher
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
@@ -177,8 +181,6 @@ def add_training_flags(parser, batch, step, epochs, checkpointing, metric):
     add("--dry_run", action="store_true", help="check everything, train nothing")
 
 
-
-
 def finish_flags(parser, args, model, step):
     """Check the flags that depend on one another and fill in the defaults that do; exits 2 through `parser.error`."""
     given_bits = {args.quantization_bits, 8 if args.load_in_8bit else None, 4 if args.load_in_4bit else None} - {None}
@@ -188,7 +190,8 @@ def finish_flags(parser, args, model, step):
     no_save, full = args.checkpoint_strategy == "no", args.finetune_type == "full"
     patience, resume = args.early_stopping_patience, args.resume_from_checkpoint
     for wrong, sentence in (
-        (not args.train_file and not args.dataset_name, "no training data: pass --train_file or --dataset_name"),
+        (not args.train_file and not args.dataset_name and not getattr(args, "eval_only", False),
+         "no training data: pass --train_file or --dataset_name"),
         (args.train_file and args.dataset_name, "--train_file and --dataset_name both name training data: pass one"),
         (args.fp16 + args.bf16 + bool(args.mixed_precision) > 1, "--fp16, --bf16, --mixed_precision: pass one"),
         (len(given_bits) > 1, "8 and 4 bits are both asked for: pass one of the three quantisation flags"),
@@ -364,8 +367,8 @@ def read_sources(args):
         dev[name] = expand_files([path])[0]
     if len(dev) > 1 and "" in dev:
         dev["dev"] = dev.pop("")
-    if args.train_file:
-        return [pair for file in expand_files(args.train_file) for pair in read_rows(file)], dev
+    if not args.dataset_name:
+        return [pair for file in expand_files(args.train_file or []) for pair in read_rows(file)], dev
     rows = read_hub_rows(args, args.dataset_split)
     if rows is None:
         raise InputError(f"--dataset_split {args.dataset_split} does not exist. Pass one of the splits named above.")
@@ -378,6 +381,26 @@ def text_id(text):
     """Return 63 bits that two texts share if they differ in case and white space alone."""
     normal = " ".join(text.casefold().split())
     return int.from_bytes(hashlib.blake2b(normal.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def named(dev_name, metric):
+    """Return the metric's name with the dev set's in front, if that has one."""
+    return f"{dev_name}_{metric}" if dev_name else metric
+
+
+def cached_map(columns, encode, key, workers, features=None):
+    """Return a Dataset of `columns` with encode(batch) applied, cached by `datasets` under a hash of `key`."""
+    folder, name = Path(datasets.config.HF_DATASETS_CACHE) / "lora_tokens", Hasher.hash(key)
+    folder.mkdir(parents=True, exist_ok=True)
+    return datasets.Dataset.from_dict(columns).map(
+        encode, batched=True, remove_columns=list(columns), new_fingerprint=name, num_proc=workers or None,
+        features=features, desc="tokenising", cache_file_name=str(folder / f"{name}.arrow"))
+
+
+def ragged(dataset, column):
+    """Return a column of lists as (values, offsets), numpy arrays: row i is values[offsets[i] : offsets[i + 1]]."""
+    lists = dataset.data.column(column).combine_chunks()
+    return lists.values.to_numpy(zero_copy_only=False), lists.offsets.to_numpy()
 
 
 # ---------------------------------------------------------------- the base model
@@ -627,6 +650,10 @@ class StepTrainer(Trainer):
         input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).long()
         return input_ids.to(self.args.device), lengths.to(self.args.device)
 
+    def unsynced(self, model, more):
+        """Context in which processes do not add up their gradients yet, because there is `more` to come."""
+        return self.accelerator.no_sync(model) if more else nullcontext()
+
     def measure_dev_sets(self):
         """Return {"eval_<metric>": value} over all dev sets."""
         started = time.perf_counter()
@@ -693,9 +720,10 @@ class RunCallback(ProgressCallback):
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         super().on_evaluate(args, state, control, **kwargs)
-        if text := worsening(state.log_history, self.plan.metric, self.plan.greater_is_better):
-            self.warnings.append(text)
-            say(f"warning   {text}")
+        for metric, greater_is_better in self.plan.watched:
+            if text := worsening(state.log_history, metric, greater_is_better):
+                self.warnings.append(text)
+                say(f"warning   {text}")
 
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -720,6 +748,7 @@ def worsening(log, metric, greater_is_better):
 def make_plan(args, rows, has_dev, metric, greater_is_better, drop_last, notes):
     """Work out a run's steps from its flags: a namespace, which keeps `notes`, things a user would want to know."""
     plan = SimpleNamespace(metric=metric, greater_is_better=greater_is_better, notes=notes)
+    plan.watched = [[metric, greater_is_better]]  # warned about if they worsen while the loss falls
     world = PartialState().num_processes
     if rows < world:
         raise InputError(f"{rows} rows cannot be shared out over {world} processes. Add rows, or use one GPU.")
@@ -847,6 +876,19 @@ def preflight(args, trainer, plan, heaviest):
     say(f"rehearsal of {len(heaviest)} heavy examples: {seconds:.1f} s, {peak_gib():.1f} GiB, finite gradients")
 
 
+def heaviest_rows(tokens, plan, args):
+    """Return as many rows as are in memory at once: the longest, and the heaviest of as many draws as the run makes.
+
+    At least two rows: one has nothing to contrast.
+    """
+    rng, count = random.Random(args.seed), min(len(tokens), max(2, min(args.batch_size, plan.step_rows)))
+    draws = min(1000, plan.total_steps * -(-plan.step_rows // count))
+    samples = (rng.sample(range(len(tokens)), count) for _ in range(draws))
+    heaviest = max(samples, key=lambda rows: sum(tokens[i] for i in rows))
+    longest = max(range(len(tokens)), key=tokens.__getitem__)
+    return list(dict.fromkeys([longest, *heaviest]))[:count]
+
+
 def peak_gib():
     """Return the most memory this process has had, in GiB: the GPU's if there is one, else resident memory."""
     if torch.cuda.is_available():
@@ -961,7 +1003,7 @@ def begin_output_dir(args, run):
     if args.overwrite and (folder / "training_config.json").exists():
         for path in [*folder.glob("checkpoint-*"), folder / "final", folder / "runs"]:
             shutil.rmtree(path, ignore_errors=True)
-        for path in [*folder.glob("training_*"), folder / "detailed_training_logs.json"]:
+        for path in [*folder.glob("training_*"), *folder.glob("predictions-*"), folder / "detailed_training_logs.json"]:
             path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "training_config.json", run)
@@ -996,6 +1038,15 @@ def describe_run(args, precision, data_fingerprint, checkpoint):
         if changed:
             raise InputError(f"cannot resume {checkpoint}: {', '.join(changed)}. Give the flags of that run.")
     return run
+
+
+def save_final(trainer, folder, run):
+    """Save the trained weights and tokenizer, and what made them, in files that everybody may read."""
+    trainer.save_model(str(folder))
+    if trainer.is_world_process_zero():
+        write_json(folder / "training_config.json", run)
+        for file in folder.glob("*.safetensors"):
+            file.chmod(0o644)  # safetensors writes 0600, which a server's user cannot read
 
 
 def write_logs(folder, log, steps_per_epoch):

@@ -1,0 +1,1027 @@
+"""Fine-tune a causal language model with LoRA on the responses alone: every token's mask checked, evaluated by name.
+
+    python train_sft_lora.py --train_file examples/sample_chats.jsonl --output_dir runs/first
+    python train_sft_lora.py --model_name Qwen/Qwen3-4B --train_file chats.jsonl --load_in_4bit --eval_generate 100
+    python train_sft_lora.py --train_file chats.jsonl --sanity_overfit 100
+
+A data line: {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}
+output_dir: final/ (adapter, tokenizer, stop tokens), checkpoints, logs, training_curves.png, predictions, a report.
+Shapes: B sequences, T tokens, N supervised tokens, V vocabulary.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import re
+import time
+import unicodedata
+import urllib.error
+import urllib.request
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import utils
+from utils import InputError, integer, named, say
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import gather_object
+from datasets import Features, Value
+from datasets import List as ListOf
+from datasets.fingerprint import Hasher
+from jinja2 import TemplateError
+from torch import nn
+from torch.utils.checkpoint import checkpoint as recomputed
+from transformers import AutoModelForCausalLM, GenerationConfig, set_seed
+
+LOGITS_AT_ONCE = 2**26  # positions x vocabulary: 256 MiB in float32
+GENERATED_AT_ONCE = 32  # rows
+SHORT_ANSWER_TOKENS = 64  # --sanity_overfit asks for an exact match up to this length
+
+# ---------------------------------------------------------------- arguments
+
+
+def parse_args(argv=None):
+    """Parse and check the command line; exits 2 with one sentence on what is wrong."""
+    parser = argparse.ArgumentParser(
+        "train_sft_lora.py", usage="%(prog)s --train_file FILE [flags, see --help]", description=__doc__,
+        allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter,
+    )
+    base = "Qwen/Qwen3-0.6B"
+    utils.add_input_flags(parser, base, dev_size=0.2)
+    utils.add_training_flags(parser, batch=2, step=16, epochs=1, checkpointing=True, metric="loss")
+    add = parser.add_argument_group("SFT").add_argument
+    add("--max_length", "--max_seq_length", type=integer(8), default=2048, metavar="N", help="tokens of a row [2048]")
+    add("--overlong", default="drop", choices=["drop", "truncate_prompt", "error"],
+        help="rows above --max_length; a response is never cut [drop]")
+    add("--train_turns", default="all", choices=["all", "last"], help="assistant turns to learn from [all]")
+    add("--enable_thinking", default="auto", choices=["auto", "true", "false"],
+        help="what the template is told [auto: true if a training row has reasoning]")
+    add("--system_prompt", metavar="TEXT", help="system turn of the rows that have none")
+    add("--chat_template", metavar="FILE", help="Jinja template in place of the tokenizer's")
+    add("--drop_regex", metavar="REGEX", help="drop rows in which a text matches")
+    add("--eval_generate", type=integer(0), default=0, metavar="N", help="rows of each dev set to generate on [0]")
+    add("--max_new_tokens", type=integer(1), default=256, metavar="N", help="longest generated answer, in tokens [256]")
+    add("--sanity_overfit", type=integer(1), metavar="N", help="learn N rows by heart in 200 steps, or exit 1")
+    add("--eval_only", action="store_true", help="measure the dev sets on --model_name (base, adapter, merged folder)")
+    add("--endpoint", metavar="URL", help="with --eval_only: ask this OpenAI-compatible server instead")
+    add("--endpoint_model", default="default", metavar="NAME", help="the model's name there [default]")
+    args = parser.parse_args(argv)
+    has_data = args.dev_file or args.train_file or args.dataset_name
+    for wrong, sentence in (
+        (args.sanity_overfit and args.eval_only, "--sanity_overfit trains and --eval_only does not: pass one"),
+        (args.endpoint and not args.eval_only, "--endpoint is evaluated, not trained: add --eval_only"),
+        (args.sanity_overfit and (args.dev_file or args.save_best or args.early_stopping_patience),
+         "--sanity_overfit measures the rows it trains on: drop --dev_file, --save_best, --early_stopping_patience"),
+        (args.eval_only and not has_data, "--eval_only needs rows to evaluate on: pass --dev_file"),
+    ):
+        if wrong:
+            parser.error(sentence)
+    try:
+        re.compile(args.drop_regex or "")
+    except re.error as error:
+        parser.error(f"--drop_regex {args.drop_regex}: {error}")
+    if args.eval_only and args.model_name and (Path(args.model_name) / "adapter_config.json").is_file():
+        args.init_adapter, args.model_name = args.model_name, None
+    if args.sanity_overfit:  # the model's own rows are its dev set
+        args.eval_generate, args.save_best, args.lora_dropout = args.sanity_overfit, 0, 0.0
+        args.max_steps = args.max_steps or 200
+    return utils.finish_flags(parser, args, base, step=16)
+
+
+# ---------------------------------------------------------------- data
+
+ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "observation": "tool"}
+ROLES |= {role: role for role in ("user", "assistant", "system", "tool", "developer")}
+PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("query", "response"),
+         ("instruction", "output"), ("instruction", "response"), ("input", "output"))
+KNOWN = "messages, conversations, " + ", ".join("/".join(pair) for pair in PAIRS)
+TAG_RESIDUE = re.compile(r"<\|[^|<>]*\|>|</?[A-Za-z][\w:-]*/?>|\[/?INST\]|^\s*(###|Human:|User:|Assistant:)|&amp;|&[lg]t;")
+THINKING = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
+
+
+TOO_LONG = "answers that do not fit into --max_length with their prompt"
+
+
+class Drop(Exception):
+    """A row cannot be learnt from; the message is the reason that is counted."""
+
+
+@dataclass
+class Example:
+    """One row: where it stands, its messages in the form that chat templates take, its tools."""
+
+    where: str
+    messages: list
+    tools: list | None = None
+
+    @property
+    def key(self):
+        """Hash of all that comes before the last answer: rows that share it ask the same."""
+        return utils.text_id(json.dumps(self.messages[: self.last], ensure_ascii=False, sort_keys=True))
+
+    @property
+    def last(self):
+        """Index of the last assistant turn."""
+        return max(i for i, message in enumerate(self.messages) if message["role"] == "assistant")
+
+    @property
+    def answer(self):
+        """The text of the last answer, without its thinking."""
+        return answer_of(self.messages[self.last]["content"])
+
+
+def answer_of(text):
+    """Return what follows the thinking in a generated or written answer."""
+    return text.rpartition("</think>")[2].strip()
+
+
+def without_none(value):
+    """Leave out the keys without a value, which tables fill in and a template may render."""
+    if isinstance(value, dict):
+        return {key: without_none(item) for key, item in value.items() if item is not None}
+    return [without_none(item) for item in value] if isinstance(value, list) else value
+
+
+def turns_of(value, where, name):
+    """Return a list of messages from a list, its JSON text, or one text: a user's."""
+    if isinstance(value, str) and value.lstrip().startswith("[{"):
+        value = utils.parse_json(value, f"{where}, {name}")
+    if isinstance(value, str):
+        return [{"role": "user", "content": value}]
+    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
+        raise InputError(f"{where}: {name} is the {type(value).__name__} {str(value)[:60]}, not a text or a list of "
+                         'messages. Write [{"role": "user", "content": "..."}, ...].')
+    return value
+
+
+def read_message(turn, where):
+    """Return one turn, OpenAI's or ShareGPT's, as {"role", "content", ...}; raises InputError for what is neither."""
+    turn = without_none(turn)
+    role = turn.pop("role", None) or turn.pop("from", None)
+    if role not in ROLES:
+        raise InputError(f"{where}: unknown role {json.dumps(role)}. Known roles: {', '.join(ROLES)}.")
+    content = turn.pop("content", None) or turn.pop("value", None) or ""
+    if isinstance(content, list) and all(isinstance(p, dict) and p.get("type", "text") == "text" for p in content):
+        content = "".join(part.get("text", "") for part in content)
+    if not isinstance(content, str):
+        raise InputError(f"{where}: the content of a {role} turn is a {type(content).__name__}, not a text. Write JSON "
+                         "answers as text, with json.dumps; images cannot be trained on here.")
+    reasoning = next((turn[name] for name in ("reasoning_content", "reasoning", "thinking") if turn.get(name)), None)
+    if reasoning:
+        turn["reasoning_content"] = reasoning
+    return {"role": ROLES[role], "content": content.encode(errors="replace").decode(), **turn}
+
+
+def read_example(where, row, system_prompt):
+    """Turn a row of any known format into an Example; raises Drop, or InputError for an unknown format."""
+    row = without_none(row)
+    pair = next((pair for pair in PAIRS if all(name in row for name in pair)), None)
+    if "messages" in row or "conversations" in row:
+        name = "messages" if "messages" in row else "conversations"
+        turns = turns_of(row[name], where, name)
+    elif pair:
+        prompt, answer = (turns_of(row[name], where, name) for name in pair)
+        if isinstance(row.get("input"), str) and row["input"].strip() and "input" not in pair:  # alpaca
+            prompt = [{**prompt[0], "content": f"{prompt[0]['content']}\n\n{row['input']}"}]
+        for past in reversed(row.get("history") or []):  # LLaMA-Factory's [[user, assistant], ...]
+            prompt = [{"role": "user", "content": past[0]}, {"role": "assistant", "content": past[1]}, *prompt]
+        turns = prompt + ([{"role": "assistant", "content": row[pair[1]]}] if isinstance(row[pair[1]], str) else answer)
+    elif "text" in row:
+        raise InputError(f"{where}: \"text\" alone does not say which part is the response. Write the row as "
+                         '{"messages": [{"role": "user", ...}, {"role": "assistant", ...}]} or prompt/completion.')
+    else:
+        raise InputError(f"{where}: none of the known formats (fields: {', '.join(row)}). Known: {KNOWN}.")
+    messages = [read_message(turn, where) for turn in turns]
+    while messages and messages[-1]["role"] != "assistant":
+        messages.pop()  # nobody answers
+    if not messages:
+        raise Drop("rows without an assistant turn")
+    if any(m["role"] == "assistant" and not m["content"].strip() and not m.get("tool_calls") for m in messages):
+        raise Drop("rows with an empty response")
+    if not any(message["role"] in ("user", "tool") and message["content"].strip() for message in messages[:-1]):
+        raise Drop("rows with an empty prompt")
+    system = row.get("system") or row.get("system_prompt") or system_prompt
+    if system and messages[0]["role"] not in ("system", "developer"):
+        messages.insert(0, {"role": "system", "content": system})
+    tools = row.get("tools")
+    return Example(where, messages, utils.parse_json(tools, f"{where}, tools") if isinstance(tools, str) else tools)
+
+
+def read_examples(rows, args):
+    """Turn [(where, row)] into Examples; counts, and says, what cannot be learnt from. Returns (examples, counts)."""
+    examples, seen, drops = [], set(), defaultdict(list)
+    for where, row in rows:
+        try:
+            example = read_example(where, row, args.system_prompt)
+            if args.drop_regex and any(re.search(args.drop_regex, m["content"]) for m in example.messages):
+                raise Drop("rows that match --drop_regex")
+            key = Hasher.hash([example.messages, example.tools])
+            if key in seen:
+                raise Drop("duplicate rows")
+        except Drop as drop:
+            drops[str(drop)].append(where)
+            continue
+        seen.add(key)
+        examples.append(example)
+    return examples, say_drops(drops)
+
+
+def say_drops(drops):
+    """Print what was dropped, {reason: [where]}; return {reason: count}."""
+    for reason, places in drops.items():
+        say(f"dropped   {len(places)} {reason} (first: {places[0]})")
+    return {reason: len(places) for reason, places in drops.items()}
+
+
+def read_data(args):
+    """Read, check and split the data. Returns (training Examples, {name: dev Examples}, counts for the report)."""
+    rows, sources = utils.read_sources(args)
+    examples, dropped = read_examples(rows, args)
+    rng, dev_sets = random.Random(args.seed), {}
+    rng.shuffle(examples)
+    for name, source in sources.items():
+        dev_rows = utils.read_rows(source) if isinstance(source, str) else source
+        dev = read_examples(dev_rows, args)[0]
+        dev_sets[name] = rng.sample(dev, min(args.dev_sample_limit or len(dev), len(dev)))
+        if not dev_sets[name]:
+            raise InputError(f"--dev_file {source if isinstance(source, str) else name} holds no row to evaluate on.")
+    wanted = args.dev_sample_limit or math.ceil(args.dev_size * len(examples))
+    if args.sanity_overfit:
+        found = [is_empty(parsed) for example in examples if (parsed := parse_answer(example.answer)) is not None]
+        if found and not all(found):
+            examples = [example for example in examples if not is_empty(parse_answer(example.answer))]
+        examples = dev_sets[""] = examples[: args.sanity_overfit]
+    elif not dev_sets and wanted and len(examples) > 3 and args.eval_strategy != "no":
+        by_prompt = defaultdict(list)
+        for example in examples:
+            by_prompt[example.key].append(example)
+        groups, held = iter(by_prompt.values()), []
+        while len(held) < wanted and (group := next(groups, None)):
+            held += group
+        dev_sets[""], examples = held, [example for group in groups for example in group]
+        say(f"dev       {len(held)} rows held out of the training set, by prompt")
+    if not args.sanity_overfit:
+        in_dev = {example.key for dev in dev_sets.values() for example in dev}
+        clean = [example for example in examples if example.key not in in_dev]
+        if len(clean) < len(examples):
+            dropped["training rows whose prompt is in a dev set"] = len(examples) - len(clean)
+            say(f"dropped   {len(examples) - len(clean)} training rows whose prompt is in a dev set")
+        examples = clean[: args.train_sample_limit]
+    if not examples and not (args.eval_only and dev_sets):
+        raise InputError("no row is left to train on. Look at what was dropped, above.")
+    sizes = {name or "dev": len(dev) for name, dev in dev_sets.items()}
+    say(f"data      {len(examples)} rows to train on; " + "; ".join(f"{name}: {n} rows" for name, n in sizes.items()))
+    return examples, dev_sets, {"train_rows": len(examples), "dropped": dropped, "dev": sizes}
+
+
+# ---------------------------------------------------------------- chat template and masks
+
+# for tokenizers without a chat template; BOS stands where the tokenizer itself would put one
+PLAIN_TEMPLATE = """{{ BOS }}{% for message in messages %}{% if message.role == 'system' %}{{ message.content }}
+
+{% elif message.role == 'user' %}### User:
+{{ message.content }}
+
+{% elif message.role == 'assistant' %}### Assistant:
+{{ message.content }}{{ eos_token }}
+
+{% else %}{{ raise_exception('the plain template has no ' + message.role + ' turns') }}{% endif %}{% endfor %}\
+{% if add_generation_prompt %}### Assistant:
+{% endif %}"""
+TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError)  # a template runs on whatever a row holds
+
+
+class Chat:
+    """How conversations become tokens: a tokenizer's chat template, and what trial conversations show about it.
+
+    `stops` are the tokens that end an answer: the tokenizer's EOS, those of the base's generation_config, and the
+    special token that follows an answer when the conversation goes on. `emits` is the one that the template itself
+    writes; if that is None, `end` is appended.
+    """
+
+    def __init__(self, tokenizer, thinking, base_stops):
+        self.tokenizer, self.thinking = tokenizer, thinking
+        if not tokenizer.chat_template:
+            if not tokenizer.eos_token:
+                raise InputError("the tokenizer has neither a chat template nor an EOS token, so that no answer could "
+                                 "end. Pass --chat_template, or choose another base.")
+            adds_bos = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id is not None
+            tokenizer.chat_template = PLAIN_TEMPLATE.replace("BOS", "bos_token" if adds_bos else "''")
+        added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self.special = sorted({*added, *tokenizer.all_special_tokens} - {"<think>", "</think>"}, key=len, reverse=True)
+        user, answer, then = (dict(role=role, content=content) for role, content in (
+            ("user", "QUESTION"), ("assistant", "ANSWER"), ("user", "AND-THEN")))
+        try:
+            before, after = self.render([user, answer, then], False).split("ANSWER")
+            alone = self.render([user, answer], False)
+            self.render([user], True)
+        except TEMPLATE_ERRORS as error:
+            raise InputError(f"the chat template cannot render a simple conversation: {utils.reason(error)}. Pass "
+                             "another with --chat_template.") from None
+        following = next((token for token in self.special if after.lstrip().startswith(token)), None)
+        self.stops = list(dict.fromkeys(filter(None, [tokenizer.eos_token, following, *base_stops])))
+        if not self.stops:
+            raise InputError("neither the tokenizer nor the template has a token that ends an answer. Choose a base "
+                             "with an EOS token, or pass --chat_template.")
+        self.stop_ids = tokenizer.convert_tokens_to_ids(self.stops)
+        self.end = following if following in base_stops else self.stops[0]
+        ended = self.ended(alone) or ""
+        self.emits = next((stop for stop in self.stops if ended.endswith(stop)), None)  # by the template itself
+        try:
+            self.folds_system = "SYSTEM" not in self.render([dict(role="system", content="SYSTEM"), user], True)
+        except TEMPLATE_ERRORS:
+            self.folds_system = True
+        between, head = after.split("AND-THEN")[0], before.split("QUESTION")[0]
+        header = os.path.commonprefix([between[::-1], head[::-1]])[::-1]
+        own = re.sub("|".join(map(re.escape, self.special)) or "$", "", head.removesuffix(header)).strip()
+        self.own_system = own if re.search(r"\w", own) else None
+
+    def render(self, messages, prompt, tools=None):
+        """Render messages, and with `prompt` the header of the answer to come."""
+        return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt,
+                                                  enable_thinking=self.thinking)
+
+    def ids(self, text):
+        """Tokenise rendered text, which brings its special tokens along."""
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def ended(self, text):
+        """Return a rendered answer up to its first closing stop token, or None if it does not end in one."""
+        end = None
+        while stop := next((stop for stop in self.stops if text.rstrip().endswith(stop)), None):
+            end = text.rstrip()  # phi-3 writes another token behind the one that ends the turn
+            text = end.removesuffix(stop)
+        return end
+
+    def prepare(self, messages):
+        """Return the messages as this template takes them; raises Drop for special tokens inside a text."""
+        for message in messages:
+            for token in self.special:
+                if token in message["content"]:
+                    raise Drop(f"rows whose text holds the special token {token}")
+        if not self.thinking:
+            messages = [{**{k: v for k, v in m.items() if k not in ("reasoning_content", "reasoning", "thinking")},
+                         "content": THINKING.sub("", m["content"]) if m["role"] == "assistant" else m["content"]}
+                        for m in messages]
+        if self.folds_system and messages[0]["role"] in ("system", "developer"):
+            system, first, *rest = messages
+            messages = [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
+        return messages
+
+    def turn(self, messages, i, tools=None):
+        """Return (prompt ids, answer ids) of the assistant turn messages[i]: what inference sees, and has to say.
+
+        The answer ends in its stop token. Raises Drop where the template refuses the turn or does not render it whole.
+        """
+        try:
+            prompt, full = self.render(messages[:i], True, tools), self.render(messages[: i + 1], False, tools)
+            header = prompt
+            if not full.startswith(prompt):  # a scaffold that only the generation prompt has ("<think>\n", say)
+                other = self.render([*messages[:i], {"role": "assistant", "content": "\u2603"}], False, tools)
+                header = os.path.commonprefix([prompt, full, other])
+        except TEMPLATE_ERRORS as error:
+            raise Drop(f"rows that the chat template refuses ({utils.reason(error)})") from None
+        if messages[i - 1]["content"].strip() not in header:
+            raise Drop("rows whose prompt the template renders differently once the answer is there")
+        whole = self.ended(full) or full.rstrip() + self.end
+        prompt_ids, whole_ids = self.ids(prompt), self.ids(whole)
+        if header == prompt and whole_ids[: len(prompt_ids)] == prompt_ids:
+            answer_ids = whole_ids[len(prompt_ids) :]
+        else:  # tokens would merge across the border, which they cannot at inference
+            answer_ids = self.ids(whole[len(header) :])
+        rendered, message = squeezed(self.tokenizer.decode(answer_ids)), messages[i]
+        for text in (message["content"], message.get("reasoning_content") or ""):
+            if squeezed(text) not in rendered:
+                raise Drop("rows with an answer or reasoning that the template does not render whole")
+        return prompt_ids, answer_ids
+
+    def shortened(self, messages, i, tools, max_length):
+        """Return the turn with its longest user text cut from the middle until it fits; raises Drop if it cannot."""
+        while (excess := sum(map(len, self.turn(messages, i, tools))) - max_length) > 0:
+            j = max((j for j in range(i) if messages[j]["role"] in ("user", "tool")),
+                    key=lambda j: len(messages[j]["content"]))
+            text = messages[j]["content"]
+            keep = int(len(text) * (1 - (excess + 4) / max(1, len(self.ids(text))))) // 2
+            if keep < 8:
+                raise Drop("rows too long for --max_length even with the prompt shortened")
+            short = {**messages[j], "content": f"{text[:keep]} ... {text[-keep:]}"}
+            messages = [*messages[:j], short, *messages[j + 1 :]]
+        return self.turn(messages, i, tools)
+
+    def samples(self, messages, tools, args):
+        """Return ([(ids, [(start, end) of each supervised span])], [why a turn was dropped], prompts shortened).
+
+        Turns whose sequence goes on where the one before stopped share a sample; else each turn is a sample of its own,
+        for then a trained sequence is what inference would have seen.
+        """
+        samples, drops, shortened = [], [], 0
+        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight", 1) != 0]
+        for i in turns[-1:] if args.train_turns == "last" else turns:
+            try:
+                prompt, answer = self.turn(messages, i, tools)
+                if len(prompt) + len(answer) > args.max_length:
+                    if args.overlong != "truncate_prompt":
+                        raise Drop(TOO_LONG)
+                    prompt, answer = self.shortened(messages, i, tools, args.max_length)
+                    shortened += 1
+            except Drop as drop:
+                drops.append(str(drop))
+                continue
+            ids, spans = prompt + answer, []
+            if samples and ids[: len(samples[-1][0])] == samples[-1][0]:
+                spans = samples.pop()[1]
+            samples.append((ids, [*spans, (len(prompt), len(ids))]))
+        return samples, drops, shortened
+
+
+def squeezed(text):
+    """Return text without what templates and tokenizers change: white space and Unicode's compatibility forms."""
+    return "".join(unicodedata.normalize("NFKC", text).split())
+
+
+class TrainSet(list):
+    """Samples {"row", "input_ids" (T,), "supervised" (T,) bool}; `epoch` is set by the training loop."""
+
+    epoch = 0
+
+
+def tokenise(examples, chat, args):
+    """Turn Examples into samples of token ids and masks. Returns (TrainSet, {reason: [where]}, prompts shortened)."""
+    kinds = {"row": Value("int64"), "input_ids": ListOf(Value("int32")), "supervised": ListOf(Value("bool")),
+             "reason": Value("string"), "shortened": Value("int32")}
+
+    def encode(batch):
+        rows = []
+        for row, text in zip(batch["row"], batch["example"], strict=True):
+            messages, tools = json.loads(text)
+            try:
+                samples, drops, shortened = chat.samples(chat.prepare(messages), tools, args)
+            except Drop as drop:
+                samples, drops, shortened = [], [str(drop)], 0
+            for ids, spans in samples:
+                supervised = [any(start <= t < end for start, end in spans) for t in range(len(ids))]
+                rows.append((row, ids, supervised, "", shortened))
+            rows += [(row, [], [], reason, 0) for reason in drops]
+        return dict(zip(kinds, map(list, zip(*rows, strict=True)), strict=True)) if rows else {k: [] for k in kinds}
+
+    texts = [json.dumps([example.messages, example.tools], ensure_ascii=False) for example in examples]
+    tokenizer = chat.tokenizer
+    rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
+    key = [texts, rules, tokenizer.chat_template, chat.thinking, chat.stops, args.max_length, args.overlong,
+           args.train_turns]
+    columns = {"row": list(range(len(texts))), "example": texts}
+    data = utils.cached_map(columns, encode, key, args.num_workers, Features(kinds))
+    ids, offsets = utils.ragged(data, "input_ids")
+    supervised, _ = utils.ragged(data, "supervised")
+    samples, drops = TrainSet(), defaultdict(list)
+    for i, (row, reason) in enumerate(zip(data["row"], data["reason"], strict=True)):
+        part = slice(offsets[i], offsets[i + 1])
+        if reason:
+            drops[reason].append(examples[row].where)
+        else:
+            samples.append({"row": row, "input_ids": ids[part], "supervised": supervised[part]})
+    if args.overlong == "error" and TOO_LONG in drops:
+        raise InputError(f"{drops[TOO_LONG][0]}: longer than --max_length {args.max_length}. Raise it, or drop "
+                         "--overlong error.")
+    return samples, drops, sum(data["shortened"])
+
+
+def collate(samples):
+    """Make one step of samples."""
+    return {"rows": len(samples), "sequences": [sample["input_ids"] for sample in samples],
+            "supervised": [sample["supervised"] for sample in samples]}
+
+
+@dataclass
+class DevSet:
+    """Samples for the loss, and rows to generate on: prompt ids (or None for an endpoint), Example."""
+
+    samples: list
+    generated: list
+
+
+# ---------------------------------------------------------------- loss and metrics
+
+
+def token_scores(logits, labels):
+    """Return cross entropy (N,) in float32, and whether the label is the likeliest token (N,); logits (N, V)."""
+    logits = logits.float()
+    return F.cross_entropy(logits, labels, reduction="none"), logits.detach().argmax(1) == labels
+
+
+def parse_answer(text):
+    """Return the object or list that an answer is in JSON, else None."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict | list) else None
+
+
+def leaves(value, path=""):
+    """Yield (path, scalar) of a JSON value; list indices are left out of the path, null and "" are no leaves."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from leaves(item, f"{path}.{key}" if path else key)
+    elif isinstance(value, list):
+        for item in value:
+            yield from leaves(item, path)
+    elif value not in (None, ""):
+        yield path, value
+
+
+def is_empty(value):
+    """Tell whether a JSON value has no truthy leaf; None, an answer that is no JSON, has none."""
+    return not any(scalar for _, scalar in leaves(value))
+
+
+def mean(values):
+    """Return the mean, a float."""
+    return sum(values) / len(values)
+
+
+def generation_metrics(references, predictions, stopped):
+    """Score generated answers: stop_rate, exact_match and, over the rows whose reference is JSON, extraction metrics.
+
+    json_valid; false_positive_rate (the reference is empty, the prediction not), empty_rate (the other way round; what
+    is no JSON counts as empty); micro precision, recall and f1 over (path, value) leaves as multisets, also by path.
+    """
+    found = {"stop_rate": mean(stopped),
+             "exact_match": mean([a == b for a, b in zip(references, predictions, strict=True)])}
+    pairs = [(gold, parse_answer(text)) for reference, text in zip(references, predictions, strict=True)
+             if (gold := parse_answer(reference)) is not None]
+    if not pairs:
+        return found
+    found["json_valid"] = mean([predicted is not None for _, predicted in pairs])
+    on_empty = [not is_empty(predicted) for gold, predicted in pairs if is_empty(gold)]
+    on_full = [is_empty(predicted) for gold, predicted in pairs if not is_empty(gold)]
+    found |= {"false_positive_rate": mean(on_empty)} if on_empty else {}
+    found |= {"empty_rate": mean(on_full)} if on_full else {}
+    hits, claims, golds = Counter(), Counter(), Counter()
+    for sides in pairs:
+        # JSON text as the value: true is not 1, and 1 is not "1"
+        gold, predicted = (Counter((path, json.dumps(scalar)) for path, scalar in leaves(side)) for side in sides)
+        for counter, part in ((hits, gold & predicted), (claims, predicted), (golds, gold)):
+            for (path, _), count in part.items():
+                counter[path] += count
+    names = {"": list(claims | golds)} | {f".{path}": [path] for path in sorted(golds)}
+    for name, paths in names.items() if golds else ():
+        hit, claimed, gold = (sum(counter[path] for path in paths) for counter in (hits, claims, golds))
+        found[f"precision{name}"], found[f"recall{name}"] = hit / max(1, claimed), hit / gold
+        found[f"f1{name}"] = 2 * hit / (claimed + gold)
+    return found
+
+
+# ---------------------------------------------------------------- training
+
+
+class SftTrainer(utils.StepTrainer):
+    """Minimises the mean loss of a step's supervised tokens, however many pieces the step is cut into."""
+
+    def __init__(self, *, flags, chat, plain_head, **kwargs):
+        super().__init__(batch_size=flags.batch_size, **kwargs)
+        self.flags, self.chat, self.plain_head = flags, chat, plain_head
+        self.head = self.model.get_output_embeddings()
+
+    def token_scores(self, model, step, piece):
+        """Return token_scores of a piece's supervised tokens; only their positions get logits."""
+        input_ids, _ = self.pad(step, piece)
+        masks = [torch.tensor(step["supervised"][i]) for i in piece]
+        mask = nn.utils.rnn.pad_sequence(masks, batch_first=True).to(input_ids.device)  # (B, T)
+        keep = F.pad(mask[:, 1:], (0, 1))  # the position before a token predicts it
+        labels = input_ids[mask]  # (N,)
+        chunk = max(1, LOGITS_AT_ONCE // self.model.config.get_text_config().vocab_size)
+        with self.accelerator.autocast():
+            # no attention mask: a causal model never sees the padding on its right
+            if len(labels) <= chunk or not self.plain_head:
+                return token_scores(model(input_ids=input_ids, logits_to_keep=keep).logits, labels)
+            whole, self.head.forward = self.head.forward, lambda hidden: hidden
+            try:
+                hidden = model(input_ids=input_ids, logits_to_keep=keep).logits  # (N, D)
+            finally:
+                self.head.forward = whole
+
+            def part(hidden, labels):
+                with self.accelerator.autocast():
+                    return token_scores(self.head(hidden), labels)
+
+            scores = [recomputed(part, *both, use_reentrant=False)
+                      for both in zip(hidden.split(chunk), labels.split(chunk), strict=True)]
+            return tuple(map(torch.cat, zip(*scores, strict=True)))
+
+    def run_step(self, model, step, pieces, tokens_at_once):
+        """Forward and backward of one step, piece by piece; its loss is a mean over the tokens of all processes."""
+        world = self.accelerator.num_processes
+        if model is not self.model:  # under DDP the last step of an epoch repeats rows to fill up: they carry no loss
+            rows, count = self.args.per_device_train_batch_size, len(self.train_dataset)
+            place = self.state.global_step % math.ceil(count / rows / world) * world + self.accelerator.process_index
+            first = place * rows
+            step["supervised"] = [mask & (first + i < count) for i, mask in enumerate(step["supervised"])]
+        tokens = torch.tensor(sum(int(mask.sum()) for mask in step["supervised"]), device=self.args.device)
+        tokens, total = self.accelerator.reduce(tokens), 0
+        for i, piece in enumerate(pieces):
+            with self.unsynced(model, i < len(pieces) - 1):
+                loss = self.token_scores(model, step, piece)[0].sum() / tokens * world  # DDP averages the gradients
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
+
+    @torch.no_grad()
+    def score(self, samples):
+        """Return {"loss", "token_accuracy"} over the supervised tokens of samples, shared out over the processes."""
+        training = self.model.training
+        self.model.eval()
+        own = collate(samples[self.accelerator.process_index :: self.accelerator.num_processes])
+        lengths = list(map(len, own["sequences"]))
+        limit = min(self.device_tokens, 2 * self.flags.batch_size * self.flags.max_length)
+
+        def score_own():
+            sums = torch.zeros(3)
+            for piece in utils.cut(lengths, limit // 2**self.halvings):
+                losses, hits = self.token_scores(self.model, own, piece)
+                sums += torch.tensor([losses.double().sum(), hits.sum(), len(hits)])
+            return sums.to(self.args.device)
+
+        loss, hits, count = self.accelerator.reduce(self.until_it_fits(score_own)).tolist()
+        self.model.train(training)
+        return {"loss": loss / count, "token_accuracy": hits / count}
+
+    @torch.no_grad()
+    def generate(self, prompts):
+        """Answer prompts (token ids) greedily, shared out over the processes: [(text, whether it stopped)]."""
+        training, world, stops = self.model.training, self.accelerator.num_processes, set(self.chat.stop_ids)
+        self.model.eval()
+        greedy = GenerationConfig(max_new_tokens=self.flags.max_new_tokens, do_sample=False, use_cache=True,
+                                  eos_token_id=self.chat.stop_ids, pad_token_id=self.chat.stop_ids[0])
+        self.model.generation_config = greedy  # or the base's own would fill in a repetition penalty, say
+        own = sorted(range(self.accelerator.process_index, len(prompts), world), key=lambda i: -len(prompts[i]))
+
+        def answer_own():
+            answers, size = {}, max(1, GENERATED_AT_ONCE // 2**self.halvings)
+            for part in (own[start : start + size] for start in range(0, len(own), size)):
+                longest = len(prompts[part[0]])
+                rows = torch.tensor([[0] * (longest - len(prompts[i])) + list(prompts[i]) for i in part])
+                mask = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in part])
+                with self.accelerator.autocast():
+                    rows = self.model.generate(input_ids=rows.to(self.args.device), generation_config=greedy,
+                                               attention_mask=mask.to(self.args.device))
+                for i, ids in zip(part, rows[:, longest:].tolist(), strict=True):
+                    end = next((t for t, token in enumerate(ids) if token in stops), None)
+                    answers[i] = self.chat.tokenizer.decode(ids[:end], skip_special_tokens=True), end is not None
+            return answers
+
+        answers = self.until_it_fits(answer_own)
+        if world > 1:
+            answers = dict(gather_object(list(answers.items())))
+        self.model.train(training)
+        return [answers[i] for i in range(len(prompts))]
+
+
+def make_measure(dev_sets, args):
+    """Return measure(trainer) -> {metric: value} over all dev sets, whose names stand in front of the metrics."""
+
+    def measure(trainer):
+        metrics = {}
+        for name, dev in dev_sets.items():
+            found = trainer.score(dev.samples)
+            if dev.generated:
+                answers = trainer.generate([prompt for prompt, _ in dev.generated])
+                found |= judge(args, f"{name or 'dev'}-{trainer.state.global_step}", dev, answers,
+                               trainer.is_world_process_zero())
+            metrics |= {named(name, key): value for key, value in found.items()}
+        return metrics
+
+    return measure
+
+
+def judge(args, name, dev, answers, writes=True):
+    """Score [(text, whether it stopped)] for a dev set's generated rows; write them to predictions-<name>.jsonl."""
+    examples, (texts, stopped) = [example for _, example in dev.generated], zip(*answers, strict=True)
+    predictions = [answer_of(text) for text in texts]
+    if writes and not args.dry_run:
+        lines = ({"messages": example.messages[: example.last], "reference": example.answer, "prediction": prediction,
+                  "stopped": stop, "where": example.where}
+                 for example, prediction, stop in zip(examples, predictions, stopped, strict=True))
+        path = Path(args.output_dir) / f"predictions-{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    return generation_metrics([example.answer for example in examples], predictions, stopped)
+
+
+def ask(args, example):
+    """Ask --endpoint for the last answer of an Example: (text, whether it stopped); raises InputError if it fails."""
+    url = args.endpoint.rstrip("/").removesuffix("/chat/completions")
+    url = f"{url}/chat/completions" if url.endswith("/v1") else f"{url}/v1/chat/completions"
+    body = {"model": args.endpoint_model, "messages": example.messages[: example.last], "temperature": 0,
+            "max_tokens": args.max_new_tokens,
+            "chat_template_kwargs": {"enable_thinking": args.enable_thinking == "true"}}
+    body |= {"tools": example.tools} if example.tools else {}
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', '-')}"}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(), headers)) as reply:
+            choice = json.load(reply)["choices"][0]
+    except urllib.error.HTTPError as error:
+        raise InputError(f"{url} answers {error.code}: {error.read(200).decode(errors='replace')}") from None
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"--endpoint {url} gives no answer: {utils.reason(error)}. Is the server up?") from None
+    return choice["message"].get("content") or "", choice["finish_reason"] == "stop"
+
+
+# ---------------------------------------------------------------- main
+
+
+def settle_chat(args, examples, dev_sets, config, tokenizer, notes):
+    """Make the Chat of this run; settles --enable_thinking, the template and --max_length, and notes what is odd."""
+    if args.chat_template:
+        try:
+            tokenizer.chat_template = Path(args.chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--chat_template {args.chat_template} cannot be read: {utils.reason(error)}") from None
+    own_template = bool(tokenizer.chat_template)
+    settle_thinking(args, examples or sum(dev_sets.values(), []))
+    stored = utils.base_json(args, "generation_config.json") or {}
+    ids = stored.get("eos_token_id") or []
+    stops = tokenizer.convert_ids_to_tokens(ids if isinstance(ids, list) else [ids])
+    chat = Chat(tokenizer, args.enable_thinking == "true", stops)
+    limit = utils.position_limit(config, tokenizer)
+    if args.max_length > limit:
+        notes.append(f"--max_length {args.max_length} is above the {limit} positions of the base: lowered to {limit}")
+        args.max_length = int(limit)
+    if not own_template:
+        notes.append("the tokenizer has no chat template: a plain one (### User: / ### Assistant:) is used, and saved "
+                     "with it; an instruct model has its own")
+    elif chat.emits is None:
+        notes.append(f"the chat template ends no answer: {chat.end} is appended to each")
+    elif stops and chat.emits not in stops:
+        notes.append(f"the base's generation_config does not stop at {chat.emits}: it looks like a base model, which may "
+                     "never have been trained on that token, nor can LoRA. Prefer the instruct model, or pass a "
+                     f"--chat_template that ends answers in {stops[0]}")
+    if chat.folds_system:
+        notes.append("the chat template takes no system turn: its text is put before the first user turn")
+    if chat.own_system and any(example.messages[0]["role"] != "system" for example in examples):
+        notes.append(f"to rows without a system turn the chat template adds by itself: {chat.own_system!r}")
+    return chat
+
+
+def settle_thinking(args, examples):
+    """Settle --enable_thinking auto: as the adapter was trained, else true where an answer has reasoning."""
+    stored = (utils.base_json(args, "training_config.json") or {}).get("flags", {}) if not args.endpoint else {}
+    if args.enable_thinking == "auto":
+        reasons = any(m.get("reasoning_content") or "</think>" in m["content"]
+                      for example in examples for m in example.messages if m["role"] == "assistant")
+        args.enable_thinking = stored.get("enable_thinking", str(reasons).lower())
+
+
+def choose_generated(args, name, examples, chat):
+    """Choose the rows of a dev set to generate on: [(prompt ids, Example)], without a Chat [(None, Example)]."""
+    rows = [example for example in examples if example.answer]
+    rows = random.Random(f"{args.seed} {name}").sample(rows, min(args.eval_generate, len(rows)))
+    chosen = []
+    for example in rows if chat else ():
+        try:
+            prompt, answer = chat.turn(chat.prepare(example.messages), example.last, example.tools)
+        except Drop:
+            continue  # counted where the dev set was tokenised
+        if len(prompt) < args.max_length and not (args.sanity_overfit and len(answer) > SHORT_ANSWER_TOKENS):
+            chosen.append((prompt, example))
+    return chosen if chat else [(None, example) for example in rows]
+
+
+def make_samples(args, examples, dev_sets, chat, counts):
+    """Tokenise everything: (TrainSet, {name: DevSet}); raises InputError where nothing is left to learn from."""
+    train_set, drops, shortened = tokenise(examples, chat, args)
+    counts["dropped"] |= say_drops(drops)
+    counts["shortened"] = shortened
+    if shortened:
+        say(f"shortened {shortened} prompts to --max_length {args.max_length}, from the middle of their longest text")
+    if not train_set and examples:
+        if list(drops) == [TOO_LONG]:
+            longest = max(sum(map(len, chat.turn(chat.prepare(e.messages), e.last, e.tools))) for e in examples[:1000])
+            raise InputError(f"all {len(drops[TOO_LONG])} responses were cut away by --max_length {args.max_length}. "
+                             f"Raise it: the longest row has {longest} tokens.")
+        raise InputError("no row has a token to learn from. Look at what was dropped, above.")
+    made = {}
+    for name, dev in dev_sets.items():
+        samples, drops, _ = tokenise(dev, chat, args)
+        counts["dropped"] |= {f"{name or 'dev'}: {reason}": n for reason, n in say_drops(drops).items()}
+        if not samples:
+            raise InputError(f"dev set {name or 'dev'}: no row has a token to score. Look at what was dropped, above.")
+        made[name] = DevSet(samples, choose_generated(args, name, dev, chat))
+    return train_set, made
+
+
+def show_examples(train_set, examples, chat, notes):
+    """Print three samples with the supervised tokens marked, and what the answers have in common."""
+    on, off = ("\033[32m", "\033[0m") if os.isatty(1) else ("[[", "]]")
+    for i, sample in enumerate(train_set[:3], 1):
+        ids, mask, text = sample["input_ids"], sample["supervised"], ""
+        edges = [0, *(t for t in range(1, len(ids)) if mask[t] != mask[t - 1]), len(ids)]
+        for start, end in zip(edges, edges[1:], strict=False):
+            part = chat.tokenizer.decode(ids[start:end]).replace("\n", "\\n")
+            part = part if len(part) < 400 else f"{part[:200]} ... {part[-200:]}"
+            text += f"{on}{part}{off}" if mask[start] else part
+        say(f"example {i} {len(ids):5} tokens, {mask.sum()} supervised: {text}")
+    learnt = sum(int(sample["supervised"].sum()) for sample in train_set)
+    total = sum(len(sample["input_ids"]) for sample in train_set)
+    ends = mean([sample["input_ids"][-1] in chat.stop_ids for sample in train_set])
+    say(f"masks     {len(train_set)} samples, {total:,} tokens, {learnt:,} of them supervised ({learnt / total:.1%}); "
+        f"{ends:.0%} end in {' or '.join(chat.stops)}; enable_thinking {str(chat.thinking).lower()}")
+    answers = [(example.answer, example.where) for example in examples]
+    for name, cut in (("response", None), ("response opening", 16)):
+        (text, count), = Counter(answer[:cut] for answer, _ in answers).most_common(1)
+        if count > 1:
+            say(f"commonest {name}, in {count / len(answers):.1%} of the rows: {text[:80]!r}")
+    residue = [(found[0], where) for answer, where in answers if (found := TAG_RESIDUE.search(answer))]
+    if residue:
+        notes.append(f"{len(residue)} responses look as if tags were left in them (first: {residue[0][1]}: "
+                     f"{residue[0][0]!r}); --drop_regex drops such rows")
+    unknown = sum(int((sample["input_ids"] == chat.tokenizer.unk_token_id).sum()) for sample in train_set) / total
+    if unknown > 0.01 and chat.tokenizer.unk_token_id not in chat.stop_ids:  # GPT-2 has one for both
+        notes.append(f"{unknown:.0%} of all tokens are {chat.tokenizer.unk_token}: the base cannot read these texts")
+
+
+def plan_run(args, train_set, dev_sets, notes):
+    """Make the plan; raises InputError for a metric that is not measured."""
+    first, metric = next(iter(dev_sets), ""), args.metric_for_best
+    keys = {}
+    for name, dev in dev_sets.items():
+        gold = [example.answer for _, example in dev.generated]
+        keys[name] = ["loss", "token_accuracy", *(generation_metrics(gold, gold, [True]) if gold else ())]
+    known = [named(name, key) for name in keys for key in keys[name]]
+    if metric and dev_sets and metric not in known:
+        hint = "" if args.eval_generate else " More are with --eval_generate N."
+        raise InputError(f"--metric_for_best {metric} is not measured. Choose one of {', '.join(known)}.{hint}")
+    metric = metric or named(first, "loss")
+    greater_is_better = not metric.endswith(("loss", "false_positive_rate", "empty_rate"))
+    plan = utils.make_plan(args, len(train_set), bool(dev_sets), metric, greater_is_better, False, notes)
+    plan.watched = [[named(name, key), key == "recall"] for name in keys for key in {"loss", "recall"} & {*keys[name]}]
+    best = {name: next((key for key in ("f1", "exact_match") if key in keys[name]), "loss") for name in keys}
+    shown = [named(name, key) for name in keys for key in ("loss", best[name])]
+    plan.shown = list(dict.fromkeys([metric, *shown] if dev_sets else []))
+    if args.epochs > 3 and not args.max_steps:
+        notes.append(f"{args.epochs:g} epochs: more than 3 usually learn the answers by heart")
+    if args.sanity_overfit:
+        plan.eval_steps = plan.total_steps
+    return plan
+
+
+def load_model(args, config, notes):
+    """Load the base, look at what it does, wrap it. Returns (model, whether its head is a plain layer, precision).
+
+    Raises InputError for a model that sees the future, or cannot be asked for the logits of single positions.
+    """
+    precision, in_words = utils.choose_precision(args)
+    model = utils.load_base(args, AutoModelForCausalLM, config, precision, notes)
+    say(f"model     {args.model_name}, {in_words}" + (f", {args.bits}-bit base" if args.bits else ""))
+    model.eval()
+    head, caught = model.get_output_embeddings(), []
+    if head is None:
+        raise InputError(f"{args.model_name} has no output head. Choose a causal language model.")
+    hook = head.register_forward_hook(lambda _, __, output: caught.append(output))
+    keep = torch.tensor([[False, True, True, False]], device=model.device)
+    with torch.no_grad(), torch.autocast(model.device.type, utils.DTYPES[precision], enabled=precision != "none"):
+        try:
+            first, changed = (model(torch.tensor([[5, 6, 7, last]], device=model.device), logits_to_keep=keep).logits
+                              for last in (8, 9))
+        except TypeError as error:
+            raise InputError(f"{args.model_name} takes no logits_to_keep ({utils.reason(error)}): its code is too old "
+                             "for this script.") from None
+    hook.remove()
+    if (first.float() - changed.float()).norm() > 0.05 * first.float().norm():
+        raise InputError(f"{args.model_name} sees the tokens that it is to predict. Choose a causal language model.")
+    plain_head = torch.equal(caught[0], first)  # no softcapping or scaling behind it
+    return utils.add_adapter(model, args, "CAUSAL_LM", [], notes), plain_head, precision
+
+
+def first_logits(trainer, samples):
+    """Return logits (N, V) of the first eight samples' supervised tokens in evaluation mode, to compare models by."""
+    step, model = collate(samples[:8]), trainer.model
+    model.eval()
+    rows = []
+    for i in range(len(step["sequences"])):
+        keep = torch.tensor(step["supervised"][i][None, 1:], device=model.device)
+        with torch.no_grad(), trainer.accelerator.autocast():
+            input_ids = trainer.pad(step, [i])[0][:, :-1]
+            rows.append(model(input_ids=input_ids, logits_to_keep=keep).logits[:8].float())
+    model.train()
+    return torch.cat(rows)
+
+
+def check_overfit(args, after, train_set):
+    """Raise InputError unless --sanity_overfit has learnt its rows by heart."""
+    exact, accuracy = after.get("eval_exact_match"), after["eval_token_accuracy"]
+    has_long = any(sample["supervised"].sum() > SHORT_ANSWER_TOKENS for sample in train_set)
+    figures = (f"exact match {exact:.1%}, " if exact is not None else "") + f"token accuracy {accuracy:.1%}"
+    if (exact is not None and exact < 0.9) or (has_long or exact is None) and accuracy < 0.95:
+        raise InputError(f"sanity overfit failed on {len(train_set)} samples: {figures}; 90 % exact match is needed, "
+                         "or 95 % token accuracy for long answers. If the loss hardly fell: raise --lr, --max_steps or "
+                         "--lora_r. If it fell: training and generation see different prompts (template, "
+                         "--enable_thinking, BOS), labels are shifted, or the stop token is wrong.")
+    say(f"sanity    passed: {figures}")
+
+
+def warn_of_answers(args, plan, trainer, after):
+    """Return, and print, warnings about answers that never stop and about a loss that nothing checks."""
+    warnings = []
+    for name, rate in after.items():
+        if name.endswith("stop_rate") and rate < 0.9:
+            warnings.append(f"{1 - rate:.0%} of the generated answers ({name.removeprefix('eval_')}) do not stop in "
+                            f"--max_new_tokens {args.max_new_tokens}: look at predictions-*.jsonl for repetition; more "
+                            "steps teach the stop token, more tokens give room")
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    if not plan.has_dev and len(losses) > 1 and losses[-1] < 0.1 * losses[0]:
+        warnings.append(f"the loss fell by {1 - losses[-1] / losses[0]:.0%} with no dev set to tell learning from "
+                        "learning by heart: pass --dev_file or --dev_size")
+    for text in warnings:
+        say(f"warning   {text}")
+    return warnings
+
+
+def evaluate_endpoint(args, dev_sets, run):
+    """Measure what --endpoint generates on the dev sets; return the report."""
+    args.eval_generate = args.eval_generate or max(map(len, dev_sets.values()))
+    settle_thinking(args, sum(dev_sets.values(), []))
+    metrics = {}
+    for name, examples in dev_sets.items():
+        dev = DevSet([], choose_generated(args, name, examples, None))
+        answers = [ask(args, example) for _, example in dev.generated]
+        metrics |= {named(name, key): value for key, value in judge(args, f"{name or 'dev'}-0", dev, answers).items()}
+    return report_evaluation(args, run | {"flags": vars(args)}, metrics)
+
+
+def report_evaluation(args, run, metrics):
+    """Print and write the metrics of --eval_only; return the report."""
+    for name, value in metrics.items():
+        say(f"result    {name} {value:.4f}")
+    report = run | {"metrics": metrics}
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    utils.write_json(Path(args.output_dir) / "evaluation_report.json", report)
+    return report
+
+
+def main(argv=None):
+    """Run the command line `argv`; return what training_summary_report.json holds."""
+    args, notes = parse_args(argv), []
+    state = utils.start_process(args)
+    checkpoint = utils.open_output_dir(args)
+    set_seed(args.seed)
+    with state.main_process_first():
+        examples, dev_examples, counts = read_data(args)
+    if args.endpoint:
+        return evaluate_endpoint(args, dev_examples, {"data": counts})
+
+    config, tokenizer = utils.load_config(args), utils.load_tokenizer(args)
+    chat = settle_chat(args, examples, dev_examples, config, tokenizer, notes)
+    with state.main_process_first():
+        train_set, dev_sets = make_samples(args, examples, dev_examples, chat, counts)
+    train_set = train_set or TrainSet(next(iter(dev_sets.values())).samples)  # --eval_only
+    plan = plan_run(args, train_set, dev_sets, notes)
+    model, plain_head, precision = load_model(args, config, notes)
+    trainer = SftTrainer(
+        flags=args, chat=chat, plain_head=plain_head, model=model, measure=make_measure(dev_sets, args),
+        train_dataset=train_set,
+        eval_dataset=train_set,  # never read: Trainer refuses to evaluate without one
+        args=utils.training_arguments(args, plan, precision, drop_last=False), data_collator=collate,
+        processing_class=tokenizer,
+    )
+    run = utils.describe_run(args, precision, Hasher.hash([examples, dev_examples]), checkpoint)
+    if args.eval_only:
+        return report_evaluation(args, run | {"data": counts}, trainer.measure(trainer))
+    show_examples(train_set, examples, chat, notes)
+    if checkpoint and (report := utils.read_json(Path(args.output_dir) / "training_summary_report.json")):
+        say(f"resume    {args.output_dir} is finished: final/ and the report are there")
+        return report
+    lengths = [len(sample["input_ids"]) for sample in train_set]
+    utils.preflight(args, trainer, plan, [train_set[i] for i in utils.heaviest_rows(lengths, plan, args)])
+    if args.dry_run:
+        return run | {"data": counts, "plan": vars(plan)}
+
+    final, started = Path(args.output_dir) / "final", time.perf_counter()
+    if state.is_main_process:
+        utils.begin_output_dir(args, run)
+    outputs = partial(first_logits, trainer, train_set)
+    base = outputs()
+    before, after, warnings = utils.train(trainer, args, plan, checkpoint)
+    warnings += warn_of_answers(args, plan, trainer, after)
+    seconds = time.perf_counter() - started
+    utils.save_final(trainer, final, run)
+    if state.is_main_process:
+        stored = utils.base_json(args, "generation_config.json") or {}
+        utils.write_json(final / "generation_config.json", stored | {"eos_token_id": chat.stop_ids})
+    state.wait_for_everyone()
+    proof = utils.prove(trainer, str(final), base, outputs, AutoModelForCausalLM)
+    report = utils.write_report(trainer, args, run, {
+        "data": counts, "plan": vars(plan), "metrics": (before, after), "proof": proof, "warnings": warnings,
+        "seconds": seconds})
+    if args.sanity_overfit:
+        check_overfit(args, after, train_set)
+    return report
+
+
+if __name__ == "__main__":
+    utils.run(main, parse_args)
