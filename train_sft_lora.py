@@ -100,7 +100,8 @@ ROLES |= {role: role for role in ("user", "assistant", "system", "tool", "develo
 PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("query", "response"),
          ("instruction", "output"), ("instruction", "response"), ("input", "output"))
 KNOWN = "messages, conversations, " + ", ".join("/".join(pair) for pair in PAIRS)
-TAG_RESIDUE = re.compile(r"<\|[^|<>]*\|>|</?[A-Za-z][\w:-]*/?>|\[/?INST\]|^\s*(###|Human:|User:|Assistant:)|&amp;|&[lg]t;")
+TAG_RESIDUE = re.compile(
+    r"<\|[^|<>]*\|>|</?[A-Za-z][\w:-]*/?>|\[/?INST\]|^\s*(###|Human:|User:|Assistant:)|&(amp|lt|gt);")
 THINKING = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 
 
@@ -315,30 +316,35 @@ class Chat:
         added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self.special = sorted({*added, *tokenizer.all_special_tokens} - {"<think>", "</think>"}, key=len, reverse=True)
         user, answer, then = (dict(role=role, content=content) for role, content in (
-            ("user", "QUESTION"), ("assistant", "ANSWER"), ("user", "AND-THEN")))
+            ("user", "QUESTION-ONE"), ("assistant", "ANSWER-ONE"), ("user", "QUESTION-TWO")))
         try:
-            before, after = self.render([user, answer, then], False).split("ANSWER")
-            alone = self.render([user, answer], False)
-            self.render([user], True)
+            before, after = self.render([user, answer, then], False).split("ANSWER-ONE")
+            alone, prompt = self.render([user, answer], False), self.render([user], True)
         except TEMPLATE_ERRORS as error:
             raise InputError(f"the chat template cannot render a simple conversation: {utils.reason(error)}. Pass "
                              "another with --chat_template.") from None
+        tail, known = alone.partition("ANSWER-ONE")[2], [token for token in (tokenizer.eos_token, *base_stops) if token]
         following = next((token for token in self.special if after.lstrip().startswith(token)), None)
-        self.stops = list(dict.fromkeys(filter(None, [tokenizer.eos_token, following, *base_stops])))
+        if following and following not in tail and any(stop in tail for stop in known):
+            following = None  # gpt-oss: <|end|> closes a channel, <|return|> the answer
+        self.stops = list(dict.fromkeys([*known, following] if following else known))
         if not self.stops:
             raise InputError("neither the tokenizer nor the template has a token that ends an answer. Choose a base "
                              "with an EOS token, or pass --chat_template.")
         self.stop_ids = tokenizer.convert_tokens_to_ids(self.stops)
-        self.end = following if following in base_stops else self.stops[0]
-        ended = self.ended(alone) or ""
-        self.emits = next((stop for stop in self.stops if ended.endswith(stop)), None)  # by the template itself
+        # a token that also opens a user turn (GLM's <|user|>) closes an answer only where the base says so
+        closes = following in base_stops or following and following not in before
+        self.end = following if closes else self.stops[0]
+        self.emits = next((stop for stop in self.stops if self.ended(alone, "ANSWER-ONE").endswith(stop)), None)
+        shared = os.path.commonprefix([prompt, alone])
+        self.scaffold = prompt[len(shared) :]  # what only the prompt of an answer has ("<think>\n", say)
         try:
             self.folds_system = "SYSTEM" not in self.render([dict(role="system", content="SYSTEM"), user], True)
         except TEMPLATE_ERRORS:
             self.folds_system = True
-        between, head = after.split("AND-THEN")[0], before.split("QUESTION")[0]
-        header = os.path.commonprefix([between[::-1], head[::-1]])[::-1]
-        own = re.sub("|".join(map(re.escape, self.special)) or "$", "", head.removesuffix(header)).strip()
+        between, head = (re.sub("|".join(map(re.escape, self.special)) or "$", "", text) for text in (
+            after.split("QUESTION-TWO")[0], before.split("QUESTION-ONE")[0]))
+        own = head.removesuffix(os.path.commonprefix([between[::-1], head[::-1]])[::-1]).strip()
         self.own_system = own if re.search(r"\w", own) else None
 
     def render(self, messages, prompt, tools=None):
@@ -350,13 +356,11 @@ class Chat:
         """Tokenise rendered text, which brings its special tokens along."""
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
-    def ended(self, text):
-        """Return a rendered answer up to its first closing stop token, or None if it does not end in one."""
-        end = None
-        while stop := next((stop for stop in self.stops if text.rstrip().endswith(stop)), None):
-            end = text.rstrip()  # phi-3 writes another token behind the one that ends the turn
-            text = end.removesuffix(stop)
-        return end
+    def ended(self, text, answer):
+        """Return text, rendered messages, up to the first stop token behind the last answer, whose content is given."""
+        start = max(text.rfind(answer.strip()), 0) + len(answer.strip())
+        ends = [text.find(stop, start) + len(stop) for stop in self.stops if stop in text[start:]]
+        return text[: min(ends)] if ends else text.rstrip()
 
     def prepare(self, messages):
         """Return the messages as this template takes them; raises Drop for special tokens inside a text."""
@@ -378,26 +382,33 @@ class Chat:
 
         The answer ends in its stop token. Raises Drop where the template refuses the turn or does not render it whole.
         """
+        message, before = messages[i], messages[:i]
         try:
-            prompt, full = self.render(messages[:i], True, tools), self.render(messages[: i + 1], False, tools)
-            header = prompt
-            if not full.startswith(prompt):  # a scaffold that only the generation prompt has ("<think>\n", say)
-                other = self.render([*messages[:i], {"role": "assistant", "content": "\u2603"}], False, tools)
-                header = os.path.commonprefix([prompt, full, other])
+            prompt, full = self.render(before, True, tools), self.render([*before, message], False, tools)
+            other = self.render([*before, {"role": "assistant", "content": "\u2603"}], False, tools)
         except TEMPLATE_ERRORS as error:
             raise Drop(f"rows that the chat template refuses ({utils.reason(error)})") from None
-        if messages[i - 1]["content"].strip() not in header:
-            raise Drop("rows whose prompt the template renders differently once the answer is there")
-        whole = self.ended(full) or full.rstrip() + self.end
+        start = len(prompt) if full.startswith(prompt) else 0
+        whole = full[:start] + self.ended(full[start:], message["content"])
+        whole += "" if whole.endswith(tuple(self.stops)) else self.end
         prompt_ids, whole_ids = self.ids(prompt), self.ids(whole)
-        if header == prompt and whole_ids[: len(prompt_ids)] == prompt_ids:
+        if start and whole_ids[: len(prompt_ids)] == prompt_ids:
             answer_ids = whole_ids[len(prompt_ids) :]
-        else:  # tokens would merge across the border, which they cannot at inference
-            answer_ids = self.ids(whole[len(header) :])
-        rendered, message = squeezed(self.tokenizer.decode(answer_ids)), messages[i]
+        elif start:  # tokens would merge across the border, which they cannot at inference
+            answer_ids = self.ids(whole[start:])
+        else:  # the prompt ends in a scaffold, of which the answer may repeat the end (DeepSeek's </think>)
+            shared = os.path.commonprefix([prompt_ids, whole_ids, self.ids(other)])
+            answer_ids, scaffold = whole_ids[len(shared) :], prompt_ids[len(shared) :]
+            sizes = range(min(len(scaffold), len(answer_ids)), -1, -1)
+            repeated = next(n for n in sizes if scaffold[len(scaffold) - n :] == answer_ids[:n])
+            answer_ids = answer_ids[repeated:]
+            if squeezed(before[-1]["content"]) not in squeezed(self.tokenizer.decode(shared)):
+                raise Drop("rows whose prompt the template renders differently once the answer is there")
+        rendered = squeezed(self.tokenizer.decode(answer_ids))
         for text in (message["content"], message.get("reasoning_content") or ""):
             if squeezed(text) not in rendered:
-                raise Drop("rows with an answer or reasoning that the template does not render whole")
+                raise Drop("rows with an answer or reasoning that the template does not render whole "
+                           "(--enable_thinking false leaves reasoning out)")
         return prompt_ids, answer_ids
 
     def shortened(self, messages, i, tools, max_length):
@@ -758,9 +769,12 @@ def settle_chat(args, examples, dev_sets, config, tokenizer, notes):
     elif chat.emits is None:
         notes.append(f"the chat template ends no answer: {chat.end} is appended to each")
     elif stops and chat.emits not in stops:
-        notes.append(f"the base's generation_config does not stop at {chat.emits}: it looks like a base model, which may "
-                     "never have been trained on that token, nor can LoRA. Prefer the instruct model, or pass a "
+        notes.append(f"the base's generation_config does not stop at {chat.emits}: it looks like a base model, which "
+                     "may never have been trained on that token, nor can LoRA. Prefer the instruct model, or pass a "
                      f"--chat_template that ends answers in {stops[0]}")
+    if chat.scaffold:
+        notes.append(f"the prompt of an answer ends in {chat.scaffold!r}, which the template leaves out of history: "
+                     "answers are learnt right behind it, where inference starts")
     if chat.folds_system:
         notes.append("the chat template takes no system turn: its text is put before the first user turn")
     if chat.own_system and any(example.messages[0]["role"] != "system" for example in examples):

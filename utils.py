@@ -684,7 +684,8 @@ class RunCallback(ProgressCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         names = ["loss", "learning_rate", *(f"eval_{name}" for name in self.plan.shown)]
-        shown = [f"{name.removeprefix('eval_')} {logs[name]:.4g}" for name in names if name in logs]
+        labels = {"eval_loss": "dev_loss"}  # a dev set without a name, beside the training loss
+        shown = [f"{labels.get(name, name.removeprefix('eval_'))} {logs[name]:.4g}" for name in names if name in logs]
         if shown and state.is_world_process_zero:
             self.training_bar.write(f"step {state.global_step:6}  {'   '.join(shown)}")
 

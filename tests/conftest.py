@@ -14,7 +14,7 @@ import utils
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
 ROOT = Path(__file__).parent.parent
@@ -50,6 +50,17 @@ def train_tokenizer(special, template):
         ids = [(token, tokenizer.token_to_id(token)) for token in special.values()]
         tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=128, **special)
+
+
+def chat_tokenizer(template, eos, bos=None, special=(), texts=SENTENCES):
+    """A byte-level tokenizer with a chat template, which adds no special tokens by itself."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special, alphabet = list(dict.fromkeys([eos, *special])), pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(texts, trainer)
+    names = {"eos_token": eos} | ({"bos_token": bos} if bos else {})
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **names)
 
 
 @pytest.fixture(scope="session")
