@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -10,12 +11,13 @@ from pathlib import Path
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=tempfile.mkdtemp(), CUDA_VISIBLE_DEVICES="", MPLBACKEND="Agg")
 
 import train_embed_lora
+import train_sft_lora
 import utils
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
 ROOT = Path(__file__).parent.parent
 TOPICS = (
@@ -37,6 +39,25 @@ def make_rows(count):
         long = " and the ".join(TOPICS[: 1 + i % 7])
         pos = [f"the {a} {i} stands behind the {b} and the {long}", f"look for {a} {i}"][: 2 if i % 4 == 0 else 1]
         rows.append({"query": f"where is {a} {i}", "pos": pos, "neg": [f"no {b} here", f"{long} {i}"] * (i % 3 > 0)})
+    return rows
+
+
+def make_chats(count):
+    """Rows of an extraction task, of differing lengths; every third answer is empty, every fifth row has two turns."""
+    rows = []
+    for i in range(count):
+        a, b = TOPICS[i % 16], TOPICS[(i // 16 + 3 * i) % 16]
+        long = " and the ".join(TOPICS[: 1 + i % 7])
+        things = [] if i % 3 == 0 else [a, b][: 1 + i % 2]
+        messages = [
+            {"role": "system", "content": "Name the things."},
+            {"role": "user", "content": f"{i}: where do I find the {' with a '.join(things) or 'way'} behind {long}"},
+            {"role": "assistant", "content": json.dumps({"things": things})},
+        ]
+        if i % 5 == 0:
+            more = [{"role": "user", "content": f"and {b}?"}, {"role": "assistant", "content": f"no {b} {i}"}]
+            messages = messages[1:] + more
+        rows.append({"messages": messages})
     return rows
 
 
@@ -103,6 +124,38 @@ def tiny_qwen(tmp_path_factory):
     return folder
 
 
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_chat(tmp_path_factory):
+    """A causal language model: Qwen3, 2 layers of 64, tied embeddings, ChatML."""
+    folder = str(tmp_path_factory.mktemp("tiny_chat"))
+    texts = [turn["content"] for row in make_chats(300) for turn in row["messages"]]
+    tokenizer = chat_tokenizer(CHATML, "<|im_end|>", None, ["<|im_start|>", "<|endoftext|>"], texts)
+    tokenizer.pad_token = "<|endoftext|>"
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=640,  # padded, as real vocabularies are
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        head_dim=16,
+        num_key_value_heads=2,
+        intermediate_size=128,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def minilm():
     """The real all-MiniLM-L6-v2, carried by a package."""
@@ -129,8 +182,25 @@ def run_embed(tmp_path, tiny_bert, pairs):
 
 
 @pytest.fixture
-def embed_trainer(run_embed, monkeypatch):
-    """Return the trainer that main([...]) would train with, its adapters no longer zero, in place of training it."""
+def chats(tmp_path):
+    """A file of 60 training rows."""
+    return write_jsonl(tmp_path / "chats.jsonl", make_chats(60))
+
+
+@pytest.fixture
+def run_sft(tmp_path, tiny_chat, chats):
+    """Call main([...]) on the tiny causal model and return its report; flags given again replace these."""
+
+    def run(*flags, model=tiny_chat, data=chats, out=None):
+        base = ["--model_name", model, "--output_dir", str(out or tmp_path / "out"), "--report_to", "none"]
+        base += ["--train_file", data] if data else []
+        return train_sft_lora.main([*base, *map(str, flags)])
+
+    return run
+
+
+def caught_before_training(monkeypatch, run):
+    """Return make(flags): the trainer that run(flags) would train with, its adapters no longer zero."""
 
     def make(*flags, **kwargs):
         caught = []
@@ -141,15 +211,31 @@ def embed_trainer(run_embed, monkeypatch):
 
         monkeypatch.setattr(utils, "train", catch)
         with contextlib.suppress(StopIteration):
-            run_embed("--overwrite", *flags, **kwargs)
-        trainer = caught[0]
-        generator = torch.Generator().manual_seed(0)
-        for name, parameter in trainer.model.named_parameters():
-            if "lora_B" in name:
-                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
-        return trainer
+            run("--overwrite", *flags, **kwargs)
+        randomise_adapters(caught[0].model)
+        return caught[0]
 
     return make
+
+
+def randomise_adapters(model):
+    """Fill the B matrices, which are zero at first and would hide most of a gradient."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+
+
+@pytest.fixture
+def embed_trainer(run_embed, monkeypatch):
+    """Return the trainer that main([...]) would train with, in place of training it."""
+    return caught_before_training(monkeypatch, run_embed)
+
+
+@pytest.fixture
+def sft_trainer(run_sft, monkeypatch):
+    """Return the trainer that main([...]) would train with, in place of training it."""
+    return caught_before_training(monkeypatch, run_sft)
 
 
 def gradient(trainer, step):
@@ -157,6 +243,17 @@ def gradient(trainer, step):
     trainer.model.zero_grad()
     loss = trainer.training_step(trainer.model, step)
     return loss, torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad])
+
+
+def gradients_of_two_processes(folder, module, flags, first_row, rows_per_process, global_step):
+    """Return the gradients that DDP leaves on two gloo processes after one step of a script's."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = [str(ROOT / "tests/two_processes.py"), str(folder), module, json.dumps(flags.split())]
+    numbers = map(str, (first_row, rows_per_process, global_step))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *script, *numbers], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(Path(folder) / f"gradient{rank}.pt") for rank in (0, 1)]
 
 
 def relative(a, b):

@@ -1,13 +1,8 @@
 """A step's gradient is that of the uncut step, whatever it is cut into."""
 
-import json
-import os
-import subprocess
-import sys
-
 import train_embed_lora
 import utils
-from conftest import ROOT, gradient, relative
+from conftest import gradient, gradients_of_two_processes, relative
 
 import pytest
 import torch
@@ -156,13 +151,8 @@ def test_two_processes_give_the_gradient_of_one(reference, tmp_path, tiny_bert, 
         f"--model_name {tiny_bert} --train_file {pairs} --max_negs 2 --batch_size {batch_size} --report_to none "
         f"--gradient_accumulation {16 // batch_size} --{'' if cross_device else 'no-'}negatives_cross_device"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    script = [str(ROOT / "tests/two_processes.py"), str(tmp_path), json.dumps(flags.split())]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command + script, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for rank in (0, 1):
-        assert relative(torch.load(tmp_path / f"gradient{rank}.pt"), expected) < 1e-4
+    for found in gradients_of_two_processes(tmp_path, "train_embed_lora", flags, 0, 16, 0):
+        assert relative(found, expected) < 1e-4
 
 
 def test_cut_sorts_and_respects_the_budget():

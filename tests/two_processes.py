@@ -1,30 +1,37 @@
-"""Run by test_embed_step.py on two gloo processes: write the gradient that DDP leaves on each."""
+"""Run on two gloo processes by the tests of both steps: write the gradient that DDP leaves on each.
 
+python tests/two_processes.py WORK_FOLDER MODULE FLAGS_AS_JSON FIRST_ROW ROWS_PER_PROCESS GLOBAL_STEP
+"""
+
+import importlib
 import json
 import sys
 from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).parent.parent)]
-import train_embed_lora  # noqa: E402
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 import utils  # noqa: E402
+from conftest import randomise_adapters  # noqa: E402
+
+work, module, flags = sys.argv[1], importlib.import_module(sys.argv[2]), json.loads(sys.argv[3])
+first, count, global_step = map(int, sys.argv[4:])
 
 
 def gradient_instead(trainer, *_):
-    """Run one step of rows 0-31, the rank's half each, as Trainer would: DDP around the model."""
-    generator, rank = torch.Generator().manual_seed(0), trainer.accelerator.process_index
-    for name, parameter in trainer.model.named_parameters():
-        if "lora_B" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    """Run one step, each rank its own rows, as Trainer would: DDP around the model."""
+    rank = trainer.accelerator.process_index
+    randomise_adapters(trainer.model)
     model = trainer.accelerator.prepare_model(trainer.model)
     assert isinstance(model, torch.nn.parallel.DistributedDataParallel)
-    rows = [trainer.train_dataset[i] for i in range(16 * rank, 16 * rank + 16)]
+    trainer.state.global_step = global_step
+    start, total = first + count * rank, len(trainer.train_dataset)
+    rows = [trainer.train_dataset[i % total] for i in range(start, start + count)]  # the last step repeats rows
     trainer.training_step(model, trainer.data_collator(rows))
     flat = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad])
-    torch.save(flat, Path(sys.argv[1]) / f"gradient{rank}.pt")
+    torch.save(flat, Path(work) / f"gradient{rank}.pt")
     sys.exit(0)
 
 
 utils.train = gradient_instead
-train_embed_lora.main([*json.loads(sys.argv[2]), "--output_dir", sys.argv[1] + "/two"])
+module.main([*flags, "--output_dir", f"{work}/two"])
