@@ -906,7 +906,8 @@ def load_model(args, config, notes):
             raise InputError(f"{args.model_name} takes no logits_to_keep ({utils.reason(error)}): its code is too old "
                              "for this script.") from None
     hook.remove()
-    if (first.float() - changed.float()).norm() > 0.05 * first.float().norm():
+    noise = 1e-4 if precision == "none" and not args.bits else 0.05
+    if (first.float() - changed.float()).norm() > noise * first.float().norm():
         raise InputError(f"{args.model_name} sees the tokens that it is to predict. Choose a causal language model.")
     plain_head = torch.equal(caught[0], first)  # no softcapping or scaling behind it
     return utils.add_adapter(model, args, "CAUSAL_LM", [], notes), plain_head, precision
