@@ -243,12 +243,13 @@ def read_data(args):
     """Read, check and split the data. Returns (training Examples, {name: dev Examples}, counts for the report)."""
     rows, sources = utils.read_sources(args)
     examples, dropped = read_examples(rows, args)
-    rng, dev_sets = random.Random(args.seed), {}
-    rng.shuffle(examples)
+    random.Random(args.seed).shuffle(examples)
+    dev_sets = {}
     for name, source in sources.items():
         dev_rows = utils.read_rows(source) if isinstance(source, str) else source
         dev = read_examples(dev_rows, args)[0]
-        dev_sets[name] = rng.sample(dev, min(args.dev_sample_limit or len(dev), len(dev)))
+        draw = random.Random(f"{args.seed} {name}")  # the same rows with --eval_only, which has none to train on
+        dev_sets[name] = draw.sample(dev, min(args.dev_sample_limit or len(dev), len(dev)))
         if not dev_sets[name]:
             raise InputError(f"--dev_file {source if isinstance(source, str) else name} holds no row to evaluate on.")
     wanted = args.dev_sample_limit or math.ceil(args.dev_size * len(examples))
@@ -463,6 +464,8 @@ class TrainSet(list):
 
 def tokenise(examples, chat, args):
     """Turn Examples into samples of token ids and masks. Returns (TrainSet, {reason: [where]}, prompts shortened)."""
+    if not examples:  # --eval_only
+        return TrainSet(), {}, 0
     kinds = {"row": Value("int64"), "input_ids": ListOf(Value("int32")), "supervised": ListOf(Value("bool")),
              "reason": Value("string"), "shortened": Value("int32")}
 

@@ -734,9 +734,11 @@ class RunCallback(ProgressCallback):
 def worsening(log, metric, greater_is_better):
     """Return a warning in words if the last three evaluations got worse while the training loss fell, else None."""
     points = [(entry["step"], entry[f"eval_{metric}"]) for entry in log if f"eval_{metric}" in entry][-3:]
+    if len(points) < 3:
+        return None
     values = [value if greater_is_better else -value for _, value in points]
     losses = [entry["loss"] for entry in log if "loss" in entry and entry["step"] >= points[0][0]]
-    worse = len(values) == 3 and values[0] > values[1] > values[2] and values[0] - values[2] > 0.01 * abs(values[0])
+    worse = values[0] > values[1] > values[2] and values[0] - values[2] > 0.01 * abs(values[0])
     if worse and len(losses) > 1 and losses[-1] < losses[0]:
         return (f"the loss fell from {losses[0]:.3f} to {losses[-1]:.3f} while {metric} worsened from "
                 f"{points[0][1]:.4f} to {points[2][1]:.4f}: overfitting. Fewer epochs, lower --lr, --lora_dropout 0.1.")

@@ -1,6 +1,6 @@
 """Kill a short run at random moments with kill -9, resume it, and compare with the run that nobody killed.
 
-python tests/kill_and_resume.py MODEL_FOLDER WORK_FOLDER KILLS
+python tests/kill_and_resume.py train_embed_lora.py|train_sft_lora.py MODEL_FOLDER WORK_FOLDER KILLS
 """
 
 import os
@@ -15,21 +15,23 @@ import torch
 from safetensors.torch import load_file
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
-from conftest import make_rows, write_jsonl  # noqa: E402
+from conftest import make_chats, make_rows, write_jsonl  # noqa: E402
 from utils import read_json  # noqa: E402
 
-model, folder, kills = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-data = write_jsonl(folder / "pairs.jsonl", make_rows(96))
+script, model, folder, kills = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
+is_sft = script == "train_sft_lora.py"
+data = write_jsonl(folder / "rows.jsonl", make_chats(60) if is_sft else make_rows(96))
 flags = shlex.split(
     f"--model_name {model} --train_file {data} --batch_size 4 --gradient_accumulation 2 --epochs 4.5 --lr 1e-3 "
     "--lora_dropout 0.1 --eval_every 3 --logging_steps 4 --report_to none"
+    f"{' --eval_generate 3 --max_new_tokens 8' if is_sft else ''}"
 )
 rng, done = random.Random(0), 0
 
 
 def run_until(out, moment, *more):
     """Start a run and kill it some time after its log line number `moment`; return whether it was killed."""
-    command = [sys.executable, "train_embed_lora.py", *flags, "--output_dir", str(out), *more]
+    command = [sys.executable, script, *flags, "--output_dir", str(out), *more]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, cwd=Path(__file__).parent.parent, env=environment, **pipes)

@@ -1,0 +1,51 @@
+"""What keeps flags, documents and code in step, for every script."""
+
+import re
+import shlex
+
+import train_embed_lora
+import train_sft_lora
+from conftest import ROOT
+
+import pytest
+
+SCRIPTS = {"train_embed_lora": train_embed_lora, "train_sft_lora": train_sft_lora}
+README = (ROOT / "README.md").read_text()
+
+
+def source_of(script):
+    return (ROOT / f"{script}.py").read_text() + (ROOT / "utils.py").read_text()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_is_read(script):
+    source = source_of(script)
+    declared = re.findall(r'add\("--(\w+)"', source)
+    assert len(declared) > 65
+    unread = [name for name in declared if not re.search(rf"\b(args|flags)\.{name}\b", source)]
+    by_kind = ["query_column", "positive_column"] if 'getattr(args, f"{kind}_column")' in source else []
+    assert unread == by_kind
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_documented_command_parses(script):
+    lines = (README + SCRIPTS[script].__doc__).replace("\\\n", " ").splitlines()
+    commands = [line.strip().lstrip("!$ ") for line in lines if re.match(rf"\s*[!$ ]*python {script}\.py", line)]
+    assert len(commands) >= 8
+    for command in commands:
+        SCRIPTS[script].parse_args(shlex.split(command, comments=True)[2:])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_is_in_the_readme(script):
+    lines = [line for line in source_of(script).splitlines() if line.startswith("    add(")]
+    declared = [name for line in lines for name in re.findall(r'"--(\w+)"', line)]
+    assert len(declared) > 80
+    assert [name for name in declared if f"`--{name}`" not in README] == []
+
+
+def test_both_trainers_have_the_same_banners_in_the_same_order():
+    banners = [re.findall(r"^# -{10,} (.*)$", source_of(script).split('"""What both')[0], re.M) for script in SCRIPTS]
+    common = [name for name in banners[0] if name in banners[1]]
+    assert common == [name for name in banners[1] if name in banners[0]]
+    assert {"arguments", "data", "loss and metrics", "training", "main"} <= set(common)
