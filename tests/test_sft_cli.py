@@ -251,12 +251,12 @@ def test_eval_only_gives_the_live_model_s_numbers(run_sft, tmp_path, stages, tin
         (tmp_path / "merged" / name).write_bytes((adapter / name).read_bytes())
     predictions = (tmp_path / f"out/predictions-all-{report['steps']}.jsonl").read_text()
     for name, model in (("adapter", adapter), ("merged", tmp_path / "merged"), ("base", tiny_chat)):
-        found = run_sft("--eval_only", *flags, model=str(model), out=tmp_path / name, data=None)["metrics"]
+        found = run_sft("--eval_only", *flags, model=str(model), out=tmp_path / f"eval_{name}", data=None)["metrics"]
         expected = report["metrics"]["before"] if name == "base" else live
         assert found == pytest.approx(expected, rel=1e-4), name
         if name != "base":
-            assert (tmp_path / name / "predictions-all-0.jsonl").read_text() == predictions
-        assert utils.read_json(tmp_path / name / "evaluation_report.json")["metrics"] == found
+            assert (tmp_path / f"eval_{name}/predictions-all-0.jsonl").read_text() == predictions
+        assert utils.read_json(tmp_path / f"eval_{name}/evaluation_report.json")["metrics"] == found
 
 
 class Server:
