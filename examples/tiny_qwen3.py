@@ -1,0 +1,86 @@
+"""Make what the SFT demo needs without a download: a tiny Qwen3 with random weights, and rows of an extraction task.
+
+python examples/tiny_qwen3.py runs/demo
+"""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+NAMES = "Aiko Ben Chen Dora Emil Fatima Goro Hana Ivan Julia Kenji Lena Mika Nora Oscar Priya".split()
+ITEMS = "chairs lamps books cups pens boxes clocks mirrors".split()
+COLOURS = "red green blue white black yellow".split()
+FORMS = (
+    "Please send {count} {colour} {item} to {name}.",
+    "{name} would like {count} {item}, all of them {colour}.",
+    "Could {name} have {count} {colour} {item} by Monday?",
+    "We still owe {name} the {colour} {item}, {count} of them.",
+)
+NOTHING = ("Thank you, {name}, it all arrived.", "{name} asks when we close today.", "Good morning from {name}!")
+SYSTEM = 'Extract the order as JSON: {"to", "item", "colour", "count"}. Answer {} if nothing is ordered.'
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_rows(count):
+    """Return rows of messages; every sixth orders nothing."""
+    rng, rows = random.Random(0), []
+    for i in range(count):
+        order = {
+            "to": rng.choice(NAMES),
+            "item": rng.choice(ITEMS),
+            "colour": rng.choice(COLOURS),
+            "count": rng.randint(2, 9),
+        }
+        form = rng.choice(FORMS if i % 6 else NOTHING)
+        text = form.format(name=order["to"], **order)
+        turns = (("system", SYSTEM), ("user", text), ("assistant", json.dumps(order if i % 6 else {})))
+        rows.append({"messages": [{"role": role, "content": content} for role, content in turns]})
+    return rows
+
+
+def make_model(folder, rows):
+    """Save a Qwen3 of 4 layers of 192 with random weights, and a byte-level tokenizer trained on the rows."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special, alphabet = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([turn["content"] for row in rows for turn in row["messages"]], trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
+    )
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    out = Path(sys.argv[1])
+    out.mkdir(parents=True, exist_ok=True)
+    rows = make_rows(1200)
+    make_model(out / "tiny_qwen3", rows)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (out / "orders.jsonl").write_text(lines, encoding="utf-8")
+    print(f"{len(rows)} rows in {out}/orders.jsonl, a model in {out}/tiny_qwen3")
