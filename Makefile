@@ -10,10 +10,9 @@ demo: .venv/ready  ## an embedding model, then a language model, both on what th
 	  --output_dir runs/demo/embed --overwrite
 	$(BIN)/python examples/tiny_qwen3.py runs/demo
 	$(BIN)/python train_sft_lora.py --model_name runs/demo/tiny_qwen3 --train_file runs/demo/orders.jsonl \
-	  --sanity_overfit 600 --finetune_type full --lr 2e-3 --no-gradient_checkpointing --max_new_tokens 48 \
-	  --output_dir runs/demo/sft --overwrite
-	$(BIN)/python examples/ask.py runs/demo/sft/final "Please send 7 green clocks to Mika." \
-	  --system 'Extract the order as JSON: {"to", "item", "colour", "count"}. Answer {} if nothing is ordered.'
+	  --sanity_overfit 300 --max_steps 300 --finetune_type full --lr 1.5e-3 --weight_decay 0 --gradient_accumulation 16 \
+	  --no-gradient_checkpointing --max_new_tokens 48 --output_dir runs/demo/sft --overwrite
+	$(BIN)/python examples/ask.py runs/demo/sft/final "Please send white mirrors to Aiko." --system "Extract the order as JSON."
 
 test: .venv/ready  ## all tests, on a CPU and without a network
 	$(BIN)/python -m pytest

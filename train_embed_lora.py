@@ -13,7 +13,6 @@ import argparse
 import itertools
 import random
 import re
-import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -732,31 +731,12 @@ def main(argv=None):
         args=utils.training_arguments(args, plan, precision, drop_last=True), data_collator=Collator(texts),
         processing_class=tokenizer,
     )
-    run = utils.describe_run(args, precision, Hasher.hash([examples, dev_sets]), checkpoint)
+    run = utils.describe_run(args, precision, Hasher.hash([examples, dev_sets]), checkpoint) | {"data": counts}
     show_examples(train_set, texts, tokenizer, notes)
-    if checkpoint and (report := utils.read_json(Path(args.output_dir) / "training_summary_report.json")):
-        say(f"resume    {args.output_dir} is finished: final/ and the report are there")
-        return report
     tokens = [sum(len(texts[j]) for j in text_indices(train_set[i])) for i in range(len(train_set))]
-    utils.preflight(args, trainer, plan, [train_set[i] for i in utils.heaviest_rows(tokens, plan, args)])
-    if args.dry_run:
-        return run | {"data": counts, "plan": vars(plan)}
-
-    final, started = Path(args.output_dir) / "final", time.perf_counter()
-    if state.is_main_process:
-        utils.begin_output_dir(args, run)
     outputs = partial(trainer.embed, [texts[i] for i in range(min(8, len(texts.index)))])
-    base = outputs()
-    before, after, warnings = utils.train(trainer, args, plan, checkpoint)
-    seconds = time.perf_counter() - started
-    utils.save_final(trainer, final, run)
-    if state.is_main_process:
-        save_st_files(final, args, dimension)
-    state.wait_for_everyone()
-    proof = utils.prove(trainer, str(final), base, outputs, AutoModel)
-    return utils.write_report(trainer, args, run, {
-        "data": counts, "plan": vars(plan), "metrics": (before, after), "proof": proof, "warnings": warnings,
-        "seconds": seconds})
+    return utils.carry_out(trainer, args, plan, run, checkpoint, tokens, outputs, AutoModel,
+                           write_files=partial(save_st_files, args=args, dimension=dimension))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import math
 import os
 import random
 import re
-import time
 import unicodedata
 import urllib.error
 import urllib.request
@@ -221,7 +220,7 @@ def read_examples(rows, args):
             example = read_example(where, row, args.system_prompt)
             if args.drop_regex and any(re.search(args.drop_regex, m["content"]) for m in example.messages):
                 raise Drop("rows that match --drop_regex")
-            key = Hasher.hash([example.messages, example.tools])
+            key = json.dumps([example.messages, example.tools], sort_keys=True)
             if key in seen:
                 raise Drop("duplicate rows")
         except Drop as drop:
@@ -257,7 +256,8 @@ def read_data(args):
     if not examples and not (args.eval_only and dev_sets):
         raise InputError("no row is left to train on. Look at what was dropped, above.")
     sizes = {name or "dev": len(dev) for name, dev in dev_sets.items()}
-    say(f"data      {len(examples)} rows to train on; " + "; ".join(f"{name}: {n} rows" for name, n in sizes.items()))
+    trained = [] if args.eval_only else [f"{len(examples)} rows to train on"]
+    say(f"data      {'; '.join(trained + [f'{name}: {n} rows' for name, n in sizes.items()])}")
     return examples, dev_sets, {"train_rows": len(examples), "dropped": dropped, "dev": sizes}
 
 
@@ -366,6 +366,8 @@ class Chat:
         The answer ends in its stop token. Raises Drop where the template refuses the turn or does not render it whole.
         """
         message, before = messages[i], messages[:i]
+        if not any(turn["role"] in ("user", "tool") for turn in before):
+            raise Drop("answers that no question precedes")
         prompt, full = self.render(before, True, tools), self.render([*before, message], False, tools)
         start = len(prompt) if full.startswith(prompt) else 0
         whole = full[:start] + self.ended(full[start:], message["content"])
@@ -626,6 +628,13 @@ class SftTrainer(utils.StepTrainer):
                 self.accelerator.backward(loss)
             total += loss.detach()
         return total
+
+    def warnings_about(self, after):
+        """Return a warning for each dev set whose answers seldom stop."""
+        rates = {name.removeprefix("eval_"): rate for name, rate in after.items() if name.endswith("stop_rate")}
+        return [f"{1 - rate:.0%} of the generated answers ({name}) do not stop in --max_new_tokens "
+                f"{self.flags.max_new_tokens}: look at predictions-*.jsonl for repetition; more steps teach the stop "
+                "token, more tokens give room" for name, rate in rates.items() if rate < 0.9]
 
     @torch.no_grad()
     def score(self, samples):
@@ -912,9 +921,15 @@ def first_logits(trainer, samples):
     return torch.cat(rows)
 
 
-def check_overfit(args, after, train_set):
+def save_stops(args, chat, folder):
+    """Write the base's generation_config with the merged stop tokens, for whoever serves the model."""
+    stored = utils.base_json(args, "generation_config.json") or {}
+    utils.write_json(folder / "generation_config.json", stored | {"eos_token_id": chat.stop_ids})
+
+
+def check_overfit(after, train_set):
     """Raise InputError unless --sanity_overfit has learnt its rows by heart."""
-    exact, accuracy = after.get("eval_exact_match"), after["eval_token_accuracy"]
+    exact, accuracy = after.get("exact_match"), after["token_accuracy"]
     has_long = any(sample["supervised"].sum() > SHORT_ANSWER_TOKENS for sample in train_set)
     figures = (f"exact match {exact:.1%}, " if exact is not None else "") + f"token accuracy {accuracy:.1%}"
     if (exact is not None and exact < 0.9) or (has_long or exact is None) and accuracy < 0.95:
@@ -923,23 +938,6 @@ def check_overfit(args, after, train_set):
                          "--lora_r. If it fell: training and generation see different prompts (template, "
                          "--enable_thinking, BOS), labels are shifted, or the stop token is wrong.")
     say(f"sanity    passed: {figures}")
-
-
-def warn_of_answers(args, plan, trainer, after):
-    """Return, and print, warnings about answers that never stop and about a loss that nothing checks."""
-    warnings = []
-    for name, rate in after.items():
-        if name.endswith("stop_rate") and rate < 0.9:
-            warnings.append(f"{1 - rate:.0%} of the generated answers ({name.removeprefix('eval_')}) do not stop in "
-                            f"--max_new_tokens {args.max_new_tokens}: look at predictions-*.jsonl for repetition; more "
-                            "steps teach the stop token, more tokens give room")
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    if not plan.has_dev and len(losses) > 1 and losses[-1] < 0.1 * losses[0]:
-        warnings.append(f"the loss fell by {1 - losses[-1] / losses[0]:.0%} with no dev set to tell learning from "
-                        "learning by heart: pass --dev_file or --dev_size")
-    for text in warnings:
-        say(f"warning   {text}")
-    return warnings
 
 
 def evaluate_endpoint(args, dev_sets, run):
@@ -991,37 +989,16 @@ def main(argv=None):
         args=utils.training_arguments(args, plan, precision, drop_last=False), data_collator=collate,
         processing_class=tokenizer,
     )
-    run = utils.describe_run(args, precision, Hasher.hash([examples, dev_examples]), checkpoint)
+    run = utils.describe_run(args, precision, Hasher.hash([examples, dev_examples]), checkpoint) | {"data": counts}
     if args.eval_only:
-        return report_evaluation(args, run | {"data": counts}, trainer.measure(trainer))
+        return report_evaluation(args, run, trainer.measure(trainer))
     show_examples(train_set, examples, chat, notes)
-    if checkpoint and (report := utils.read_json(Path(args.output_dir) / "training_summary_report.json")):
-        say(f"resume    {args.output_dir} is finished: final/ and the report are there")
-        return report
-    lengths = [len(sample["input_ids"]) for sample in train_set]
-    utils.preflight(args, trainer, plan, [train_set[i] for i in utils.heaviest_rows(lengths, plan, args)])
-    if args.dry_run:
-        return run | {"data": counts, "plan": vars(plan)}
-
-    final, started = Path(args.output_dir) / "final", time.perf_counter()
-    if state.is_main_process:
-        utils.begin_output_dir(args, run)
+    tokens = [len(sample["input_ids"]) for sample in train_set]
     outputs = partial(first_logits, trainer, train_set)
-    base = outputs()
-    before, after, warnings = utils.train(trainer, args, plan, checkpoint)
-    warnings += warn_of_answers(args, plan, trainer, after)
-    seconds = time.perf_counter() - started
-    utils.save_final(trainer, final, run)
-    if state.is_main_process:
-        stored = utils.base_json(args, "generation_config.json") or {}
-        utils.write_json(final / "generation_config.json", stored | {"eos_token_id": chat.stop_ids})
-    state.wait_for_everyone()
-    proof = utils.prove(trainer, str(final), base, outputs, AutoModelForCausalLM)
-    report = utils.write_report(trainer, args, run, {
-        "data": counts, "plan": vars(plan), "metrics": (before, after), "proof": proof, "warnings": warnings,
-        "seconds": seconds})
-    if args.sanity_overfit:
-        check_overfit(args, after, train_set)
+    report = utils.carry_out(trainer, args, plan, run, checkpoint, tokens, outputs, AutoModelForCausalLM,
+                             write_files=partial(save_stops, args, chat))
+    if args.sanity_overfit and "metrics" in report:
+        check_overfit(report["metrics"]["after"], train_set)
     return report
 
 

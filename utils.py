@@ -686,6 +686,10 @@ class StepTrainer(Trainer):
         """Context in which processes do not add up their gradients yet, because there is `more` to come."""
         return self.accelerator.no_sync(model) if more else nullcontext()
 
+    def warnings_about(self, after):
+        """Return what the last metrics should warn a user of, in words."""
+        return []
+
     def measure_dev_sets(self):
         """Return {"eval_<metric>": value} over all dev sets."""
         started = time.perf_counter()
@@ -964,10 +968,16 @@ def train(trainer, args, plan, checkpoint):
     evaluated = [entry for entry in state.log_history if name in entry and entry["step"] == (
         state.best_global_step if plan.save_best else state.global_step)]
     after = {key: value for key, value in evaluated[-1].items() if key.startswith("eval_")} if evaluated else {}
+    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+    final = trainer.warnings_about(after)
     if after and (before[name] - after[name]) * (1 if plan.greater_is_better else -1) > 0:
-        callback.warnings.append(f"{plan.metric} is worse than before training: lower --lr, and look at the data")
-        say(f"warning   {callback.warnings[-1]}")
-    return before, after, callback.warnings
+        final.append(f"{plan.metric} is worse than before training: lower --lr, and look at the data")
+    if not plan.has_dev and len(losses) > 1 and losses[-1] < 0.1 * losses[0]:
+        final.append(f"the loss fell by {1 - losses[-1] / losses[0]:.0%} with no dev set to tell learning from "
+                     "learning by heart: pass --dev_file or --dev_size")
+    for text in final:
+        say(f"warning   {text}")
+    return before, after, callback.warnings + final
 
 
 def is_finished(stored, args, plan):
@@ -1082,6 +1092,34 @@ def save_final(trainer, folder, run):
         write_json(folder / "training_config.json", run)
         for file in folder.glob("*.safetensors"):
             file.chmod(0o644)  # safetensors writes 0600, which a server's user cannot read
+
+
+def carry_out(trainer, args, plan, run, checkpoint, tokens, outputs, auto_class, write_files):
+    """Rehearse, train, save, prove and report; return the report, with --dry_run what is known before training.
+
+    tokens: number of them in each training row; outputs() (B, D): what the proof compares; write_files(folder) adds the
+    script's own files to final/.
+    """
+    folder = Path(args.output_dir)
+    if checkpoint and (report := read_json(folder / "training_summary_report.json")):
+        say(f"resume    {folder} is finished: final/ and the report are there")
+        return report
+    preflight(args, trainer, plan, [trainer.train_dataset[i] for i in heaviest_rows(tokens, plan, args)])
+    if args.dry_run:
+        return run | {"plan": vars(plan)}
+    started = time.perf_counter()
+    if trainer.is_world_process_zero():
+        begin_output_dir(args, run)
+    base = outputs()
+    before, after, warnings = train(trainer, args, plan, checkpoint)
+    seconds = time.perf_counter() - started
+    save_final(trainer, folder / "final", run)
+    if trainer.is_world_process_zero():
+        write_files(folder / "final")
+    trainer.accelerator.wait_for_everyone()
+    proof = prove(trainer, str(folder / "final"), base, outputs, auto_class)
+    return write_report(trainer, args, run, {
+        "plan": vars(plan), "metrics": (before, after), "proof": proof, "warnings": warnings, "seconds": seconds})
 
 
 def write_logs(folder, log, steps_per_epoch):

@@ -15,14 +15,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 NAMES = "Aiko Ben Chen Dora Emil Fatima Goro Hana Ivan Julia Kenji Lena Mika Nora Oscar Priya".split()
 ITEMS = "chairs lamps books cups pens boxes clocks mirrors".split()
 COLOURS = "red green blue white black yellow".split()
-FORMS = (
-    "Please send {count} {colour} {item} to {name}.",
-    "{name} would like {count} {item}, all of them {colour}.",
-    "Could {name} have {count} {colour} {item} by Monday?",
-    "We still owe {name} the {colour} {item}, {count} of them.",
-)
-NOTHING = ("Thank you, {name}, it all arrived.", "{name} asks when we close today.", "Good morning from {name}!")
-SYSTEM = 'Extract the order as JSON: {"to", "item", "colour", "count"}. Answer {} if nothing is ordered.'
+FORMS = ("Please send {colour} {item} to {name}.", "{name} would like some {colour} {item}, please.")
+SYSTEM = "Extract the order as JSON."
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -30,18 +24,12 @@ CHATML = (
 
 
 def make_rows(count):
-    """Return rows of messages; every sixth orders nothing."""
+    """Return rows of messages: an order in words, and the same as JSON."""
     rng, rows = random.Random(0), []
-    for i in range(count):
-        order = {
-            "to": rng.choice(NAMES),
-            "item": rng.choice(ITEMS),
-            "colour": rng.choice(COLOURS),
-            "count": rng.randint(2, 9),
-        }
-        form = rng.choice(FORMS if i % 6 else NOTHING)
-        text = form.format(name=order["to"], **order)
-        turns = (("system", SYSTEM), ("user", text), ("assistant", json.dumps(order if i % 6 else {})))
+    for _ in range(count):
+        order = {"to": rng.choice(NAMES), "item": rng.choice(ITEMS), "colour": rng.choice(COLOURS)}
+        text = rng.choice(FORMS).format(name=order["to"], **order)
+        turns = (("system", SYSTEM), ("user", text), ("assistant", json.dumps(order)))
         rows.append({"messages": [{"role": role, "content": content} for role, content in turns]})
     return rows
 

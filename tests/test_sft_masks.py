@@ -375,3 +375,12 @@ def test_prompt_is_shortened_and_the_response_kept_whole():
     assert "Be brief." in text and "word0 " in text and " ... " in text and "word199" in text
     _, drops, _ = chat.samples(messages, None, flags(max_length=20, overlong="truncate_prompt"))
     assert drops == ["rows too long for --max_length even with the prompt shortened"]
+
+
+def test_an_answer_that_no_question_precedes_is_not_learnt():
+    chat = make_chat(*FAMILIES["chatml"][0])
+    messages = [{"role": "assistant", "content": "Welcome!"}, *conversation()[:2]]
+    samples, drops, _ = chat.samples(chat.prepare(messages), None, flags())
+    assert drops == ["answers that no question precedes"]
+    (ids, ((start, end),)), *others = samples
+    assert not others and chat.tokenizer.decode(ids[start:end]) == f"{A1}<|im_end|>"
