@@ -475,15 +475,12 @@ class EmbedTrainer(utils.StepTrainer):
                 self.accelerator.backward((vector * leaves[i].grad).sum())
         return loss.detach()
 
-    @torch.no_grad()
     def embed(self, sequences):
         """Embed token sequences in evaluation mode, shared out over the processes: (len(sequences), D) on each."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         if len(sequences) < world:
             world, rank = 1, 0
-        training, step = self.model.training, {"sequences": sequences}
-        self.model.eval()
-        own = range(rank, len(sequences), world)
+        step, own = {"sequences": sequences}, range(rank, len(sequences), world)
         lengths = [len(sequences[i]) for i in own]
         limit = min(self.device_tokens, self.flags.batch_size * self.flags.passage_max_len)
 
@@ -492,10 +489,9 @@ class EmbedTrainer(utils.StepTrainer):
             vectors = torch.cat([self.encode(self.model, step, piece) for piece in pieces])
             return torch.tensor([i for piece in pieces for i in piece], device=self.args.device), vectors
 
-        order, vectors = self.until_it_fits(encode_own)
+        order, vectors = self.evaluated(encode_own)
         if world > 1:
             order, vectors = torch.cat(self.gather(order)), torch.cat(self.gather(vectors))
-        self.model.train(training)
         return vectors[order.argsort()]
 
 

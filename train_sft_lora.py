@@ -10,7 +10,10 @@ Shapes: B sequences, T tokens, N supervised tokens, V vocabulary.
 """
 
 import argparse
+import contextlib
+import http.client
 import json
+import marshal
 import math
 import os
 import random
@@ -29,6 +32,7 @@ from utils import InputError, integer, named, say
 
 import torch
 import torch.nn.functional as F
+import transformers
 from accelerate.utils import gather_object
 from datasets import Features, Value
 from datasets import List as ListOf
@@ -74,6 +78,7 @@ def parse_args(argv=None):
     has_data = args.dev_file or args.train_file or args.dataset_name
     for wrong, sentence in (
         (args.sanity_overfit and args.eval_only, "--sanity_overfit trains and --eval_only does not: pass one"),
+        (args.sanity_overfit and args.eval_strategy == "no", "--sanity_overfit must measure: drop --eval_strategy no"),
         (args.endpoint and not args.eval_only, "--endpoint is evaluated, not trained: add --eval_only"),
         (args.sanity_overfit and (args.dev_file or args.save_best or args.early_stopping_patience),
          "--sanity_overfit measures the rows it trains on: drop --dev_file, --save_best, --early_stopping_patience"),
@@ -96,7 +101,7 @@ def parse_args(argv=None):
 # ---------------------------------------------------------------- data
 
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "observation": "tool"}
-ROLES |= {role: role for role in ("user", "assistant", "system", "tool", "developer")}
+ROLES |= {"developer": "system"} | {role: role for role in ("user", "assistant", "system", "tool")}
 PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("query", "response"),
          ("instruction", "output"), ("instruction", "response"), ("input", "output"))
 KNOWN = "messages, conversations, " + ", ".join("/".join(pair) for pair in PAIRS)
@@ -139,13 +144,6 @@ def answer_of(text):
     return text.rpartition("</think>")[2].strip()
 
 
-def without_none(value):
-    """Leave out the keys without a value, which tables fill in and a template may render."""
-    if isinstance(value, dict):
-        return {key: without_none(item) for key, item in value.items() if item is not None}
-    return [without_none(item) for item in value] if isinstance(value, list) else value
-
-
 def turns_of(value, where, name, role):
     """Return a list of messages from a list of them or from one text, which is a turn of `role`."""
     if isinstance(value, str):
@@ -158,26 +156,27 @@ def turns_of(value, where, name, role):
 
 def read_message(turn, where):
     """Return one turn, OpenAI's or ShareGPT's, as {"role", "content", ...}; raises InputError for what is neither."""
-    turn = without_none(turn)
-    role = turn.pop("role", None) or turn.pop("from", None)
-    if role not in ROLES:
+    role = turn.get("role") or turn.get("from")
+    if not isinstance(role, str) or role not in ROLES:
         raise InputError(f"{where}: unknown role {json.dumps(role)}. Known roles: {', '.join(ROLES)}.")
-    content = turn.pop("content", None) or turn.pop("value", None) or ""
+    content = turn.get("content") or turn.get("value") or ""
     if isinstance(content, list) and all(isinstance(p, dict) and p.get("type", "text") == "text" for p in content):
         content = "".join(part.get("text", "") for part in content)
-    if not isinstance(content, str):
-        raise InputError(f"{where}: the content of a {role} turn is a {type(content).__name__}, not a text. Write JSON "
-                         "answers as text, with json.dumps; images cannot be trained on here.")
-    reasoning = next((turn[name] for name in ("reasoning_content", "reasoning", "thinking") if turn.get(name)), None)
-    if reasoning:
-        turn["reasoning_content"] = reasoning
-    return {"role": ROLES[role], "content": content.encode(errors="replace").decode(), **turn}
+    reasoning = next((turn[name] for name in ("reasoning_content", "reasoning", "thinking") if turn.get(name)), "")
+    for text in (content, reasoning):
+        if not isinstance(text, str):
+            raise InputError(f"{where}: the content of a {role} turn is a {type(text).__name__}, not a text. Write "
+                             "JSON answers as text, with json.dumps; images cannot be trained on here.")
+    kept = {name: turn[name] for name in ("name", "tool_calls", "tool_call_id", "weight") if turn.get(name) is not None}
+    kept |= {"reasoning_content": reasoning, "thinking": reasoning} if reasoning else {}  # the second is gpt-oss's name
+    return {"role": ROLES[role], "content": content.encode(errors="replace").decode(), **kept}
 
 
 def read_example(where, row, system_prompt):
     """Turn a row of any known format into an Example; raises Drop, or InputError for an unknown format."""
-    row = without_none(row)
-    for name in ("messages", "conversations", "tools"):
+    lists = ("messages", "conversations", "tools", "history")
+    row = {name: value for name, value in row.items() if value is not None and (value or name not in lists)}
+    for name in lists:
         if isinstance(row.get(name), str):
             row[name] = utils.parse_json(row[name], f"{where}, {name}")
     pair = next((pair for pair in PAIRS if all(name in row for name in pair)), None)
@@ -187,9 +186,12 @@ def read_example(where, row, system_prompt):
     elif pair:
         prompt, answer = (turns_of(row[name], where, name, role)
                           for name, role in zip(pair, ("user", "assistant"), strict=True))
-        if pair[0] == "instruction" and str(row.get("input") or "").strip():  # alpaca
-            prompt = [{"role": "user", "content": f"{row['instruction']}\n\n{row['input']}"}]
-        for past in reversed(row.get("history") or []):  # LLaMA-Factory's [[user, assistant], ...]
+        extra = row.get("input") or row.get("context")  # alpaca's, dolly's
+        if pair[0] == "instruction" and str(extra or "").strip():
+            prompt = [{"role": "user", "content": f"{row['instruction']}\n\n{extra}"}]
+        for past in reversed(row.get("history", [])):  # LLaMA-Factory's [[user, assistant], ...]
+            if len(past) != 2:
+                raise InputError(f"{where}: history is no list of [question, answer] pairs.")
             prompt = [{"role": "user", "content": past[0]}, {"role": "assistant", "content": past[1]}, *prompt]
         turns = prompt + answer
     elif "text" in row:
@@ -197,6 +199,9 @@ def read_example(where, row, system_prompt):
                          '{"messages": [{"role": "user", ...}, {"role": "assistant", ...}]} or prompt/completion.')
     else:
         raise InputError(f"{where}: none of the known formats (fields: {', '.join(row)}). Known: {KNOWN}.")
+    system = row.get("system") or row.get("system_prompt") or system_prompt
+    if system and not any((turn.get("role") or turn.get("from")) in ("system", "developer") for turn in turns[:1]):
+        turns = [{"role": "system", "content": system}, *turns]
     messages = [read_message(turn, where) for turn in turns]
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()  # nobody answers
@@ -206,9 +211,6 @@ def read_example(where, row, system_prompt):
         raise Drop("rows with an empty response")
     if not any(message["role"] in ("user", "tool") and message["content"].strip() for message in messages[:-1]):
         raise Drop("rows with an empty prompt")
-    system = row.get("system") or row.get("system_prompt") or system_prompt
-    if system and messages[0]["role"] not in ("system", "developer"):
-        messages.insert(0, {"role": "system", "content": system})
     return Example(where, messages, row.get("tools"))
 
 
@@ -322,6 +324,11 @@ class Chat:
             self.folds_system = "SYSTEM" not in self.render([dict(role="system", content="SYSTEM"), user], True)
         except Drop:
             self.folds_system = True
+        call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
+        try:
+            self.takes_objects = bool(self.render([user, call], False))
+        except Drop:
+            self.takes_objects = False
         between, head = (re.sub("|".join(map(re.escape, self.special)) or "$", "", text) for text in (
             after.split("QUESTION-TWO")[0], before.split("QUESTION-ONE")[0]))
         own = head.removesuffix(os.path.commonprefix([between[::-1], head[::-1]])[::-1]).strip()
@@ -355,10 +362,24 @@ class Chat:
             messages = [{**{k: v for k, v in m.items() if k not in ("reasoning_content", "reasoning", "thinking")},
                          "content": THINKING.sub("", m["content"]) if m["role"] == "assistant" else m["content"]}
                         for m in messages]
-        if self.folds_system and messages[0]["role"] in ("system", "developer"):
+        messages = [{**m, "tool_calls": [self.readable(call) for call in m["tool_calls"]]} if "tool_calls" in m else m
+                    for m in messages]
+        if self.folds_system and messages[0]["role"] == "system":
             system, first, *rest = messages
             messages = [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
         return messages
+
+    def readable(self, call):
+        """Return a tool call with its arguments as an object, or as JSON where the template refuses objects."""
+        inner = call.get("function", call)
+        arguments = inner.get("arguments", {})
+        if self.takes_objects and isinstance(arguments, str):  # OpenAI's form; a template would quote it once more
+            with contextlib.suppress(ValueError):
+                arguments = json.loads(arguments)
+        elif not self.takes_objects and not isinstance(arguments, str):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        inner = {**inner, "arguments": arguments}
+        return {**call, "function": inner} if "function" in call else inner
 
     def turn(self, messages, i, tools=None):
         """Return (prompt ids, answer ids) of the assistant turn messages[i]: what inference sees, and has to say.
@@ -369,6 +390,9 @@ class Chat:
         if not any(turn["role"] in ("user", "tool") for turn in before):
             raise Drop("answers that no question precedes")
         prompt, full = self.render(before, True, tools), self.render([*before, message], False, tools)
+        seen = squeezed(prompt)
+        if not all(squeezed(turn["content"]) in seen for turn in before if turn["role"] in ("user", "system")):
+            raise Drop("rows with a turn that the template leaves out or changes")
         start = len(prompt) if full.startswith(prompt) else 0
         whole = full[:start] + self.ended(full[start:], message["content"])
         whole += "" if whole.endswith(tuple(self.stops)) else self.end
@@ -401,6 +425,7 @@ class Chat:
                     key=lambda j: len(messages[j]["content"]))
             text = messages[j]["content"]
             keep = int(len(text) * (1 - (excess + 4) / max(1, len(self.ids(text))))) // 2
+            keep = min(keep, len(text) // 2 - 4)  # shorter each time, the dots included
             if keep < 8:
                 raise Drop("rows too long for --max_length even with the prompt shortened")
             short = {**messages[j], "content": f"{text[:keep]} ... {text[-keep:]}"}
@@ -470,8 +495,9 @@ def tokenise(examples, chat, args):
     texts = [json.dumps([example.messages, example.tools], ensure_ascii=False) for example in examples]
     tokenizer = chat.tokenizer
     rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
+    code = [marshal.dumps(part.__code__) for part in vars(Chat).values() if callable(part)]
     key = [texts, rules, tokenizer.chat_template, chat.thinking, chat.stops, args.max_length, args.overlong,
-           args.train_turns]
+           args.train_turns, transformers.__version__, code]
     columns = {"row": list(range(len(texts))), "example": texts}
     data = utils.cached_map(columns, encode, key, args.num_workers, Features(kinds))
     ids, offsets = utils.ragged(data, "input_ids")
@@ -516,7 +542,7 @@ def parse_answer(text):
     """Return the object or list that an answer is in JSON, else None."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # a model that repeats "[" a thousand times
         return None
     return value if isinstance(value, dict | list) else None
 
@@ -636,11 +662,8 @@ class SftTrainer(utils.StepTrainer):
                 f"{self.flags.max_new_tokens}: look at predictions-*.jsonl for repetition; more steps teach the stop "
                 "token, more tokens give room" for name, rate in rates.items() if rate < 0.9]
 
-    @torch.no_grad()
     def score(self, samples):
         """Return {"loss", "token_accuracy"} over the supervised tokens of samples, shared out over the processes."""
-        training = self.model.training
-        self.model.eval()
         own = collate(samples[self.accelerator.process_index :: self.accelerator.num_processes])
         lengths = list(map(len, own["sequences"]))
         limit = min(self.device_tokens, 2 * self.flags.batch_size * self.flags.max_length)
@@ -648,28 +671,28 @@ class SftTrainer(utils.StepTrainer):
         def score_own():
             sums = torch.zeros(3, dtype=torch.float64)
             for piece in utils.cut(lengths, limit // 2**self.halvings):
-                losses, hits = self.token_scores(self.model, own, piece)
-                sums += torch.tensor([losses.double().sum(), hits.sum(), len(hits)], dtype=torch.float64)
-            return sums.to(self.args.device)
+                losses, hits = (part.cpu().double() for part in self.token_scores(self.model, own, piece))
+                sums += torch.stack([losses.sum(), hits.sum(), torch.tensor(len(hits))])
+            return sums
 
-        loss, hits, count = self.accelerator.reduce(self.until_it_fits(score_own)).tolist()
-        self.model.train(training)
+        sums = self.evaluated(score_own)
+        if self.accelerator.num_processes > 1:
+            sums = self.accelerator.reduce(sums.to(self.args.device))
+        loss, hits, count = sums.tolist()
         return {"loss": loss / count, "token_accuracy": hits / count}
 
-    @torch.no_grad()
     def generate(self, prompts):
         """Answer prompts (token ids) greedily, shared out over the processes: [(text, whether it stopped)]."""
-        training, world, stops = self.model.training, self.accelerator.num_processes, set(self.chat.stop_ids)
-        self.model.eval()
-        greedy = GenerationConfig(max_new_tokens=self.flags.max_new_tokens, do_sample=False, use_cache=True,
-                                  eos_token_id=self.chat.stop_ids, pad_token_id=self.chat.stop_ids[0])
-        self.model.generation_config = greedy  # or the base's own would fill in a repetition penalty, say
+        world, stops = self.accelerator.num_processes, self.chat.stop_ids
         own = sorted(range(self.accelerator.process_index, len(prompts), world), key=lambda i: -len(prompts[i]))
 
         def answer_own():
             answers, size = {}, max(1, GENERATED_AT_ONCE // 2**self.halvings)
             for part in (own[start : start + size] for start in range(0, len(own), size)):
                 longest = len(prompts[part[0]])
+                greedy = GenerationConfig(max_new_tokens=min(self.flags.max_new_tokens, self.chat.limit - longest),
+                                          do_sample=False, use_cache=True, eos_token_id=stops, pad_token_id=stops[0])
+                self.model.generation_config = greedy  # or the base's own would fill in a repetition penalty, say
                 rows = torch.tensor([[0] * (longest - len(prompts[i])) + list(prompts[i]) for i in part])
                 mask = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in part])
                 with self.accelerator.autocast():
@@ -680,10 +703,9 @@ class SftTrainer(utils.StepTrainer):
                     answers[i] = self.chat.tokenizer.decode(ids[:end], skip_special_tokens=True), end is not None
             return answers
 
-        answers = self.until_it_fits(answer_own)
+        answers = self.evaluated(answer_own)
         if world > 1:
             answers = dict(gather_object(list(answers.items())))
-        self.model.train(training)
         return [answers[i] for i in range(len(prompts))]
 
 
@@ -728,13 +750,14 @@ def ask(args, example):
     body |= {"tools": example.tools} if example.tools else {}
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', '-')}"}
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(), headers)) as reply:
+        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=600) as reply:
             choice = json.load(reply)["choices"][0]
+        return choice["message"].get("content") or "", choice.get("finish_reason") == "stop"
     except urllib.error.HTTPError as error:
         raise InputError(f"{url} answers {error.code}: {error.read(200).decode(errors='replace')}") from None
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
         raise InputError(f"--endpoint {url} gives no answer: {utils.reason(error)}. Is the server up?") from None
-    return choice["message"].get("content") or "", choice["finish_reason"] == "stop"
 
 
 # ---------------------------------------------------------------- main
@@ -753,7 +776,7 @@ def settle_chat(args, examples, dev_sets, config, tokenizer, notes):
     ids = stored.get("eos_token_id") or []
     stops = tokenizer.convert_ids_to_tokens(ids if isinstance(ids, list) else [ids])
     chat = Chat(tokenizer, args.enable_thinking == "true", stops)
-    limit = utils.position_limit(config, tokenizer)
+    chat.limit = limit = utils.position_limit(config, tokenizer)
     if args.max_length > limit:
         notes.append(f"--max_length {args.max_length} is above the {limit} positions of the base: lowered to {limit}")
         args.max_length = int(limit)
@@ -865,9 +888,11 @@ def plan_run(args, train_set, dev_sets, notes):
         hint = "" if args.eval_generate else " More are with --eval_generate N."
         raise InputError(f"--metric_for_best {metric} is not measured. Choose one of {', '.join(known)}.{hint}")
     metric = metric or named(first, "loss")
-    greater_is_better = not metric.endswith(("loss", "false_positive_rate", "empty_rate"))
+    lower = [named(name, key) for name in keys for key in ("loss", "false_positive_rate", "empty_rate")]
+    greater_is_better = metric not in [*lower, "loss"]
     plan = utils.make_plan(args, len(train_set), bool(dev_sets), metric, greater_is_better, False, notes)
-    plan.watched = [[named(name, key), key == "recall"] for name in keys for key in {"loss", "recall"} & {*keys[name]}]
+    plan.watched = [[named(name, key), key == "recall"] for name in keys for key in keys[name]
+                    if key in ("loss", "recall")]
     best = {name: next((key for key in ("f1", "exact_match") if key in keys[name]), "loss") for name in keys}
     shown = [named(name, key) for name in keys for key in ("loss", best[name])]
     plan.shown = list(dict.fromkeys([metric, *shown] if dev_sets else []))
@@ -890,7 +915,11 @@ def load_model(args, config, notes):
     head, caught = model.get_output_embeddings(), []
     if head is None:
         raise InputError(f"{args.model_name} has no output head. Choose a causal language model.")
-    hook = head.register_forward_hook(lambda _, __, output: caught.append(output))
+    hooks, ran = [head.register_forward_hook(lambda _, __, output: caught.append(output))], set()
+    linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    for name, layer in linear.items():
+        tower = ".".join(name.split(".")[:2])  # a vision tower beside the language model, say
+        hooks.append(layer.register_forward_hook(lambda *_, tower=tower: ran.add(tower)))
     keep = torch.tensor([[False, True, True, False]], device=model.device)
     with torch.no_grad(), torch.autocast(model.device.type, utils.DTYPES[precision], enabled=precision != "none"):
         try:
@@ -899,26 +928,29 @@ def load_model(args, config, notes):
         except TypeError as error:
             raise InputError(f"{args.model_name} takes no logits_to_keep ({utils.reason(error)}): its code is too old "
                              "for this script.") from None
-    hook.remove()
+    for hook in hooks:
+        hook.remove()
+    unused = [name for name in linear if ".".join(name.split(".")[:2]) not in ran]
     noise = 1e-4 if precision == "none" and not args.bits else 0.05
     if (first.float() - changed.float()).norm() > noise * first.float().norm():
         raise InputError(f"{args.model_name} sees the tokens that it is to predict. Choose a causal language model.")
     plain_head = torch.equal(caught[0], first)  # no softcapping or scaling behind it
-    return utils.add_adapter(model, args, "CAUSAL_LM", [], notes), plain_head, precision
+    return utils.add_adapter(model, args, "CAUSAL_LM", unused, notes), plain_head, precision
 
 
 def first_logits(trainer, samples):
-    """Return logits (N, V) of the first eight samples' supervised tokens in evaluation mode, to compare models by."""
-    step, model = collate(samples[:8]), trainer.model
-    model.eval()
-    rows = []
-    for i in range(len(step["sequences"])):
-        keep = torch.tensor(step["supervised"][i][None, 1:], device=model.device)
-        with torch.no_grad(), trainer.accelerator.autocast():
-            input_ids = trainer.pad(step, [i])[0][:, :-1]
-            rows.append(model(input_ids=input_ids, logits_to_keep=keep).logits[:8].float())
-    model.train()
-    return torch.cat(rows)
+    """Return logits (N, V) of the first eight samples' first answer tokens in evaluation mode, to compare models by."""
+    step, rows = collate(samples[:8]), []
+
+    def logits():
+        for i, mask in enumerate(step["supervised"]):
+            keep = torch.tensor(mask[1:].nonzero()[0][:8], device=trainer.args.device)
+            with trainer.accelerator.autocast():
+                found = trainer.model(input_ids=trainer.pad(step, [i])[0], logits_to_keep=keep).logits[0]
+            rows.append(found.float())
+        return torch.cat(rows)
+
+    return trainer.evaluated(logits)
 
 
 def save_stops(args, chat, folder):
@@ -972,8 +1004,8 @@ def main(argv=None):
     set_seed(args.seed)
     with state.main_process_first():
         examples, dev_examples, counts = read_data(args)
-    if args.endpoint:
-        return evaluate_endpoint(args, dev_examples, {"data": counts})
+    if args.endpoint:  # one process asks
+        return evaluate_endpoint(args, dev_examples, {"data": counts}) if state.is_main_process else None
 
     config, tokenizer = utils.load_config(args), utils.load_tokenizer(args)
     chat = settle_chat(args, examples, dev_examples, config, tokenizer, notes)
@@ -989,9 +1021,13 @@ def main(argv=None):
         args=utils.training_arguments(args, plan, precision, drop_last=False), data_collator=collate,
         processing_class=tokenizer,
     )
-    run = utils.describe_run(args, precision, Hasher.hash([examples, dev_examples]), checkpoint) | {"data": counts}
+    texts = [[(e.messages, e.tools) for e in part] for part in (examples, *dev_examples.values())]
+    fingerprint = Hasher.hash([texts, tokenizer.chat_template])
+    run = utils.describe_run(args, precision, fingerprint, checkpoint) | {"data": counts}
     if args.eval_only:
-        return report_evaluation(args, run, trainer.measure(trainer))
+        for note in notes:
+            say(f"note      {note}")
+        return run if args.dry_run else report_evaluation(args, run, trainer.measure(trainer))
     show_examples(train_set, examples, chat, notes)
     tokens = [len(sample["input_ids"]) for sample in train_set]
     outputs = partial(first_logits, trainer, train_set)

@@ -288,7 +288,8 @@ def read_rows(path):
         import pyarrow.parquet
 
         try:
-            rows = [(f"{path}, row {i}", row) for i, row in enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)]
+            table = pyarrow.parquet.read_table(path).to_pylist()
+            rows = [(f"{path}, row {i}", without_none(row)) for i, row in enumerate(table, 1)]
         except pyarrow.ArrowInvalid as error:
             raise InputError(f"{path} is no parquet file ({reason(error)}). Write it again.") from None
     elif kind not in {".jsonl", ".ndjson", ".json", ".csv", ".tsv"}:
@@ -354,7 +355,14 @@ def read_hub_rows(args, split):
                             **fresh if os.path.isdir(args.dataset_name) else {})
     except (ValueError, OSError, DatasetsError) as error:  # no such data set, subset or revision; no network
         raise InputError(f"--dataset_name {args.dataset_name} cannot be read: {reason(error)}") from None
-    return [(f"{args.dataset_name}[{split}], row {i}", row) for i, row in enumerate(data, 1)]
+    return [(f"{args.dataset_name}[{split}], row {i}", without_none(row)) for i, row in enumerate(data, 1)]
+
+
+def without_none(value):
+    """Leave out the keys without a value, which tables fill in at every depth."""
+    if isinstance(value, dict):
+        return {key: without_none(item) for key, item in value.items() if item is not None}
+    return [without_none(item) for item in value] if isinstance(value, list) else value
 
 
 def read_sources(args):
@@ -663,7 +671,18 @@ class StepTrainer(Trainer):
             self.model.zero_grad()
             gc.collect()
             torch.cuda.empty_cache()
-            say(f"memory    ran out: this step again, and the next ones, in pieces 1/{2**self.halvings} the size")
+            say(f"memory    ran out: this again, and what follows, in pieces 1/{2**self.halvings} the size")
+
+    @torch.no_grad()
+    def evaluated(self, attempt):
+        """Return until_it_fits(attempt) in evaluation mode; the pieces of training steps stay as large as they were."""
+        training, halvings = self.model.training, self.halvings
+        self.model.eval()
+        try:
+            return self.until_it_fits(attempt)
+        finally:
+            self.model.train(training)
+            self.halvings = halvings
 
     def cut_step(self, step):
         """Return the step's pieces, and how many padded tokens may be in memory at once."""
@@ -858,7 +877,7 @@ def training_arguments(args, plan, precision, drop_last):
         save_total_limit=args.save_total_limit or (None if args.save_on_epoch_end else 2),
         load_best_model_at_end=plan.save_best,
         restore_callback_states_from_checkpoint=True,
-        metric_for_best_model=plan.metric if plan.save_best else None,
+        metric_for_best_model=f"eval_{plan.metric}" if plan.save_best else None,
         greater_is_better=plan.greater_is_better,
         logging_strategy="steps" if args.logging_steps else "no",
         logging_steps=abs(args.logging_steps) or 1,

@@ -332,3 +332,42 @@ def test_kill_and_resume_three_times(tiny_chat, tmp_path):
         timeout=600,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def test_a_dev_set_may_be_called_eval(run_sft, stages):
+    report = run_sft("--max_steps", 2, "--dev_file", f"eval={stages.all}")
+    assert report["plan"]["metric"] == "eval_loss" and "eval_loss" in report["metrics"]["after"]
+
+
+def test_towers_that_text_does_not_pass_get_no_adapter(run_sft, tmp_path, tiny_chat, monkeypatch):
+    class WithTower(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tower = torch.nn.Sequential(torch.nn.Linear(8, 8))
+
+    load_base = utils.load_base
+
+    def load(*args):
+        model = load_base(*args)
+        model.model.vision = WithTower()
+        return model
+
+    monkeypatch.setattr(utils, "load_base", load)
+    report = run_sft("--max_steps", 2)
+    assert "not trained, because the outputs do not depend on it: model.vision.tower.0" in report["plan"]["notes"]
+
+
+def test_running_out_of_memory_in_an_evaluation_leaves_the_steps_alone(sft_trainer, monkeypatch):
+    trainer, failed = sft_trainer("--batch_size", 8), []
+    scores = trainer.token_scores
+
+    def fail_once(*args):
+        if not failed:
+            failed.append(True)
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return scores(*args)
+
+    expected = trainer.score(trainer.train_dataset)
+    monkeypatch.setattr(trainer, "token_scores", fail_once)
+    assert trainer.score(trainer.train_dataset) == pytest.approx(expected)
+    assert failed and trainer.halvings == 0

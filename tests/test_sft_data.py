@@ -42,6 +42,8 @@ def messages_of(row, system_prompt=None):
         {"question": "2+2?", "answer": "4"},
         {"query": "2+2?", "response": "4"},
         {"input": "2+2?", "output": "4"},
+        {"messages": [{**USER, "id": 7}, ANSWER], "tools": "", "system": None},
+        {"messages": "", "prompt": "2+2?", "completion": "4"},
     ],
 )
 def test_known_formats_give_the_same_messages(row):
@@ -260,3 +262,35 @@ def test_sanity_rows_are_those_with_something_to_find(tmp_path):
     assert examples == dev_sets[""] and len(examples) == 10
     parsed = [train_sft_lora.parse_answer(example.answer) for example in examples]
     assert not any(value is not None and train_sft_lora.is_empty(value) for value in parsed)
+
+
+def test_the_context_of_a_question_is_kept():
+    row = {"instruction": "Who?", "context": "Ada wrote it.", "response": "Ada", "category": "qa"}
+    assert messages_of(row)[0]["content"] == "Who?\n\nAda wrote it."
+
+
+def test_a_null_in_a_call_is_kept_and_one_that_a_table_filled_in_is_not(tmp_path):
+    import pyarrow.parquet
+
+    call = {"function": {"name": "add", "arguments": {"a": None, "b": 1}}}
+    row = {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+    assert messages_of(row)[1]["tool_calls"] == [call]
+    other = {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "no"}}]}]}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row, other]), tmp_path / "rows.parquet")
+    rows = utils.read_rows(tmp_path / "rows.parquet")
+    assert messages_of(rows[1][1])[1]["tool_calls"] == [{"function": {"name": "no"}}]
+
+
+@pytest.mark.parametrize(
+    "row, sentence",
+    [
+        ({"messages": [{"role": ["user"], "content": "x"}, ANSWER]}, "unknown role"),
+        ({"messages": [USER, {**ANSWER, "thinking": ["a"]}]}, "is a list, not a text"),
+        ({"instruction": "x", "output": "y", "history": "abc"}, "history: no valid JSON"),
+        ({"instruction": "x", "output": "y", "history": [["a"]]}, "no list of .question, answer. pairs"),
+        ({"messages": [USER, ANSWER], "system": {"a": 1}}, "content of a system turn is a dict"),
+    ],
+)
+def test_odd_cells_end_in_a_sentence(row, sentence):
+    with pytest.raises(utils.InputError, match=sentence):
+        messages_of(row)

@@ -346,7 +346,7 @@ def test_tools_and_calls_are_rendered_and_supervised():
     (ids, spans), *others = chat.samples(chat.prepare(messages), [{"name": "add"}], flags())[0]
     assert not others and chat.tokenizer.decode(ids).startswith('tools: [{"name": "add"}]\n')
     calls, answer = (chat.tokenizer.decode(ids[start:end]) for start, end in spans)
-    assert calls == '<call>{"function": {"name": "add", "arguments": "{}"}}</call><|im_end|>'
+    assert calls == '<call>{"function": {"name": "add", "arguments": {}}}</call><|im_end|>'
     assert answer == "four<|im_end|>"
 
 
@@ -384,3 +384,37 @@ def test_an_answer_that_no_question_precedes_is_not_learnt():
     assert drops == ["answers that no question precedes"]
     (ids, ((start, end),)), *others = samples
     assert not others and chat.tokenizer.decode(ids[start:end]) == f"{A1}<|im_end|>"
+
+
+def test_arguments_of_calls_are_objects_for_the_template_unless_it_refuses_them():
+    tojson = CHATML.replace(
+        "{{ m.content }}", "{{ m.content }}{% for c in m.tool_calls %}{{ c.arguments | tojson }}{% endfor %}"
+    )
+    joined = CHATML.replace(
+        "{{ m.content }}", "{{ m.content }}{% for c in m.tool_calls %}{{ '' + c.function.arguments }}{% endfor %}"
+    ).replace("c.arguments", "c.function.arguments")
+    for template, name in ((tojson.replace("c.arguments", "c.function.arguments"), "object"), (joined, "text")):
+        chat = Chat(chat_tokenizer(template, "<|im_end|>", None, ["<|im_start|>"]), False, [])
+        assert chat.takes_objects == (name == "object")
+        for arguments in ('{"a": null}', {"a": None}):  # OpenAI's form, and the one transformers documents
+            call = {"function": {"name": "", "arguments": arguments}}
+            messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+            (ids, ((start, end),)), *_ = chat.samples(chat.prepare(messages), None, flags())[0]
+            assert chat.tokenizer.decode(ids[start:end]) == '{"a": null}<|im_end|>'
+
+
+def test_a_turn_that_the_template_leaves_out_is_found_out():
+    forgetful = CHATML.replace("{{ m.content }}", "{{ m.content if m.role == 'assistant' else m.content[:14] }}")
+    chat = Chat(chat_tokenizer(forgetful, "<|im_end|>", None, ["<|im_start|>"]), False, [])
+    assert not chat.samples(chat.prepare(conversation()), None, flags())[1]
+    messages = [{"role": "user", "content": f"{Q1} And more."}, {"role": "assistant", "content": A1}]
+    assert chat.samples(messages, None, flags())[1] == ["rows with a turn that the template leaves out or changes"]
+
+
+def test_shortening_ends_where_a_character_is_many_tokens():
+    chat = make_chat(*FAMILIES["chatml"][0])
+    messages = [{"role": "user", "content": "\u0e01\u0e02" * 60}, {"role": "assistant", "content": "x"}]
+    full = sum(map(len, chat.turn(messages, 1)))
+    for length in range(full - 12, full):
+        prompt, answer = chat.shortened(messages, 1, None, length)
+        assert len(prompt) + len(answer) <= length

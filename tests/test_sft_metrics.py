@@ -97,3 +97,7 @@ def test_perfect_answers_score_one():
 def test_thinking_is_no_part_of_an_answer():
     assert answer_of("<think>\nlet me see\n</think>\n\n" + ONE) == ONE
     assert answer_of(f" {ONE}\n") == ONE
+
+
+def test_endless_brackets_are_no_json():
+    assert generation_metrics([ONE], ["[" * 100_000], [False])["json_valid"] == 0
