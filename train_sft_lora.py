@@ -709,35 +709,35 @@ class SftTrainer(utils.StepTrainer):
         return [answers[i] for i in range(len(prompts))]
 
 
-def make_measure(dev_sets, args):
-    """Return measure(trainer) -> {metric: value} over all dev sets, whose names stand in front of the metrics."""
+def measure(args, dev_sets, trainer=None):
+    """Return {metric: value} over all dev sets, their names in front; without a trainer --endpoint answers."""
+    metrics = {}
+    for name, dev in dev_sets.items():
+        found = trainer.score(dev.samples) if trainer else {}
+        if dev.generated:
+            prompts, examples = zip(*dev.generated, strict=True)
+            answers = trainer.generate(prompts) if trainer else [ask(args, example) for example in examples]
+            if not trainer or trainer.is_world_process_zero():
+                step = trainer.state.global_step if trainer else 0
+                write_predictions(args, f"{name or 'dev'}-{step}", examples, answers)
+            texts, stopped = zip(*answers, strict=True)
+            predictions = [answer_of(text) for text in texts]
+            found |= generation_metrics([example.answer for example in examples], predictions, stopped)
+        metrics |= {named(name, key): value for key, value in found.items()}
+    return metrics
 
-    def measure(trainer):
-        metrics = {}
-        for name, dev in dev_sets.items():
-            found = trainer.score(dev.samples)
-            if dev.generated:
-                answers = trainer.generate([prompt for prompt, _ in dev.generated])
-                found |= judge(args, f"{name or 'dev'}-{trainer.state.global_step}", dev, answers,
-                               trainer.is_world_process_zero())
-            metrics |= {named(name, key): value for key, value in found.items()}
-        return metrics
 
-    return measure
-
-
-def judge(args, name, dev, answers, writes=True):
-    """Score [(text, whether it stopped)] for a dev set's generated rows; write them to predictions-<name>.jsonl."""
-    examples, (texts, stopped) = [example for _, example in dev.generated], zip(*answers, strict=True)
-    predictions = [answer_of(text) for text in texts]
-    if writes and not args.dry_run:
-        lines = ({"messages": example.messages[: example.last], "reference": example.answer, "prediction": prediction,
-                  "stopped": stop, "where": example.where}
-                 for example, prediction, stop in zip(examples, predictions, stopped, strict=True))
-        path = Path(args.output_dir) / f"predictions-{name}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    return generation_metrics([example.answer for example in examples], predictions, stopped)
+def write_predictions(args, name, examples, answers):
+    """Write predictions-<name>.jsonl: what was asked, what was expected, what came."""
+    if args.dry_run:
+        return
+    path = Path(args.output_dir) / f"predictions-{name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for example, (text, stopped) in zip(examples, answers, strict=True):
+            line = {"messages": example.messages[: example.last], "reference": example.answer,
+                    "prediction": answer_of(text), "stopped": stopped, "where": example.where}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def ask(args, example):
@@ -780,22 +780,22 @@ def settle_chat(args, examples, dev_sets, config, tokenizer, notes):
     if args.max_length > limit:
         notes.append(f"--max_length {args.max_length} is above the {limit} positions of the base: lowered to {limit}")
         args.max_length = int(limit)
-    if not own_template:
-        notes.append("the tokenizer has no chat template: a plain one (### User: / ### Assistant:) is used, and saved "
-                     "with it; an instruct model has its own")
-    elif chat.emits is None:
-        notes.append(f"the chat template ends no answer: {chat.end} is appended to each")
-    elif stops and chat.emits not in stops:
-        notes.append(f"the base's generation_config does not stop at {chat.emits}: it looks like a base model, which "
-                     "may never have been trained on that token, nor can LoRA. Prefer the instruct model, or pass a "
-                     f"--chat_template that ends answers in {stops[0]}")
-    if chat.scaffold:
-        notes.append(f"the prompt of an answer ends in {chat.scaffold!r}, which the template leaves out of history: "
-                     "answers are learnt right behind it, where inference starts")
-    if chat.folds_system:
-        notes.append("the chat template takes no system turn: its text is put before the first user turn")
-    if chat.own_system and any(example.messages[0]["role"] != "system" for example in examples):
-        notes.append(f"to rows without a system turn the chat template adds by itself: {chat.own_system!r}")
+    for present, note in (
+        (not own_template, "the tokenizer has no chat template: a plain one (### User: / ### Assistant:) is used, and "
+                           "saved with it; an instruct model has its own"),
+        (chat.emits is None, f"the chat template ends no answer: {chat.end} is appended to each"),
+        (own_template and stops and chat.emits not in [None, *stops],
+         f"the base's generation_config does not stop at {chat.emits}: it looks like a base model, which may never "
+         "have been trained on that token, nor can LoRA. Prefer the instruct model, or pass a --chat_template that "
+         f"ends answers in {stops[0] if stops else chat.end}"),
+        (chat.scaffold, f"the prompt of an answer ends in {chat.scaffold!r}, which the template leaves out of history: "
+                        "answers are learnt right behind it, where inference starts"),
+        (chat.folds_system, "the chat template takes no system turn: its text is put before the first user turn"),
+        (chat.own_system and any(example.messages[0]["role"] != "system" for example in examples),
+         f"to rows without a system turn the chat template adds by itself: {chat.own_system!r}"),
+    ):
+        if present:
+            notes.append(note)
     return chat
 
 
@@ -820,6 +820,8 @@ def choose_generated(args, name, examples, chat):
             continue  # counted where the dev set was tokenised
         if len(prompt) < args.max_length and not (args.sanity_overfit and len(answer) > SHORT_ANSWER_TOKENS):
             chosen.append((prompt, example))
+    if not rows and args.endpoint:
+        raise InputError(f"dev set {name or 'dev'}: no row has an answer in words to compare with.")
     return chosen if chat else [(None, example) for example in rows]
 
 
@@ -972,20 +974,6 @@ def check_overfit(after, train_set):
     say(f"sanity    passed: {figures}")
 
 
-def evaluate_endpoint(args, dev_sets, run):
-    """Measure what --endpoint generates on the dev sets; return the report."""
-    args.eval_generate = args.eval_generate or max(map(len, dev_sets.values()))
-    settle_thinking(args, sum(dev_sets.values(), []))
-    metrics = {}
-    for name, examples in dev_sets.items():
-        dev = DevSet([], choose_generated(args, name, examples, None))
-        if not dev.generated:
-            raise InputError(f"dev set {name or 'dev'}: no row has an answer in words to compare with.")
-        answers = [ask(args, example) for _, example in dev.generated]
-        metrics |= {named(name, key): value for key, value in judge(args, f"{name or 'dev'}-0", dev, answers).items()}
-    return report_evaluation(args, run | {"flags": vars(args)}, metrics)
-
-
 def report_evaluation(args, run, metrics):
     """Print and write the metrics of --eval_only; return the report."""
     for name, value in metrics.items():
@@ -1004,8 +992,13 @@ def main(argv=None):
     set_seed(args.seed)
     with state.main_process_first():
         examples, dev_examples, counts = read_data(args)
-    if args.endpoint:  # one process asks
-        return evaluate_endpoint(args, dev_examples, {"data": counts}) if state.is_main_process else None
+    if args.endpoint and not state.is_main_process:
+        return None  # one process asks
+    if args.endpoint:
+        args.eval_generate = args.eval_generate or max(map(len, dev_examples.values()))
+        settle_thinking(args, sum(dev_examples.values(), []))
+        dev_sets = {name: DevSet([], choose_generated(args, name, dev, None)) for name, dev in dev_examples.items()}
+        return report_evaluation(args, {"flags": vars(args), "data": counts}, measure(args, dev_sets))
 
     config, tokenizer = utils.load_config(args), utils.load_tokenizer(args)
     chat = settle_chat(args, examples, dev_examples, config, tokenizer, notes)
@@ -1015,7 +1008,7 @@ def main(argv=None):
     plan = plan_run(args, train_set, dev_sets, notes)
     model, plain_head, precision = load_model(args, config, notes)
     trainer = SftTrainer(
-        flags=args, chat=chat, plain_head=plain_head, model=model, measure=make_measure(dev_sets, args),
+        flags=args, chat=chat, plain_head=plain_head, model=model, measure=partial(measure, args, dev_sets),
         train_dataset=train_set,
         eval_dataset=train_set,  # never read: Trainer refuses to evaluate without one
         args=utils.training_arguments(args, plan, precision, drop_last=False), data_collator=collate,

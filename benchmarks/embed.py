@@ -149,7 +149,7 @@ def run_side(job):
 def main():
     """Run the cases, ours and theirs alternating; print medians, and write every figure to --out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--data", default="../shared/data/embed", help="folder with banking77/ and jsquad/")
+    parser.add_argument("--data", default="data/embed", help="folder with banking77/ and jsquad/")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", default="runs/benchmark_embed.json")

@@ -205,9 +205,19 @@ def test_a_dropped_dropout_in_stage_two_is_written_into_the_layers(run_sft, tmp_
     assert utils.read_json(tmp_path / "out/final/adapter_config.json")["lora_dropout"] == 0
 
 
+def fixed_metrics(monkeypatch, give):
+    """Replace the metrics of generated answers, but not what the plan learns of their names."""
+    scored = train_sft_lora.generation_metrics
+
+    def metrics(references, predictions, stopped):
+        return scored(references, predictions, stopped) if references is predictions else give()
+
+    monkeypatch.setattr(train_sft_lora, "generation_metrics", metrics)
+
+
 def test_final_is_the_best_state_by_the_metric_asked_for(run_sft, tmp_path, monkeypatch):
     scores = iter([0.1, 0.5, 0.9, 0.3, 0.2])
-    monkeypatch.setattr(train_sft_lora, "judge", lambda *_: {"stop_rate": 1.0, "f1": 0.5, "exact_match": next(scores)})
+    fixed_metrics(monkeypatch, lambda: {"stop_rate": 1.0, "f1": 0.5, "exact_match": next(scores)})
     flags = ["--max_steps", 4, "--eval_every", 1, "--eval_generate", 2, "--save_total_limit", 6]
     report = run_sft(*flags, "--metric_for_best", "exact_match", "--max_new_tokens", 2)
     assert report["best_step"] == 2 and report["metrics"]["after"]["exact_match"] == 0.9
@@ -218,10 +228,7 @@ def test_final_is_the_best_state_by_the_metric_asked_for(run_sft, tmp_path, monk
 def test_warnings_in_words(run_sft, monkeypatch, tmp_path):
     recalls = iter([0.5, 0.9, 0.8, 0.6, 0.5])
 
-    def judge(*_):
-        return {"stop_rate": 0.4, "exact_match": 0.1, "f1": 0.5, "recall": next(recalls)}
-
-    monkeypatch.setattr(train_sft_lora, "judge", judge)
+    fixed_metrics(monkeypatch, lambda: {"stop_rate": 0.4, "exact_match": 0.1, "f1": 0.5, "recall": next(recalls)})
     flags = ["--max_steps", 4, "--eval_every", 1, "--eval_generate", 2, "--max_new_tokens", 2, "--logging_steps", -1]
     said = " ".join(run_sft(*flags, "--lr", "1e-2", "--save_best", 0)["warnings"])
     assert "while recall worsened from 0.9000 to 0.6000: overfitting" in said
