@@ -942,17 +942,15 @@ def load_model(args, config, notes):
 
 def first_logits(trainer, samples):
     """Return logits (N, V) of the first eight samples' first answer tokens in evaluation mode, to compare models by."""
-    step, rows = collate(samples[:8]), []
+    step = collate(samples[:8])
 
-    def logits():
-        for i, mask in enumerate(step["supervised"]):
-            keep = torch.tensor(mask[1:].nonzero()[0][:8], device=trainer.args.device)
-            with trainer.accelerator.autocast():
-                found = trainer.model(input_ids=trainer.pad(step, [i])[0], logits_to_keep=keep).logits[0]
-            rows.append(found.float())
-        return torch.cat(rows)
+    def logits_of(i):
+        keep = torch.tensor(step["supervised"][i][1:].nonzero()[0][:8], device=trainer.args.device)
+        with trainer.accelerator.autocast():
+            logits = trainer.model(input_ids=trainer.pad(step, [i])[0], logits_to_keep=keep).logits
+        return logits[0].float()
 
-    return trainer.evaluated(logits)
+    return trainer.evaluated(lambda: torch.cat([logits_of(i) for i in range(step["rows"])]))
 
 
 def save_stops(args, chat, folder):
