@@ -317,7 +317,7 @@ def test_a_run_killed_after_early_stopping_trains_no_further(run_embed, monkeypa
 
 def test_early_stopping_counts_on_after_a_kill(run_embed, monkeypatch, tmp_path):
     flags = ["--max_steps", 10, "--eval_every", 1, "--early_stopping_patience", 3]
-    scores = iter([0.1, 0.9, 0.3, KeyboardInterrupt, 0.3, 0.3])
+    scores, handler = iter([0.1, 0.9, 0.3, KeyboardInterrupt, 0.3, 0.3]), signal.getsignal(signal.SIGINT)
 
     def score(*_):
         if (value := next(scores)) is KeyboardInterrupt:
@@ -327,7 +327,7 @@ def test_early_stopping_counts_on_after_a_kill(run_embed, monkeypatch, tmp_path)
     monkeypatch.setattr(train_embed_lora, "retrieval_metrics", score)
     with pytest.raises(KeyboardInterrupt):
         run_embed(*flags)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a notebook's interrupt works again
+    assert signal.getsignal(signal.SIGINT) is handler  # a notebook's interrupt works again
     assert run_embed(*flags, "--resume_from_checkpoint")["steps"] == 4
 
 
