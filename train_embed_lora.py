@@ -245,6 +245,7 @@ class Texts:
         """Tokenise all texts, cached by `datasets` under a hash of texts, tokenizer and lengths."""
         texts, sides = zip(*self.index, strict=True)
         rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
+
         def encode(batch):
             ids = [None] * len(batch["text"])
             for side, limit in ((True, query_max_len), (False, passage_max_len)):

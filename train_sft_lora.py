@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
+from statistics import fmean as mean
 
 import utils
 from utils import InputError, integer, named, say
@@ -359,14 +360,16 @@ class Chat:
                 if token in message["content"]:
                     raise Drop(f"rows whose text holds the special token {token}")
         if not self.thinking:
-            messages = [{**{k: v for k, v in m.items() if k not in ("reasoning_content", "reasoning", "thinking")},
+            messages = [{**{k: v for k, v in m.items() if k not in ("reasoning_content", "thinking")},
                          "content": THINKING.sub("", m["content"]) if m["role"] == "assistant" else m["content"]}
                         for m in messages]
         messages = [{**m, "tool_calls": [self.readable(call) for call in m["tool_calls"]]} if "tool_calls" in m else m
                     for m in messages]
         if self.folds_system and messages[0]["role"] == "system":
-            system, first, *rest = messages
-            messages = [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
+            system, *messages = messages
+            i = next(i for i, message in enumerate(messages) if message["role"] != "assistant")
+            text = f"{system['content']}\n\n{messages[i]['content']}"
+            messages = [*messages[:i], {**messages[i], "content": text}, *messages[i + 1 :]]
         return messages
 
     def readable(self, call):
@@ -464,7 +467,7 @@ def squeezed(text):
 
 
 class TrainSet(list):
-    """Samples {"row", "input_ids" (T,), "supervised" (T,) bool}; `epoch` is set by the training loop."""
+    """Samples {"input_ids" (T,), "supervised" (T,) bool}; `epoch` is set by the training loop."""
 
     epoch = 0
 
@@ -508,7 +511,7 @@ def tokenise(examples, chat, args):
         if reason:
             drops[reason].append(examples[row].where)
         else:
-            samples.append({"row": row, "input_ids": ids[part], "supervised": supervised[part]})
+            samples.append({"input_ids": ids[part], "supervised": supervised[part]})
     if args.overlong == "error" and TOO_LONG in drops:
         raise InputError(f"{drops[TOO_LONG][0]}: longer than --max_length {args.max_length}. Raise it, or drop "
                          "--overlong error.")
@@ -562,11 +565,6 @@ def leaves(value, path=""):
 def is_empty(value):
     """Tell whether a JSON value has no truthy leaf; None, an answer that is no JSON, has none."""
     return not any(scalar for _, scalar in leaves(value))
-
-
-def mean(values):
-    """Return the mean, a float."""
-    return sum(values) / len(values)
 
 
 def generation_metrics(references, predictions, stopped):
@@ -801,8 +799,8 @@ def settle_chat(args, examples, dev_sets, config, tokenizer, notes):
 
 def settle_thinking(args, examples):
     """Settle --enable_thinking auto: as the adapter was trained, else true where an answer has reasoning."""
-    stored = (utils.base_json(args, "training_config.json") or {}).get("flags", {}) if not args.endpoint else {}
     if args.enable_thinking == "auto":
+        stored = {} if args.endpoint else (utils.base_json(args, "training_config.json") or {}).get("flags", {})
         reasons = any(m.get("reasoning_content") or "</think>" in m["content"]
                       for example in examples for m in example.messages if m["role"] == "assistant")
         args.enable_thinking = stored.get("enable_thinking", str(reasons).lower())

@@ -301,6 +301,8 @@ def test_system_turn_is_folded_where_the_template_refuses_it():
     assert chat.tokenizer.decode(prompt) == (
         f"<bos><start_of_turn>user\nBe brief.\n\n{Q1}<end_of_turn>\n<start_of_turn>model\n"
     )
+    greeted = chat.prepare([messages[0], {"role": "assistant", "content": "Hello."}, *messages[1:]])
+    assert [turn["content"] for turn in greeted[:2]] == ["Hello.", f"Be brief.\n\n{Q1}"]  # no words in its mouth
     assert not make_chat(*FAMILIES["chatml"][0]).folds_system
 
 
