@@ -1,0 +1,980 @@
+"""Merge a LoRA adapter into its base model, in the memory of a few rows, and prove that nothing was lost.
+
+    python merge.py --lora_adapter_path runs/mine/final --output_path merged
+    python merge.py --lora_adapter_path runs/mine/final --output_path merged --base_model_path BASE --verify weights
+    python merge.py --lora_adapter_path OUT/final/adapter_model.safetensors --output_path merged --training_precision float32
+
+output_path: weights, config, tokenizer, chat template, stop tokens, sentence-transformers files, a model card and
+merge_report.json. Stands alone: torch, tqdm, safetensors; transformers and peft where outputs are compared.
+Shapes: W (out, in) += scale * B (out, r) @ A (r, in). D is what the adapter changes in W, E what the written file changes.
+"""
+
+import argparse
+import gc
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import struct
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from tqdm import tqdm
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CODES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+NAMES = {dtype: code for code, dtype in CODES.items()}
+BLOCK_VALUES = 2**21  # of a tensor in memory at once: 8 MiB in float32
+RETAINED, RESIDUAL = (0.98, 1.02), 0.05  # what a merge may keep of the fine-tune, and add to it as noise
+ROUNDING_ERROR = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}  # of a tensor's outputs
+UNMERGEABLE = ("target_parameters", "layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora")
+EMBEDDING = re.compile(r"(embed_tokens|wte|word_embeddings|embed_in)\.weight$")
+HEADED = re.compile(r"(LMHeadModel|ForCausalLM|ForConditionalGeneration)$")
+CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # store W as (in, out)
+PROBE_TEXTS = ("What is the capital of Japan?", "人名をJSONで抜き出してください。山田太郎は大阪で働く。",
+               "def f(x):\n    return x + 1")
+
+
+class InputError(Exception):
+    """A flag, file or folder of the user's is wrong: shown as one sentence, without a traceback, exit code 1."""
+
+
+# ---------------------------------------------------------------- arguments
+
+
+def parse_args(argv=None):
+    """Parse the command line; exits 2 with one sentence on what is wrong."""
+    parser = argparse.ArgumentParser("merge.py", usage="%(prog)s --lora_adapter_path DIR --output_path DIR [flags]",
+                                     description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawTextHelpFormatter)
+    add = parser.add_argument
+    add("--lora_adapter_path", required=True, metavar="DIR", help="adapter folder, or the .safetensors file in it")
+    add("--output_path", required=True, metavar="DIR", help="where the merged model goes")
+    add("--base_model_path", metavar="ID", help="local folder or hub id [what adapter_config.json names]")
+    add("--training_precision", "--output_dtype", default="auto", choices=["auto", *DTYPES],
+        help="of the merged weights [auto: the base's where the fine-tune survives it, else float32]")
+    add("--rounding", default="nearest", choices=["nearest", "feedback"],
+        help="feedback: rounding errors are kept off the inputs that the adapter reads [nearest]")
+    add("--qlora_base", default="original", choices=["original", "dequant"],
+        help="after QLoRA, merge into the 16-bit base, or into what 4 bits left of it [original]")
+    add("--verify", choices=["off", "weights", "full"], help="[full where memory allows, else weights]")
+    add("--samples", metavar="FILE", help="prompts, one a line: answered by the merged model and printed")
+    add("--overwrite", action="store_true", help="replace an earlier merge at --output_path")
+    add("--device", default="cpu", metavar="NAME", help="where outputs are computed [cpu]")
+    add("--trust_remote_code", action="store_true", help="run the Python code that comes with the base model")
+    args = parser.parse_args(argv)
+    if args.rounding == "feedback" and args.training_precision in ("auto", "float32"):
+        parser.error("--rounding feedback is for 16 bits: add --training_precision bfloat16 or float16")
+    return args
+
+
+# ---------------------------------------------------------------- safetensors files
+
+
+def read_json(path):
+    """Return the parsed file, or None where there is none."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise InputError(f"{path} is no valid JSON: {error}. Fetch it again.") from None
+
+
+def write_json(path, content):
+    """Write JSON."""
+    Path(path).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@dataclass
+class Tensor:
+    """Where a tensor lies: safetensors file, dtype code, shape, bytes [start, end). Read as rows x columns of the rest."""
+
+    file: Path
+    code: str
+    shape: tuple
+    start: int
+    end: int
+    dequantised: object = None  # returns the whole tensor as 4- or 8-bit training saw it
+
+    @property
+    def dtype(self):
+        """The torch dtype of a floating-point tensor, else None."""
+        return CODES.get(self.code)
+
+    @property
+    def size(self):
+        """(rows, columns) of the tensor as a matrix; a vector is one column."""
+        return (self.shape[0] if self.shape else 1), math.prod(self.shape[1:])
+
+    def blocks(self):
+        """Yield row ranges [first, last) that are read at once."""
+        rows, columns = self.size
+        step = rows if self.dequantised else max(1, BLOCK_VALUES // max(1, columns))
+        for first in range(0, rows, step):
+            yield first, min(rows, first + step)
+
+    def read(self, first, last):
+        """Return rows [first, last) in float32."""
+        if self.dequantised:
+            return self.dequantised().reshape(self.size)[first:last].float()
+        rows = torch.empty(last - first, self.size[1], dtype=self.dtype)
+        with open(self.file, "rb", buffering=0) as file:
+            file.seek(self.start + first * self.size[1] * self.dtype.itemsize)
+            file.readinto(rows.view(torch.uint8).numpy())
+        return rows.float()
+
+
+def read_header(path):
+    """Return {name: Tensor} of a safetensors file (8 bytes of length, a JSON header, raw bytes), in the file's order."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = struct.unpack("<Q", file.read(8))[0] if size > 8 else size
+        try:
+            header = json.loads(file.read(min(length, size)))
+        except ValueError:
+            raise InputError(f"{path} is cut off or no safetensors file ({size} bytes). Fetch it again.") from None
+    header.pop("__metadata__", None)
+    found = {name: Tensor(path, entry["dtype"], tuple(entry["shape"]), *(8 + length + x for x in entry["data_offsets"]))
+             for name, entry in header.items()}
+    if max((tensor.end for tensor in found.values()), default=0) > size:
+        raise InputError(f"{path} is cut off ({size} bytes). Fetch it again.")
+    return dict(sorted(found.items(), key=lambda item: item[1].start))
+
+
+def find_base(name, revision):
+    """Return the folder of the base model; a hub id is downloaded."""
+    if os.path.isdir(name):
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "model*.safetensors", "*.py", "*.jinja", "*.model", "*.txt", "LICENSE*"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    except Exception as error:  # no such id, no network, no permission
+        why = str(error).strip().split("\n")[0]
+        raise InputError(f"base model {name!r} is no folder here and cannot be downloaded ({why}). Pass "
+                         "--base_model_path.") from None
+
+
+def read_base(folder):
+    """Return (config, {tensor name: Tensor} over all shards) of a model folder."""
+    config = read_json(folder / "config.json")
+    if config is None:
+        raise InputError(f"{folder} has no config.json, so it is no model. Pass the base model as --base_model_path.")
+    if "quantization_config" in config:
+        raise InputError(f"{folder} is quantised: merging into rounded weights erases the fine-tune. Pass the 16- or "
+                         "32-bit model that it was made from as --base_model_path, and quantise after the merge.")
+    index = read_json(folder / "model.safetensors.index.json")
+    files = sorted(set(index["weight_map"].values())) if index else ["model.safetensors"]
+    missing = [file for file in files if not (folder / file).is_file()]
+    if missing:
+        raise InputError(f"{folder} lacks {', '.join(missing)}. Fetch it again; a pytorch_model.bin must be saved as "
+                         "safetensors first.")
+    return config, {name: tensor for file in files for name, tensor in read_header(folder / file).items()}
+
+
+# ---------------------------------------------------------------- the adapter
+
+
+@dataclass
+class Change:
+    """What an adapter does to one tensor of the base, in float32.
+
+    LoRA adds scale * B @ A; `transposed` tensors are stored as (in, out), as Conv1D and embeddings are. DoRA then gives
+    output i the length magnitude[i] (Liu et al. 2024, eq. 5). `rows` maps indices to new rows, `replacement` is a
+    whole new tensor, `added` a vector to add (lora_bias).
+    """
+
+    lora_a: torch.Tensor = None
+    lora_b: torch.Tensor = None
+    scale: float = 1.0
+    transposed: bool = False
+    magnitude: torch.Tensor = None
+    rows: dict = field(default_factory=dict)
+    replacement: torch.Tensor = None
+    added: torch.Tensor = None
+    lengths: torch.Tensor = None  # of the outputs of a transposed DoRA tensor, which span all its blocks
+
+    def prepare(self, tensor):
+        """Compute, and keep, what rows need and a block of them does not show."""
+        if self.magnitude is not None and self.transposed and self.lengths is None:
+            self.lengths = sum(self.with_lora(tensor.read(*at), *at).square().sum(0) for at in tensor.blocks()).sqrt()
+
+    def with_lora(self, block, first, last):
+        """Return rows [first, last) of W + scale * B @ A."""
+        if self.lora_a is None:
+            return block
+        if self.transposed:
+            return torch.addmm(block, self.lora_a[:, first:last].T, self.lora_b.T, alpha=self.scale)
+        return torch.addmm(block, self.lora_b[first:last], self.lora_a, alpha=self.scale)
+
+    def apply(self, block, first, last):
+        """Return the merged rows [first, last) of the tensor whose rows are `block` (rows, columns)."""
+        if self.replacement is not None:
+            return self.replacement[first:last].reshape(block.shape).float()
+        merged = self.with_lora(block, first, last)
+        if self.magnitude is not None and self.transposed:
+            merged = merged * (self.magnitude / self.lengths)
+        elif self.magnitude is not None:
+            merged = merged * (self.magnitude[first:last] / merged.norm(dim=1))[:, None]
+        if self.added is not None:
+            merged = merged + self.added[first:last, None]
+        inside = [index for index in self.rows if first <= index < last]
+        if inside:
+            merged = merged.clone()
+            merged[[index - first for index in inside]] = torch.stack([self.rows[index] for index in inside]).float()
+        return merged
+
+    def basis(self):
+        """Return an orthonormal basis (in, r) of what A reads, for plain LoRA on (out, in), else None."""
+        if self.lora_a is None or self.transposed or self.magnitude is not None:
+            return None
+        return torch.linalg.qr(self.lora_a.T).Q
+
+
+def read_adapter(path):
+    """Return (folder, adapter_config, {name: tensor}); raises InputError for what cannot be merged by adding."""
+    path = Path(path)
+    folder = path.parent if path.suffix in (".safetensors", ".bin") else path
+    config = read_json(folder / "adapter_config.json")
+    if config is None:
+        raise InputError(f"{folder} has no adapter_config.json, so it is no LoRA adapter. Point --lora_adapter_path at "
+                         "the folder a trainer wrote; a fully fine-tuned model needs no merge.")
+    start = config.get("init_lora_weights", True)
+    kinds = [name for name in UNMERGEABLE if config.get(name)]
+    if config.get("peft_type") != "LORA" or kinds:
+        raise InputError(f"{folder} holds an adapter with {kinds[0] if kinds else 'peft_type ' + config['peft_type']}, "
+                         "which does not map onto the base's stored tensors. Merge it with peft's merge_and_unload.")
+    if isinstance(start, str) and start.lower() not in ("gaussian", "orthogonal", "eva", "true", "false"):
+        raise InputError(f"{folder} began with init_lora_weights {start}, which changes the base itself. Save it with "
+                         "peft's path_initial_model_for_weight_conversion first.")
+    file = path if path != folder else folder / "adapter_model.safetensors"
+    if not file.is_file() and (folder / "adapter_model.bin").is_file():
+        file = folder / "adapter_model.bin"
+    if not file.is_file():
+        raise InputError(f"{file} does not exist. Point --lora_adapter_path at the folder a trainer wrote.")
+    if file.suffix == ".bin":
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    else:
+        from safetensors.torch import load_file
+
+        read_header(file)
+        tensors = load_file(file)
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise InputError(f"{file}: {len(broken)} tensors are not finite (first: {broken[0]}). The training diverged: "
+                         "take an earlier checkpoint, or train again with a lower --lr.")
+    return folder, config, {plain(name): tensor for name, tensor in tensors.items()}
+
+
+def plain(name):
+    """Return an adapter tensor's name without what wraps the model; the first prefix is EmbedRAG's."""
+    for prefix in ("model.base_model.model.", "base_model.model."):
+        if name.startswith(prefix):
+            name = name.removeprefix(prefix)
+            break
+    return name.replace(".modules_to_save.default", "").replace(".default", "")
+
+
+KINDS = {"lora_A.weight": "a", "lora_B.weight": "b", "lora_embedding_A": "a", "lora_embedding_B": "b",
+         "lora_magnitude_vector": "magnitude", "lora_magnitude_vector.weight": "magnitude", "lora_B.bias": "added",
+         "token_adapter.trainable_tokens_delta": "rows", "token_adapter.base_layer.weight": "same",
+         "base_layer.weight": "same", "base_layer.bias": "bias", "weight": "weight", "bias": "bias"}
+
+
+def split(name):
+    """Return (module path, kind) of an adapter tensor's plain name; the kind is None for a parameter of its own."""
+    ending = next((ending for ending in sorted(KINDS, key=len, reverse=True) if name.endswith(f".{ending}")), None)
+    return (name.removesuffix(f".{ending}"), KINDS[ending]) if ending else (name, None)
+
+
+def match_names(base):
+    """Return find(path, ending) -> the base's tensor name or None.
+
+    Models nest differently alone and under a head, and change it between versions: names match when one ends with the
+    other, the parts "model" and "language_model" left out.
+    """
+    def core(name):
+        return tuple(part for part in name.split(".") if part not in ("model", "language_model"))
+
+    cores, endings = {}, defaultdict(list)
+    for name in base:
+        parts = core(name)
+        cores[parts] = name
+        for i in range(len(parts)):
+            endings[parts[i:]].append(name)
+
+    def find(path, ending):
+        name = f"{path}.{ending}" if ending else path
+        if name in base:
+            return name
+        parts = core(name)
+        found = [cores[parts]] if parts in cores else endings.get(parts, [])
+        if len(found) > 1:
+            raise InputError(f"{path} of the adapter may be {' or '.join(found[:3])} of the base.")
+        # an adapter of a headed model on a base saved without its head; two parts or more, not "weight" alone
+        found = found or [cores[parts[i:]] for i in range(1, len(parts) - 1) if parts[i:] in cores]
+        return found[0] if found else None
+
+    return find
+
+
+def scale_of(path, rank, config):
+    """Return the factor of B @ A: alpha/r, with rsLoRA alpha/sqrt(r); patterns are matched as peft does."""
+    patterns = config.get("alpha_pattern") or {}
+    key = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", path)), None)
+    alpha = patterns[key] if key else config["lora_alpha"]
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def make_changes(config, tensors, base_config, base):
+    """Return ({base tensor name: Change}, name of the embedding if the tied head must get a tensor of its own).
+
+    Every adapter tensor is used exactly once; raises InputError with the list of those that fit nothing.
+    """
+    find, changes, unused, untied = match_names(base), {}, [], None
+    modules = defaultdict(dict)
+    for name, tensor in tensors.items():
+        path, kind = split(name)
+        modules[path][kind] = tensor
+    embedding = next((name for name in base if EMBEDDING.search(name)), None)
+    nested = base_config.get("text_config") or {}
+    tied = base_config.get("tie_word_embeddings", nested.get("tie_word_embeddings", "lm_head.weight" not in base))
+    has_head = any(map(HEADED.search, base_config.get("architectures") or []))
+    for path, parts in modules.items():
+        is_head = path.split(".")[-1] == "lm_head"
+        name = find(path, None if None in parts else "weight")
+        if is_head and embedding and (tied or name is None):
+            untied, name = embedding, "lm_head.weight"
+        bias = find(path, "bias")
+        if name is None and set(parts) - {"bias", "added"} or bias is None and set(parts) & {"bias", "added"}:
+            unused += [f"{path} ({', '.join(str(part) for part in parts)})"]
+            continue
+        if name and set(parts) - {"bias", "added"}:
+            source = base[embedding if is_head and untied else name]
+            changes[name] = make_change(path, parts, config, source, base_config)
+        if bias and "bias" in parts:
+            changes[bias] = Change(replacement=fitting(path, parts["bias"], base[bias].shape))
+        if bias and "added" in parts:
+            changes[bias] = Change(added=parts["added"].float() * scale_of(path, len(parts["a"]), config))
+    if unused:
+        raise InputError(f"{len(unused)} of {len(modules)} modules of the adapter fit nothing in the base: "
+                         f"{'; '.join(unused[:8])}{'; ...' if len(unused) > 8 else ''}. Pass the base that it was trained "
+                         f"on ({config.get('base_model_name_or_path')}) as --base_model_path.")
+    moved = embedding in changes and not changes[embedding].rows
+    if tied and has_head and moved and config.get("task_type") != "FEATURE_EXTRACTION":
+        untied = embedding  # the head keeps what it was tied to
+    return changes, untied
+
+
+def fitting(path, tensor, shape):
+    """Return a tensor of the adapter if it has the base's shape; raises InputError otherwise."""
+    if tuple(tensor.shape) != tuple(shape):
+        vocabulary = " (a resized vocabulary?)" if tensor.shape[1:] == tuple(shape)[1:] else ""
+        raise InputError(f"{path}: the adapter is for {tuple(tensor.shape)}, the base has {tuple(shape)}{vocabulary}. "
+                         "Pass the base that it was trained on as --base_model_path.")
+    return tensor
+
+
+def make_change(path, parts, config, source, base_config):
+    """Return the Change that a module's adapter tensors {kind: tensor} make to the base's tensor `source`."""
+    change, shape = Change(), source.shape
+    if "a" in parts:
+        a, b = change.lora_a, change.lora_b = parts["a"].float().flatten(1), parts["b"].float().flatten(1)
+        change.scale = scale_of(path, len(a), config)
+        straight, turned = (len(b), a.shape[1]), (a.shape[1], len(b))
+        conv1d = base_config.get("model_type") in CONV1D_MODELS or bool(config.get("fan_in_fan_out"))
+        change.transposed = turned == source.size and (straight != turned or conv1d)
+        if not change.transposed:
+            fitting(path, torch.empty(straight, device="meta"), source.size)
+    if "magnitude" in parts:
+        change.magnitude = parts["magnitude"].float().flatten()
+    if "same" in parts:
+        fitting(path, parts["same"], shape)
+    if "rows" in parts:
+        indices = config.get("trainable_token_indices") or []
+        if isinstance(indices, dict):
+            indices = next((ids for name, ids in indices.items() if path.endswith(name)), [])
+        if len(indices) != len(parts["rows"]) or max(indices) >= shape[0]:
+            raise InputError(f"{path}: {len(parts['rows'])} trained token rows do not fit trainable_token_indices in "
+                             f"adapter_config.json ({len(indices)} of them) and a base of {shape[0]} rows.")
+        change.rows = dict(zip(indices, parts["rows"], strict=True))
+    if "weight" in parts or None in parts:
+        change.replacement = fitting(path, parts.get("weight", parts.get(None)), shape)
+    return change
+
+
+# ---------------------------------------------------------------- writing
+
+
+def rounded(exact, dtype, basis):
+    """Return rows (rows, in) in `dtype`; raises InputError where a value is, or becomes, infinite or NaN.
+
+    With a basis Q (in, r) of the adapter's inputs, columns are rounded one after the other, each target moved so that
+    the errors so far cancel on those inputs: min |(error so far + x) Q|^2 + l x^2, l the mean of the columns' |q|^2.
+    """
+    if not exact.isfinite().all():
+        raise InputError("a merged weight is not finite (NaN or infinite): the base or the adapter is broken.")
+    if basis is None:
+        written = exact.to(dtype)
+    else:
+        written, made = torch.empty_like(exact, dtype=dtype), exact.new_zeros(len(exact), basis.shape[1])
+        strength = basis.square().sum(1) + basis.square().mean() * basis.shape[1]
+        for j, direction in enumerate(basis):
+            written[:, j] = exact[:, j] - made @ direction / strength[j]
+            made += torch.outer(written[:, j].float() - exact[:, j], direction)
+    if not written.isfinite().all():
+        raise InputError(f"a merged weight is too large for {str(dtype)[6:]}. Pass --training_precision float32.")
+    return written
+
+
+def measure(base, exact, written, change, basis, first, last):
+    """Return the sums (<E, D>, |D|^2, |E - D|^2, |W|^2) over a block; with a basis Q of <EQ, DQ> and so on."""
+    if basis is None:
+        wanted = exact - base
+        noise = written.float() - exact
+    else:  # D = D Q Q^T, so that nothing of D is lost
+        wanted = change.lora_b[first:last] @ (change.scale * change.lora_a @ basis)
+        noise = (written.float() - exact) @ basis if written.dtype != torch.float32 else torch.zeros(1)
+    along = wanted.square().sum()
+    return torch.stack([along + (noise * wanted).sum(), along, noise.square().sum(), base.square().sum()]).double()
+
+
+def figures_of(sums):
+    """Return {"relative_delta": |D|/|W|, "retained": <E, D>/|D|^2, "residual": |E - D|/|D|} from measure()'s sums."""
+    along, delta, noise, weight = sums.tolist()
+    if not delta:
+        return {"relative_delta": 0.0, "retained": 1.0, "residual": 0.0}
+    return {"relative_delta": math.sqrt(delta / max(weight, 1e-30)), "retained": along / delta,
+            "residual": math.sqrt(noise / delta)}
+
+
+def copy_range(source, target, count, start, at):
+    """Copy `count` bytes from one file descriptor to another, inside the kernel where it can."""
+    while count:
+        try:
+            copied = os.copy_file_range(source, target, count, start, at)
+        except (AttributeError, OSError) as error:  # not Linux, or two file systems
+            if getattr(error, "errno", None) in (27, 28):  # file too large, disk full
+                raise
+            copied = os.pwrite(target, os.pread(source, min(count, 2**24), start), at)
+        count, start, at = count - copied, start + copied, at + copied
+
+
+def write_shard(path, tensors, job, bar):
+    """Write {name: (source Tensor, Change or None)} as one safetensors file; return {name: figures} of the changed.
+
+    What stays as it is is copied by the kernel; what changes or is cast goes through memory in blocks of rows.
+    """
+    header, offset, figures = {"__metadata__": {"format": "pt"}}, 0, {}
+    for name, (source, _) in tensors.items():
+        dtype = job.dtype_of(source)
+        size = math.prod(source.shape) * dtype.itemsize if dtype else source.end - source.start
+        header[name] = {"dtype": NAMES.get(dtype, source.code), "shape": list(source.shape),
+                        "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb", buffering=0) as out:
+        out.write(struct.pack("<Q", len(text)) + text)
+        for name, (source, change) in tensors.items():
+            at, dtype = 8 + len(text) + header[name]["data_offsets"][0], job.dtype_of(source)
+            if change is None and dtype == source.dtype:
+                with open(source.file, "rb") as file:
+                    copy_range(file.fileno(), out.fileno(), source.end - source.start, source.start, at)
+            else:
+                found = write_blocks(out, at, source, change or Change(), dtype, job.rounding)
+                figures |= {name: found} if change else {}
+            bar.update(source.end - source.start)
+        os.fsync(out.fileno())
+    return figures
+
+
+def write_blocks(out, at, source, change, dtype, rounding):
+    """Write a changed or cast tensor at byte `at`, block by block; return its figures."""
+    change.prepare(source)
+    sums, basis = torch.zeros(4, dtype=torch.float64), change.basis()
+    for first, last in source.blocks():
+        base = source.read(first, last)
+        exact = change.apply(base, first, last)
+        written = rounded(exact, dtype, basis if rounding == "feedback" else None)
+        start = at + first * source.size[1] * dtype.itemsize
+        data = memoryview(written.contiguous().view(torch.uint8).numpy()).cast("B")
+        while data:
+            count = os.pwrite(out.fileno(), data, start)
+            data, start = data[count:], start + count
+        sums += measure(base, exact, written, change, basis, first, last)
+    return figures_of(sums)
+
+
+def write_weights(folder, job):
+    """Write all shards and the index; return ({tensor name: figures}, seconds)."""
+    total = sum(source.end - source.start for tensors in job.shards.values() for source, _ in tensors.values())
+    started, figures = time.perf_counter(), {}
+    with tqdm(total=total, unit="B", unit_scale=True, desc="merge", disable=None, leave=False) as bar:
+        for file, tensors in job.shards.items():
+            figures |= write_shard(folder / file, tensors, job, bar)
+    if len(job.shards) > 1:
+        weight_map = {name: file for file, tensors in job.shards.items() for name in tensors}
+        size = sum(tensor.end - tensor.start for file in job.shards for tensor in read_header(folder / file).values())
+        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map})
+    seconds = time.perf_counter() - started
+    print(f"merge     {len(job.names)} tensors, {len(figures)} of them changed, {total / 1e9:.2f} GB in {seconds:.1f} s "
+          f"({total / 1e9 / seconds:.2f} GB/s), as {job.dtype_name}", flush=True)
+    return figures, seconds
+
+
+# ---------------------------------------------------------------- proof
+
+
+def probe(folder, job):
+    """Compare every changed tensor, read back from disk, with W + D on random inputs, in and outside what A reads.
+
+    Returns {tensor name: {"retained", "residual", "error"}}; the first two on inputs of the adapter, the last, relative
+    to the tensor's own outputs, on others. Raises RuntimeError where an unchanged tensor's bytes differ.
+    """
+    generator, found = torch.Generator().manual_seed(0), {}
+    for file, tensors in job.shards.items():
+        stored = read_header(folder / file)
+        for name, (source, change) in tensors.items():
+            if change is None:
+                if stored[name].code == source.code and not same_bytes(source, stored[name]):
+                    raise RuntimeError(f"{folder / file}: {name} differs from the base's. The disk lost what was written.")
+                continue
+            basis = change.basis()
+            inside = outside = torch.randn(source.size[1], 4, generator=generator)
+            if basis is not None:
+                inside, outside = basis @ (basis.T @ inside), outside - basis @ (basis.T @ outside)
+            sums, far = torch.zeros(4, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+            for at in source.blocks():
+                base, written = source.read(*at), stored[name].read(*at)
+                exact = change.apply(base, *at)
+                delta, noise = (exact - base) @ inside, written - exact
+                sums += measure(torch.zeros_like(delta), delta, delta + noise @ inside, change, None, *at)
+                far += torch.stack([(noise @ outside).square().sum(), (exact @ outside).square().sum()])
+            found[name] = {**figures_of(sums), "error": math.sqrt(far[0] / max(far[1], 1e-30))}
+    return found
+
+
+def same_bytes(one, other):
+    """Tell whether two stored tensors are equal, byte by byte."""
+    with open(one.file, "rb") as first, open(other.file, "rb") as second:
+        first.seek(one.start)
+        second.seek(other.start)
+        left = one.end - one.start
+        for size in [2**24] * (left // 2**24) + [left % 2**24]:
+            if first.read(size) != second.read(size):
+                return False
+    return left == other.end - other.start
+
+
+def load_model(folder, job, bits=None):
+    """Load a model in float32, with its head if the adapter was trained with one."""
+    from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    how = {"dtype": torch.float32, "trust_remote_code": job.args.trust_remote_code}
+    if bits:
+        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.float32}
+        how |= {"device_map": {"": job.args.device},
+                "quantization_config": BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, **nf4)}
+    model = (AutoModelForCausalLM if job.causal else AutoModel).from_pretrained(folder, **how)
+    return (model if bits else model.to(job.args.device)).eval()
+
+
+def outputs_of(model, tokenizer, device):
+    """Return outputs on fixed inputs in float32: logits (T, V), or unit embeddings (2 per text, D) by mean and last token."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [tokenizer(text)["input_ids"] for text in PROBE_TEXTS] if tokenizer else []
+    inputs.append(torch.randint(model.config.get_text_config().vocab_size, (24,), generator=generator).tolist())
+    outputs = []
+    for ids in inputs:
+        with torch.no_grad():
+            found = model(input_ids=torch.tensor([ids], device=device))
+        if "logits" in found:
+            outputs.append(found.logits[0].float().cpu())
+        else:
+            hidden = found.last_hidden_state[0].float().cpu()
+            outputs.append(torch.nn.functional.normalize(torch.stack([hidden.mean(0), hidden[-1]]), dim=1))
+    return torch.cat(outputs)
+
+
+def load_tokenizer(folder, job):
+    """Return the tokenizer in a folder, or None where it has none."""
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        return None
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=job.args.trust_remote_code)
+
+
+def reference_outputs(job, tokenizer):
+    """Return the outputs of the base and of base + adapter, as peft computes them."""
+    from peft import PeftModel
+    from safetensors.torch import save_file
+
+    model = load_model(job.base_folder, job, job.bits)
+    base = outputs_of(model, tokenizer, job.args.device)
+    with tempfile.TemporaryDirectory() as folder:  # the same tensors under the names that peft knows
+        save_file({f"base_model.model.{name}": tensor.contiguous() for name, tensor in job.tensors.items()},
+                  f"{folder}/adapter_model.safetensors")
+        write_json(f"{folder}/adapter_config.json", job.config)
+        model = PeftModel.from_pretrained(model, folder).eval()
+    adapter = outputs_of(model, tokenizer, job.args.device)
+    if torch.equal(adapter, base):
+        raise InputError(f"{job.args.lora_adapter_path} changes no output of {job.base_folder}: it was not trained, or on "
+                         "another kind of model.")
+    return base, adapter
+
+
+def compare_outputs(folder, job, tokenizer):
+    """Return what the merged model keeps of the fine-tune at its outputs: d = adapter - base, e = merged - base.
+
+    {"kind", "retained": <e, d>/|d|^2, "residual": |e - d|/|d|, "relative_error": |merged - adapter|/|adapter|}
+    """
+    job.reference = job.reference or reference_outputs(job, tokenizer)
+    gc.collect()
+    (base, adapter), merged = job.reference, outputs_of(load_model(folder, job), tokenizer, job.args.device)
+    d, e = adapter - base, merged - base
+    return {"kind": "logits" if job.causal else "embeddings", "retained": ((e * d).sum() / d.square().sum()).item(),
+            "residual": ((e - d).norm() / d.norm()).item(),
+            "relative_error": ((merged - adapter).norm() / adapter.norm()).item(),
+            "change": (d.norm() / adapter.norm()).item()}
+
+
+def keeps(found):
+    """Tell whether retained and residual say that the fine-tune is there."""
+    return RETAINED[0] <= found["retained"] <= RETAINED[1] and found["residual"] <= RESIDUAL
+
+
+def verify(folder, job, mode, figures):
+    """Verify the written folder. Returns {"mode", "passed", "weights", "outputs"}; weights: the worst of all tensors."""
+    found = {"mode": mode, "passed": None, "weights": None, "outputs": None}
+    if mode == "off":
+        return found
+    probes = probe(folder, job)
+    limit = ROUNDING_ERROR[job.dtype] * (4 if job.rounding == "feedback" else 1)
+    for name, each in probes.items():
+        figures[name]["probe"] = each
+    retained = [each["retained"] for each in probes.values()]
+    worst = {key: max(each[key] for each in probes.values()) for key in ("residual", "error")}
+    found["weights"] = {"retained": [min(retained), max(retained)], **worst}
+    intact = worst["error"] <= limit
+    print(f"weights   {len(probes)} tensors read back: {min(retained):.1%} to {max(retained):.1%} of the fine-tune kept, noise "
+          f"at most {worst['residual']:.1%} of it; elsewhere errors of {worst['error']:.0e}", flush=True)
+    if mode == "full":
+        out = found["outputs"] = compare_outputs(folder, job, load_tokenizer(folder, job))
+        print(f"outputs   {out['kind']} in float32: {out['retained']:.2%} of the fine-tune kept, noise {out['residual']:.2%} "
+              f"of it, relative error {out['relative_error']:.0e}", flush=True)
+        kept = keeps(out) or job.dtype == torch.float32 and out["relative_error"] <= 1e-5
+    else:
+        kept = all(map(keeps, probes.values()))
+    found["passed"] = intact and kept
+    return found
+
+
+# ---------------------------------------------------------------- the folder
+
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
+                   "*.tiktoken", "chat_template.jinja", "preprocessor_config.json", "processor_config.json")
+SENTENCE_FILES = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")
+
+
+def copy_files(folder, target, patterns):
+    """Copy the files that match; contents only, so that they are as readable as new ones."""
+    for path in (path for pattern in patterns for path in folder.glob(pattern)):
+        if path.is_file():
+            shutil.copyfile(path, target / path.name)
+
+
+def complete_folder(folder, job):
+    """Write all that a model folder needs beside its weights; the tokenizer is copied byte for byte, never re-saved."""
+    has = {name: (job.adapter_folder / name).is_file() for name in ("tokenizer_config.json", "modules.json")}
+    copy_files(job.base_folder, folder, ("*.py", "LICENSE*", "NOTICE*"))
+    copy_files(job.adapter_folder, folder, ("training_config.json",))
+    tokenizer_from = job.adapter_folder if has["tokenizer_config.json"] else job.base_folder
+    sentences_from = job.adapter_folder if has["modules.json"] else job.base_folder
+    copy_files(tokenizer_from, folder, TOKENIZER_FILES)
+    copy_files(sentences_from, folder, SENTENCE_FILES)
+    for module in read_json(sentences_from / "modules.json") or []:
+        if module["path"] and (sentences_from / module["path"]).is_dir():
+            shutil.copytree(sentences_from / module["path"], folder / module["path"], copy_function=shutil.copyfile)
+    stored, template = read_json(folder / "tokenizer_config.json") or {}, folder / "chat_template.jinja"
+    if template.is_file():  # Ollama's importer reads the one place, transformers 5 writes the other
+        write_json(folder / "tokenizer_config.json", stored | {"chat_template": template.read_text(encoding="utf-8")})
+    elif isinstance(stored.get("chat_template"), str):
+        template.write_text(stored["chat_template"], encoding="utf-8")
+    write_configs(folder, job, stored)
+
+
+def write_configs(folder, job, tokenizer_config):
+    """Write config.json and, for a language model, generation_config.json with every stop token."""
+    config = {key: value for key, value in job.base_config.items() if key != "torch_dtype"}
+    for part in (config, config.get("text_config") or {}):
+        part.update({key: value for key, value in (("dtype", job.dtype_name), ("tie_word_embeddings", False))
+                     if part is config or key in part} if job.untied else {"dtype": job.dtype_name})
+    base, trained = (read_json(source / "generation_config.json") for source in (job.base_folder, job.adapter_folder))
+    if job.causal or base or trained:
+        stops = [((trained or base or {}).get("eos_token_id"))]
+        stops = stops[0] if isinstance(stops[0], list) else stops
+        eos = tokenizer_config.get("eos_token")
+        eos = eos["content"] if isinstance(eos, dict) else eos
+        added = (read_json(folder / "tokenizer.json") or {}).get("added_tokens", [])
+        own = next((token["id"] for token in added if token["content"] == eos), None)
+        stops = list(dict.fromkeys(stop for stop in [own, *stops, config.get("eos_token_id") if stops == [None] else None]
+                                   if isinstance(stop, int)))
+        if stops:
+            config["eos_token_id"] = stops[0] if own is None else own
+            write_json(folder / "generation_config.json", (base or {}) | (trained or {}) | {"eos_token_id": stops})
+    write_json(folder / "config.json", config)
+
+
+CARD = """---
+base_model: {base}
+library_name: {library}
+---
+
+# {name}
+
+{base} with the LoRA adapter {adapter} merged into its weights, stored as {dtype}. {verdict}
+
+| check | kept of the fine-tune | noise added to it |
+|---|---|---|
+{checks}
+
+`merge_report.json` holds the figures of every tensor.
+"""
+
+
+def write_card(folder, report, name):
+    """Write README.md: base, adapter, and the figures of the proof."""
+    proof, checks = report["verification"], []
+    if proof["weights"]:
+        low, high = proof["weights"]["retained"]
+        checks.append(f"| tensors, read back | {low:.1%} to {high:.1%} | at most {proof['weights']['residual']:.1%} |")
+    if proof["outputs"]:
+        out = proof["outputs"]
+        checks.append(f"| {out['kind']}, float32 | {out['retained']:.2%} | {out['residual']:.2%} |")
+    verdict = {True: "The merge was verified.", False: "**The merge failed its verification.**", None: "Not verified."}
+    library = "sentence-transformers" if (folder / "modules.json").is_file() else "transformers"
+    (folder / "README.md").write_text(CARD.format(
+        base=report["base"], adapter=report["adapter"], dtype=report["dtype"], name=name, library=library,
+        verdict=verdict[proof["passed"]], checks="\n".join(checks) or "| none | | |"), encoding="utf-8")
+
+
+def fingerprint(folder):
+    """Return the hash that the trainers record of their base: of the first MiB of each weights file."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        with open(file, "rb") as stream:
+            digest.update(stream.read(2**20))
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------- main
+
+
+def make_job(args):
+    """Read and check everything that is merged; returns what the merge needs, nothing written yet."""
+    adapter_folder, config, tensors = read_adapter(args.lora_adapter_path)
+    trained = read_json(adapter_folder / "training_config.json") or {}
+    flags = trained.get("flags") or {}
+    name = args.base_model_path or config.get("base_model_name_or_path") or ""
+    base_folder = find_base(name, flags.get("model_revision") or config.get("revision"))
+    base_config, base = read_base(base_folder)
+    changes, untied = make_changes(config, tensors, base_config, base)
+    print(f"adapter   {adapter_folder}: {len(tensors)} tensors for {len(changes)} of the {len(base)} of {name}", flush=True)
+    if trained.get("base_fingerprint") not in (None, fingerprint(base_folder)):
+        raise InputError(f"{base_folder} is not the base that {adapter_folder} was trained on ({flags.get('model_name')}): "
+                         "their weights differ. Pass that one as --base_model_path; if it is the same model in other "
+                         f"files, delete base_fingerprint from {adapter_folder / 'training_config.json'}.")
+    prefix = next(iter(tensors)).split(".")[0]
+    has_head = any(map(HEADED.search, base_config.get("architectures") or []))
+    causal = config.get("task_type") == "CAUSAL_LM" or (
+        config.get("task_type") is None and has_head and any(each.split(".")[0] == prefix for each in base))
+    shards = defaultdict(dict)
+    for each, tensor in base.items():
+        if not (untied and each == "lm_head.weight"):
+            shards[tensor.file.name][each] = tensor, changes.get(each)
+    if untied:
+        shards[list(shards)[-1]]["lm_head.weight"] = base[untied], changes.get("lm_head.weight")
+    sizes = defaultdict(int)
+    for tensor in base.values():
+        sizes[tensor.dtype] += (tensor.end - tensor.start) * bool(tensor.dtype)
+    job = SimpleNamespace(
+        args=args, adapter_folder=adapter_folder, config=config, tensors=tensors, trained=trained, base_name=name,
+        base_folder=base_folder, base_config=base_config, base=base, shards=dict(shards), untied=bool(untied), causal=causal,
+        names=[each for group in shards.values() for each in group], base_dtype=max(sizes, key=sizes.get),
+        rounding=args.rounding, reference=None, bits=None)
+    if args.qlora_base == "dequant":
+        dequantise(job, flags.get("bits") or flags.get("quantization_bits") or 4)
+    if args.samples and not causal:
+        raise InputError("--samples asks a language model, and this adapter makes embeddings: drop it.")
+    return job
+
+
+def dequantise(job, bits):
+    """Make the base what quantised training saw: the layers that bitsandbytes quantises, and only those, rounded."""
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+    job.bits = bits
+    model, find = load_model(job.base_folder, job, bits), match_names(job.base)
+    for path, module in model.named_modules():
+        if type(module).__name__ in ("Linear4bit", "Linear8bitLt"):
+            name = find(path, "weight")
+            for tensors in job.shards.values():
+                if name in tensors:
+                    source, change = tensors[name]
+                    source.dequantised = lambda module=module: dequantize_bnb_weight(
+                        module.weight, getattr(module, "state", None)).detach().float().cpu()
+                    tensors[name] = source, change or Change()
+
+
+def settle_dtype(job, name):
+    """Set the dtype to write; where it is the base's, every tensor keeps its own."""
+    job.dtype = job.base_dtype if name == "auto" else DTYPES[name]
+    job.dtype_name = str(job.dtype)[6:]
+    keep = job.dtype == job.base_dtype
+    job.dtype_of = lambda source: source.dtype if keep or source.dtype is None else job.dtype
+
+
+def choose_verification(job):
+    """Return (mode, why): full where float32 models fit into what memory is free, unless --verify says otherwise."""
+    values = sum(math.prod(tensor.shape) for tensor in job.base.values())
+    needed = 4.4 * values + 5e8
+    if job.args.verify:
+        return job.args.verify
+    import psutil
+
+    cuda = job.args.device.startswith("cuda")
+    free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
+    if needed <= free:
+        return "full"
+    print(f"note      outputs are not compared: that needs {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} are free; "
+          "--verify full does it all the same", flush=True)
+    return "weights"
+
+
+def merge_once(folder, job, mode):
+    """Merge into an empty folder in job.dtype and verify it; returns (tensor figures, seconds, verification)."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    values = sum(math.prod(source.shape) * (job.dtype_of(source) or torch.int64).itemsize
+                 for tensors in job.shards.values() for source, _ in tensors.values())
+    free = shutil.disk_usage(folder).free
+    if values + 2**26 > free:
+        raise InputError(f"the merged model needs {values / 1e9:.1f} GB and {folder.parent} has {free / 1e9:.1f} GB free. "
+                         "Make room, or pass an --output_path on another disk.")
+    figures, seconds = write_weights(folder, job)
+    complete_folder(folder, job)
+    if job.args.training_precision == "auto" and job.dtype != torch.float32:
+        lost = [each["retained"] for each in figures.values() if not RETAINED[0] <= each["retained"] <= RETAINED[1]]
+        if lost or mode != "full" and not all(map(keeps, figures.values())):  # as bad as it gets: no need to verify
+            return figures, seconds, {"passed": False}
+    return figures, seconds, verify(folder, job, mode, figures)
+
+
+def open_output(args):
+    """Return the output folder; raises InputError rather than lose a folder that is not an earlier merge."""
+    output = Path(os.path.abspath(args.output_path))
+    if output.is_file():
+        raise InputError(f"--output_path {output} is a file. Name a folder.")
+    if output.is_dir() and any(output.iterdir()):
+        if not (output / "merge_report.json").is_file():
+            raise InputError(f"--output_path {output} is not empty and no earlier merge. Name another folder.")
+        if not args.overwrite:
+            raise InputError(f"--output_path {output} holds a merge already. Name another folder, or pass --overwrite.")
+    return output
+
+
+def put_in_place(folder, output):
+    """Make the finished folder appear under its name at once, after everything in it is on the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+    if output.exists():
+        old = folder.with_suffix(".old")
+        output.rename(old)
+        folder.rename(output)
+        shutil.rmtree(old)
+    else:
+        folder.rename(output)
+
+
+def answer_samples(folder, job):
+    """Print the merged model's greedy answers to the prompts of --samples."""
+    tokenizer, model = load_tokenizer(folder, job), load_model(folder, job)
+    for prompt in filter(str.strip, Path(job.args.samples).read_text(encoding="utf-8").splitlines()):
+        messages = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=False,
+                                               return_tensors="pt", return_dict=True).to(job.args.device)
+        with torch.no_grad():
+            ids = model.generate(**inputs, max_new_tokens=128, do_sample=False)[0, inputs["input_ids"].shape[1]:]
+        stopped = "" if ids[-1] in torch.tensor(model.generation_config.eos_token_id) else " (did not stop)"
+        print(f"sample    {prompt}\n       -> {tokenizer.decode(ids, skip_special_tokens=True)}{stopped}", flush=True)
+
+
+def main(argv=None):
+    """Run the command line `argv`; return what merge_report.json holds. Raises InputError if the proof fails."""
+    args = parse_args(argv)
+    output, job = open_output(args), make_job(args)
+    if output in (job.adapter_folder.resolve(), job.base_folder.resolve()):
+        raise InputError(f"--output_path {output} is a folder that is merged. Name another.")
+    mode, temporary = choose_verification(job), output.with_name(f".{output.name}.partial")
+    settle_dtype(job, args.training_precision)
+    try:
+        figures, seconds, proof = merge_once(temporary, job, mode)
+        if args.training_precision == "auto" and proof["passed"] is False and job.dtype != torch.float32:
+            print(f"note      {job.dtype_name} would lose part of the fine-tune: once more in float32", flush=True)
+            settle_dtype(job, "float32")
+            figures, seconds, proof = merge_once(temporary, job, mode)
+        report = {
+            "verified": proof["passed"] is True, "base": job.base_name, "base_fingerprint": fingerprint(job.base_folder),
+            "adapter": str(job.adapter_folder), "dtype": job.dtype_name, "base_dtype": str(job.base_dtype)[6:],
+            "trained_in": job.trained.get("precision"), "rounding": args.rounding, "qlora_base": args.qlora_base,
+            "seconds": seconds, "verification": proof, "tensors": figures,
+        }
+        write_json(temporary / "merge_report.json", report)
+        write_card(temporary, report, output.name)
+        put_in_place(temporary, output)
+    except OSError as error:
+        raise InputError(f"the merged model could not be written ({error}). Nothing is left of it; make room and merge "
+                         "again.") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    if proof["passed"] is False:
+        raise InputError(failure(job, proof))
+    if args.samples:
+        answer_samples(output, job)
+    print(f"result    {output}: {'verified' if report['verified'] else 'not verified'}, {job.dtype_name}", flush=True)
+    return report
+
+
+def failure(job, proof):
+    """Return in one sentence why the proof failed, and what to do."""
+    found, low = proof["outputs"] or proof["weights"], proof["weights"]["retained"][0]
+    kept = proof["outputs"]["retained"] if proof["outputs"] else low
+    if job.dtype == torch.float32:
+        return (f"{job.args.output_path} is not base + adapter (kept {kept:.1%}, noise {found['residual']:.1%}): do not use "
+                "it. Is the base the one that the adapter was trained on?")
+    return (f"{job.args.output_path} has lost part of the fine-tune to {job.dtype_name}: {kept:.1%} of it is kept, with noise "
+            f"of {found['residual']:.1%}. Merge with --training_precision float32.")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as wrong:
+        print(f"error     {wrong}", file=sys.stderr)
+        sys.exit(1)
