@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +33,8 @@ from tqdm import tqdm
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CODES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 NAMES = {dtype: code for code, dtype in CODES.items()}
-BLOCK_VALUES = 2**21  # of a tensor in memory at once: 8 MiB in float32
+BLOCK_VALUES = 2**20  # of a tensor in memory at once, per worker: 4 MiB in float32
+WORKERS = min(4, os.cpu_count() or 1)  # tensors that are merged at the same time
 RETAINED, RESIDUAL = (0.98, 1.02), 0.05  # what a merge may keep of the fine-tune, and add to it as noise
 ROUNDING_ERROR = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}  # of a tensor's outputs
 UNMERGEABLE = ("target_parameters", "layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora")
@@ -417,36 +419,34 @@ def make_change(path, parts, config, source, base_config):
 
 
 def rounded(exact, dtype, basis):
-    """Return rows (rows, in) in `dtype`; raises InputError where a value is, or becomes, infinite or NaN.
+    """Return rows (rows, in) in `dtype`.
 
     With a basis Q (in, r) of the adapter's inputs, columns are rounded one after the other, each target moved so that
     the errors so far cancel on those inputs: min |(error so far + x) Q|^2 + l x^2, l the mean of the columns' |q|^2.
     """
-    if not exact.isfinite().all():
-        raise InputError("a merged weight is not finite (NaN or infinite): the base or the adapter is broken.")
     if basis is None:
-        written = exact.to(dtype)
-    else:
-        written, made = torch.empty_like(exact, dtype=dtype), exact.new_zeros(len(exact), basis.shape[1])
-        strength = basis.square().sum(1) + basis.square().mean() * basis.shape[1]
-        for j, direction in enumerate(basis):
-            written[:, j] = exact[:, j] - made @ direction / strength[j]
-            made += torch.outer(written[:, j].float() - exact[:, j], direction)
-    if not written.isfinite().all():
-        raise InputError(f"a merged weight is too large for {str(dtype)[6:]}. Pass --training_precision float32.")
+        return exact.to(dtype)
+    written, made = torch.empty_like(exact, dtype=dtype), exact.new_zeros(len(exact), basis.shape[1])
+    strength = basis.square().sum(1) + basis.square().mean() * basis.shape[1]
+    for j, direction in enumerate(basis):
+        written[:, j] = exact[:, j] - made @ direction / strength[j]
+        made += torch.outer(written[:, j].float() - exact[:, j], direction)
     return written
 
 
 def measure(base, exact, written, change, basis, first, last):
-    """Return the sums (<E, D>, |D|^2, |E - D|^2, |W|^2) over a block; with a basis Q of <EQ, DQ> and so on."""
+    """Return the sums (<E, D>, |D|^2, |E - D|^2, |W|^2) over a block; with a basis Q of <EQ, DQ> and so on.
+
+    A value that is infinite or NaN makes the third sum so.
+    """
+    noise = written.float().sub_(exact)
     if basis is None:
         wanted = exact - base
-        noise = written.float() - exact
     else:  # D = D Q Q^T, so that nothing of D is lost
-        wanted = change.lora_b[first:last] @ (change.scale * change.lora_a @ basis)
-        noise = (written.float() - exact) @ basis if written.dtype != torch.float32 else torch.zeros(1)
-    along = wanted.square().sum()
-    return torch.stack([along + (noise * wanted).sum(), along, noise.square().sum(), base.square().sum()]).double()
+        wanted, noise = change.lora_b[first:last] @ (change.scale * change.lora_a @ basis), noise @ basis
+    wanted, noise, base = wanted.flatten(), noise.flatten(), base.flatten()
+    delta = wanted.dot(wanted)
+    return torch.stack([delta + noise.dot(wanted), delta, noise.dot(noise), base.dot(base)]).double()
 
 
 def figures_of(sums):
@@ -475,7 +475,7 @@ def write_shard(path, tensors, job, bar):
 
     What stays as it is is copied by the kernel; what changes or is cast goes through memory in blocks of rows.
     """
-    header, offset, figures = {"__metadata__": {"format": "pt"}}, 0, {}
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, (source, _) in tensors.items():
         dtype = job.dtype_of(source)
         size = math.prod(source.shape) * dtype.itemsize if dtype else source.end - source.start
@@ -484,45 +484,59 @@ def write_shard(path, tensors, job, bar):
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb", buffering=0) as out:
+    with open(path, "wb", buffering=0) as out, ThreadPoolExecutor(WORKERS) as pool:
         out.write(struct.pack("<Q", len(text)) + text)
-        for name, (source, change) in tensors.items():
-            at, dtype = 8 + len(text) + header[name]["data_offsets"][0], job.dtype_of(source)
+
+        def write(item):
+            name, (source, change) = item
+            at, dtype, found = 8 + len(text) + header[name]["data_offsets"][0], job.dtype_of(source), None
             if change is None and dtype == source.dtype:
                 with open(source.file, "rb") as file:
                     copy_range(file.fileno(), out.fileno(), source.end - source.start, source.start, at)
             else:
                 found = write_blocks(out, at, source, change or Change(), dtype, job.rounding)
-                figures |= {name: found} if change else {}
+            if hasattr(os, "posix_fadvise"):  # to the disk now, while the next tensor is merged
+                os.posix_fadvise(out.fileno(), at, source.end - source.start, os.POSIX_FADV_DONTNEED)
             bar.update(source.end - source.start)
+            return name, found if change else None
+
+        figures = {name: found for name, found in pool.map(write, tensors.items()) if found}
         os.fsync(out.fileno())
     return figures
 
 
 def write_blocks(out, at, source, change, dtype, rounding):
-    """Write a changed or cast tensor at byte `at`, block by block; return its figures."""
+    """Write a changed or cast tensor at byte `at`, block by block; return its figures.
+
+    Raises InputError where a merged value is infinite or NaN, or too large for `dtype`.
+    """
     change.prepare(source)
     sums, basis = torch.zeros(4, dtype=torch.float64), change.basis()
     for first, last in source.blocks():
         base = source.read(first, last)
         exact = change.apply(base, first, last)
         written = rounded(exact, dtype, basis if rounding == "feedback" else None)
+        sums += measure(base, exact, written, change, basis, first, last)
+        if not sums[2].isfinite():
+            fits = "too large for " + str(dtype)[6:] if exact.isfinite().all() else "not finite (NaN or infinite)"
+            raise InputError(f"a merged weight is {fits}. Pass --training_precision float32, or look at the adapter.")
         start = at + first * source.size[1] * dtype.itemsize
         data = memoryview(written.contiguous().view(torch.uint8).numpy()).cast("B")
         while data:
             count = os.pwrite(out.fileno(), data, start)
             data, start = data[count:], start + count
-        sums += measure(base, exact, written, change, basis, first, last)
     return figures_of(sums)
 
 
 def write_weights(folder, job):
     """Write all shards and the index; return ({tensor name: figures}, seconds)."""
     total = sum(source.end - source.start for tensors in job.shards.values() for source, _ in tensors.values())
-    started, figures = time.perf_counter(), {}
+    started, figures, threads = time.perf_counter(), {}, torch.get_num_threads()
+    torch.set_num_threads(1)  # each worker has its own core
     with tqdm(total=total, unit="B", unit_scale=True, desc="merge", disable=None, leave=False) as bar:
         for file, tensors in job.shards.items():
             figures |= write_shard(folder / file, tensors, job, bar)
+    torch.set_num_threads(threads)
     if len(job.shards) > 1:
         weight_map = {name: file for file, tensors in job.shards.items() for name in tensors}
         size = sum(tensor.end - tensor.start for file in job.shards for tensor in read_header(folder / file).values())

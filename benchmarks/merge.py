@@ -1,0 +1,117 @@
+"""Merge a LoRA adapter into a 1.2 GB bf16 base: merge.py against peft's merge_and_unload and save_pretrained.
+
+    python benchmarks/merge.py --rounds 3
+
+The base has the shape of Qwen3-0.6B (random weights), the adapter r 16 on all linear layers. Each side merges in its own
+process, alternating, up to an fsync. `seconds` is the work without imports, `command_seconds` the whole process, as a user
+waits for it; memory is the peak above an interpreter that has only imported torch. The limit is a file copy with fsync.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+MEASURED = """
+import os, re, sys, time, torch
+sys.argv = sys.argv[1:]
+def peak(): return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+bare = peak()
+{imports}
+started = time.perf_counter()
+{body}
+print("MEASURED", time.perf_counter() - started, peak() - bare)
+"""
+SIDES = {
+    "ours": (
+        f"sys.path.insert(0, {str(ROOT)!r})\nimport merge",
+        'merge.main(["--base_model_path", sys.argv[0], "--lora_adapter_path", sys.argv[1], "--output_path", sys.argv[2],'
+        ' "--training_precision", "bfloat16", "--verify", "off"])',
+    ),
+    "peft": (
+        "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM",
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[0], dtype=torch.bfloat16)\n"
+        "PeftModel.from_pretrained(model, sys.argv[1]).merge_and_unload().save_pretrained(sys.argv[2])\n"
+        'os.fsync(os.open(sys.argv[2] + "/model.safetensors", os.O_RDONLY))',
+    ),
+    "copy": (
+        "import shutil",
+        'os.makedirs(sys.argv[2])\nshutil.copyfile(sys.argv[0] + "/model.safetensors", sys.argv[2] + "/model.safetensors")\n'
+        'os.fsync(os.open(sys.argv[2] + "/model.safetensors", os.O_RDONLY))',
+    ),
+}
+
+
+def make_model(folder, layers):
+    """Write base and adapter, once."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        vocab_size=151936, hidden_size=1024, num_hidden_layers=layers, num_attention_heads=16, num_key_value_heads=8,
+        head_dim=128, intermediate_size=3072, tie_word_embeddings=True, dtype="bfloat16",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder / "base")
+    model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.002)
+    model.save_pretrained(folder / "adapter")
+
+
+def measure(side, folder):
+    """Run one side in a process of its own; returns (seconds, MiB above bare, seconds of the whole command)."""
+    out = folder / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    os.sync()
+    imports, body = SIDES[side]
+    code = MEASURED.format(imports=imports, body=body)
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code, folder / "base", folder / "adapter", out], capture_output=True,
+                          text=True, check=True, cwd=folder)  # fmt: skip
+    command_seconds = time.perf_counter() - started
+    return *map(float, done.stdout.split("MEASURED")[1].split()), command_seconds
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--folder", metavar="DIR", help="where the files go [a temporary folder]")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        folder = Path(folder)
+        make_model(folder, args.layers)
+        gigabytes = (folder / "base/model.safetensors").stat().st_size / 1e9
+        runs = {side: [] for side in SIDES}
+        for _ in range(args.rounds):
+            for side in SIDES:
+                runs[side].append(measure(side, folder))
+                print(f"{side}: {runs[side][-1][0]:.2f} s, {runs[side][-1][1]:.0f} MiB above bare", flush=True)
+    medians = {side: [statistics.median(column) for column in zip(*found, strict=True)] for side, found in runs.items()}
+    report = {
+        "gigabytes": gigabytes, "rounds": args.rounds, "runs": runs, "torch": torch.__version__, "cores": os.cpu_count(),
+        "seconds": {side: found[0] for side, found in medians.items()},
+        "mebibytes_above_bare": {side: found[1] for side, found in medians.items()},
+        "gigabytes_per_second": {side: gigabytes / found[0] for side, found in medians.items()},
+        "command_seconds": {side: found[2] for side, found in medians.items()},
+        "speedup": {"work": medians["peft"][0] / medians["ours"][0], "command": medians["peft"][2] / medians["ours"][2]},
+    }  # fmt: skip
+    path = ROOT / "benchmarks/results/merge.json"
+    path.write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps({name: value for name, value in report.items() if name != "runs"}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
