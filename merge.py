@@ -13,6 +13,7 @@ import argparse
 import gc
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -21,6 +22,7 @@ import struct
 import sys
 import tempfile
 import time
+import warnings
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -30,6 +32,8 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # names an optional CPU kernel at every import
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CODES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 NAMES = {dtype: code for code, dtype in CODES.items()}
@@ -105,7 +109,7 @@ class Tensor:
     shape: tuple
     start: int
     end: int
-    dequantised: object = None  # returns the whole tensor as 4- or 8-bit training saw it
+    dequantised: torch.Tensor = None  # what 4- or 8-bit training saw in its place
 
     @property
     def dtype(self):
@@ -120,14 +124,14 @@ class Tensor:
     def blocks(self):
         """Yield row ranges [first, last) that are read at once."""
         rows, columns = self.size
-        step = rows if self.dequantised else max(1, BLOCK_VALUES // max(1, columns))
+        step = max(1, BLOCK_VALUES // max(1, columns))
         for first in range(0, rows, step):
             yield first, min(rows, first + step)
 
     def read(self, first, last):
         """Return rows [first, last) in float32."""
-        if self.dequantised:
-            return self.dequantised().reshape(self.size)[first:last].float()
+        if self.dequantised is not None:
+            return self.dequantised[first:last]
         rows = torch.empty(last - first, self.size[1], dtype=self.dtype)
         with open(self.file, "rb", buffering=0) as file:
             file.seek(self.start + first * self.size[1] * self.dtype.itemsize)
@@ -390,6 +394,9 @@ def fitting(path, tensor, shape):
 def make_change(path, parts, config, source, base_config):
     """Return the Change that a module's adapter tensors {kind: tensor} make to the base's tensor `source`."""
     change, shape = Change(), source.shape
+    if ("a" in parts) != ("b" in parts):
+        raise InputError(f"{path}: the adapter has {'lora_A' if 'a' in parts else 'lora_B'} and not the other. Copy the "
+                         "adapter again.")
     if "a" in parts:
         a, b = change.lora_a, change.lora_b = parts["a"].float().flatten(1), parts["b"].float().flatten(1)
         change.scale = scale_of(path, len(a), config)
@@ -422,12 +429,12 @@ def rounded(exact, dtype, basis):
     """Return rows (rows, in) in `dtype`.
 
     With a basis Q (in, r) of the adapter's inputs, columns are rounded one after the other, each target moved so that
-    the errors so far cancel on those inputs: min |(error so far + x) Q|^2 + l x^2, l the mean of the columns' |q|^2.
+    the errors so far cancel on those inputs: min |(error so far + x) Q|^2 + l x^2, l 16 times the mean |q|^2 of a column.
     """
     if basis is None:
         return exact.to(dtype)
     written, made = torch.empty_like(exact, dtype=dtype), exact.new_zeros(len(exact), basis.shape[1])
-    strength = basis.square().sum(1) + basis.square().mean() * basis.shape[1]
+    strength = basis.square().sum(1) + 16 * basis.square().mean() * basis.shape[1]
     for j, direction in enumerate(basis):
         written[:, j] = exact[:, j] - made @ direction / strength[j]
         made += torch.outer(written[:, j].float() - exact[:, j], direction)
@@ -439,7 +446,7 @@ def measure(base, exact, written, change, basis, first, last):
 
     A value that is infinite or NaN makes the third sum so.
     """
-    noise = written.float().sub_(exact)
+    noise = written - exact  # in float32
     if basis is None:
         wanted = exact - base
     else:  # D = D Q Q^T, so that nothing of D is lost
@@ -593,17 +600,20 @@ def same_bytes(one, other):
 
 def load_model(folder, job, bits=None):
     """Load a model in float32, with its head if the adapter was trained with one."""
-    from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, logging
+    from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.utils import logging as bars
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    bars.disable_progress_bar()
     how = {"dtype": torch.float32, "trust_remote_code": job.args.trust_remote_code}
     if bits:
         nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.float32}
         how |= {"device_map": {"": job.args.device},
                 "quantization_config": BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, **nf4)}
     model = (AutoModelForCausalLM if job.causal else AutoModel).from_pretrained(folder, **how)
-    return (model if bits else model.to(job.args.device)).eval()
+    if not bits:
+        return model.to(job.args.device).eval()
+    job.quantised = [path for path, layer in model.named_modules() if type(layer).__name__ in ("Linear4bit", "Linear8bitLt")]
+    return model.dequantize(dtype=torch.float32).eval()
 
 
 def outputs_of(model, tokenizer, device):
@@ -829,7 +839,7 @@ def make_job(args):
         args=args, adapter_folder=adapter_folder, config=config, tensors=tensors, trained=trained, base_name=name,
         base_folder=base_folder, base_config=base_config, base=base, shards=dict(shards), untied=bool(untied), causal=causal,
         names=[each for group in shards.values() for each in group], base_dtype=max(sizes, key=sizes.get),
-        rounding=args.rounding, reference=None, bits=None)
+        rounding=args.rounding, reference=None, bits=None, base_fingerprint=fingerprint(base_folder))
     if args.qlora_base == "dequant":
         dequantise(job, flags.get("bits") or flags.get("quantization_bits") or 4)
     if args.samples and not causal:
@@ -839,19 +849,14 @@ def make_job(args):
 
 def dequantise(job, bits):
     """Make the base what quantised training saw: the layers that bitsandbytes quantises, and only those, rounded."""
-    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
-
     job.bits = bits
     model, find = load_model(job.base_folder, job, bits), match_names(job.base)
-    for path, module in model.named_modules():
-        if type(module).__name__ in ("Linear4bit", "Linear8bitLt"):
-            name = find(path, "weight")
-            for tensors in job.shards.values():
-                if name in tensors:
-                    source, change = tensors[name]
-                    source.dequantised = lambda module=module: dequantize_bnb_weight(
-                        module.weight, getattr(module, "state", None)).detach().float().cpu()
-                    tensors[name] = source, change or Change()
+    for path in job.quantised:
+        name, weight = find(path, "weight"), model.get_submodule(path).weight.detach().cpu()
+        for tensors in (each for each in job.shards.values() if name in each):
+            source, change = tensors[name]
+            source.dequantised = weight if weight.shape == source.shape else weight.T  # Conv1D
+            tensors[name] = source, change or Change()
 
 
 def settle_dtype(job, name):

@@ -140,3 +140,355 @@ def test_merged_minilm_gives_the_adapters_embeddings(adapter, dtype, minilm, tmp
     assert torch.cosine_similarity(output(merged, ids).mean(1), right).item() >= 1 - 1e-6
     assert torch.cosine_similarity(plain, right).item() < 0.9999
     assert report["verified"] and report["verification"]["outputs"]["kind"] == "embeddings"
+
+
+@pytest.mark.parametrize("saved_as", [AutoModel, AutoModelForCausalLM])
+@pytest.mark.parametrize("trained_as", [AutoModel, AutoModelForCausalLM])
+@pytest.mark.parametrize("kind", ["qwen3", "gpt2"])
+def test_adapters_fit_bases_with_and_without_head(kind, trained_as, saved_as, tmp_path):
+    base = make_base(kind, tmp_path / "whole")
+    saved_as.from_pretrained(base).save_pretrained(tmp_path / "base")
+    right = output(make_adapter(tmp_path / "base", tmp_path / "adapter", trained_as, BASES[kind][2]))
+    _, merged = merge_and_load(base, tmp_path / "adapter", tmp_path / "merged", auto=trained_as)
+    assert error_of(output(merged), right) < 1e-5
+
+
+@pytest.mark.parametrize("trained_as", [AutoModel, AutoModelForCausalLM])
+@pytest.mark.parametrize("named", ["FEATURE_EXTRACTION", None])
+def test_embedrags_command_line_and_names(trained_as, named, tmp_path):
+    base, final = make_base("qwen3", tmp_path / "base"), tmp_path / "OUT/final"
+    right = output(make_adapter(base, final, trained_as, r=5, lora_alpha=7))
+    tensors = load_file(final / "adapter_model.safetensors")
+    save_file({f"model.{name}": tensor for name, tensor in tensors.items()}, final / "adapter_model.safetensors")
+    config = json.loads((final / "adapter_config.json").read_text())
+    config["task_type"] = config["task_type"] if trained_as is AutoModelForCausalLM else named
+    (final / "adapter_config.json").write_text(json.dumps(config))
+    flags = "--base_model_path BASE --lora_adapter_path OUT/final/adapter_model.safetensors --output_path MERGED"
+    paths = {"BASE": base, "OUT/final/adapter_model.safetensors": str(final / "adapter_model.safetensors")}
+    paths["MERGED"] = str(tmp_path / "merged")
+    report = merge.main([paths.get(part, part) for part in [*flags.split(), "--training_precision", "float32"]])
+    assert report["verified"]
+    assert error_of(output(trained_as.from_pretrained(tmp_path / "merged").eval()), right) < 1e-5
+
+
+def test_embedrags_snippet_gives_the_trainers_embeddings(run_embed, tiny_qwen, tmp_path):
+    run_embed("--append_eos", "--max_steps", "3", "--lr", "5e-3", model=tiny_qwen, out=tmp_path / "run")
+    merge.main(["--lora_adapter_path", str(tmp_path / "run/final"), "--output_path", str(tmp_path / "merged")])
+    from sentence_transformers import SentenceTransformer
+
+    text = "where is the lamp"
+    right = torch.tensor(SentenceTransformer(str(tmp_path / "run/final"), device="cpu").encode([text]))
+    model, tokenizer = (auto.from_pretrained(tmp_path / "merged") for auto in (AutoModel, AutoTokenizer))
+    inputs = tokenizer(text, return_tensors="pt", max_length=512, truncation=True)
+    assert inputs["input_ids"][0, -1] == tokenizer.eos_token_id
+    with torch.no_grad():
+        embeddings = model(**inputs).last_hidden_state[:, -1, :]
+    embeddings = torch.nn.functional.normalize(embeddings, p=2, dim=-1)
+    assert torch.cosine_similarity(embeddings, right).item() >= 1 - 1e-6
+    merged = torch.tensor(SentenceTransformer(str(tmp_path / "merged"), device="cpu").encode([text]))
+    assert torch.cosine_similarity(merged, right).item() >= 1 - 1e-6
+    base = torch.tensor(SentenceTransformer(tiny_qwen, device="cpu").encode([text]))
+    assert torch.cosine_similarity(base, right).item() < 0.999
+
+
+# ---------------------------------------------------------------- dtype and rounding
+
+
+def small_fine_tune(folder, size):
+    """A bf16 base, and an adapter that moves every linear weight by |dW|/|W| = size."""
+    base = make_base("llama", folder / "base", torch.bfloat16)
+    stored = load_file(f"{base}/model.safetensors")
+    save_file({name: tensor.bfloat16() for name, tensor in stored.items()}, f"{base}/model.safetensors", {"format": "pt"})
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+        LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    for layer in model.modules():
+        if "default" in getattr(layer, "lora_B", {}):
+            weight = layer.lora_B["default"].weight
+            weight.data.normal_(generator=torch.Generator().manual_seed(3))
+            weight.data *= size * layer.base_layer.weight.norm() / layer.get_delta_weight("default").norm()
+    model.save_pretrained(folder / "adapter")
+    return base, folder / "adapter"
+
+
+def test_auto_leaves_bfloat16_where_the_fine_tune_would_be_lost(tmp_path, capsys):
+    base, adapter = small_fine_tune(tmp_path, 1e-3)
+    report, merged = merge_and_load(base, adapter, tmp_path / "merged")
+    assert (report["dtype"], report["base_dtype"], report["verified"]) == ("float32", "bfloat16", True)
+    assert 0.98 < report["verification"]["outputs"]["retained"] < 1.02
+    assert report["verification"]["outputs"]["residual"] < 0.05
+    assert "bfloat16 would lose part of the fine-tune" in capsys.readouterr().out
+    assert json.loads((tmp_path / "merged/config.json").read_text())["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("verify", ["full", "weights", "off"])
+def test_auto_keeps_bfloat16_where_the_fine_tune_survives(verify, tmp_path):
+    base, adapter = small_fine_tune(tmp_path, 0.3)
+    report, _ = merge_and_load(base, adapter, tmp_path / "merged", "--verify", verify)
+    assert report["dtype"] == "bfloat16" and report["verified"] == (verify != "off")
+    stored = load_file(tmp_path / "merged/model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("verify", ["full", "weights"])
+@pytest.mark.parametrize("rounding", ["nearest", "feedback"])
+def test_an_explicit_bfloat16_merge_that_loses_is_written_and_fails(verify, rounding, tmp_path):
+    base, adapter = small_fine_tune(tmp_path, 1e-3)
+    flags = ["--training_precision", "bfloat16", "--rounding", rounding, "--verify", verify]
+    with pytest.raises(merge.InputError, match="lost part of the fine-tune to bfloat16.*--training_precision float32"):
+        merge_and_load(base, adapter, tmp_path / "merged", *flags)
+    report = json.loads((tmp_path / "merged/merge_report.json").read_text())
+    assert report["verified"] is False and report["dtype"] == "bfloat16"
+    assert "failed its verification" in (tmp_path / "merged/README.md").read_text()
+
+
+def test_the_reports_figures_are_those_of_a_naive_merge(tmp_path):
+    base, adapter = small_fine_tune(tmp_path, 1e-3)
+    with pytest.raises(merge.InputError):
+        merge_and_load(base, adapter, tmp_path / "merged", "--training_precision", "bfloat16", "--verify", "weights")
+    report = json.loads((tmp_path / "merged/merge_report.json").read_text())
+    name = "model.layers.1.mlp.down_proj.weight"
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    a, b = (tensors[f"base_model.model.{name.replace('weight', f'lora_{x}.weight')}"].double() for x in "AB")
+    w = load_file(f"{base}/model.safetensors")[name].double()
+    delta = 8 / 4 * b @ a
+    written = (w + delta).float().bfloat16().double()
+    assert torch.equal(load_file(tmp_path / "merged/model.safetensors")[name].double(), written)
+    e, q = written - w, torch.linalg.qr(a.T).Q
+    found = report["tensors"][name]
+    assert math.isclose(found["relative_delta"], (delta.norm() / w.norm()).item(), rel_tol=1e-4)
+    assert math.isclose(found["retained"], ((e * delta).sum() / delta.square().sum()).item(), abs_tol=1e-4)
+    assert math.isclose(found["residual"], (((e - delta) @ q).norm() / delta.norm()).item(), abs_tol=1e-4)
+
+
+def test_feedback_keeps_rounding_errors_off_the_adapters_inputs():
+    generator = torch.Generator().manual_seed(0)
+    exact, basis = torch.randn(40, 256, generator=generator), torch.linalg.qr(torch.randn(256, 4, generator=generator)).Q
+    errors = [merge.rounded(exact, torch.bfloat16, use).float() - exact for use in (None, basis)]
+    nearest, feedback = ((error @ basis).norm() for error in errors)
+    assert feedback < 0.6 * nearest
+    assert errors[1].norm() < 3 * errors[0].norm()
+
+
+def test_a_merge_in_float16_says_what_does_not_fit(tmp_path):
+    base = make_base("llama", tmp_path / "base")
+    make_adapter(base, tmp_path / "adapter", size=300)
+    with pytest.raises(merge.InputError, match="too large for float16. Pass --training_precision float32"):
+        merge_and_load(base, tmp_path / "adapter", tmp_path / "merged", "--training_precision", "float16")
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_qlora_can_be_merged_into_what_training_saw(bits, tmp_path):
+    from transformers import BitsAndBytesConfig
+
+    base = make_base("llama", tmp_path / "base")
+    make_adapter(base, tmp_path / "adapter", targets=["q_proj", "down_proj"])
+    (tmp_path / "adapter/training_config.json").write_text(json.dumps({"flags": {"bits": bits}}))
+    how = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.float32}
+    how = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, **how)
+    seen = AutoModelForCausalLM.from_pretrained(base, quantization_config=how, dtype=torch.float32)
+    seen = seen.dequantize(torch.float32) if bits == 8 else seen  # 8 bits also round the inputs, outside training
+    right = output(PeftModel.from_pretrained(seen, tmp_path / "adapter").train())
+    errors = {}
+    for qlora_base in ("original", "dequant"):
+        flags = ["--qlora_base", qlora_base]
+        report, merged = merge_and_load(base, tmp_path / "adapter", tmp_path / qlora_base, *flags)
+        errors[qlora_base] = error_of(output(merged), right)
+        assert report["verified"]
+    assert errors["dequant"] < 1e-5 < 1e-3 < errors["original"]
+    stored, old = (load_file(folder / "model.safetensors") for folder in (tmp_path / "dequant", Path(base)))
+    changed = {name for name in old if not torch.equal(old[name], stored[name])}
+    assert all("_proj" in name for name in changed) and len(changed) == 14  # no norm, embedding or head
+
+
+# ---------------------------------------------------------------- the folder
+
+
+def test_the_folder_is_complete(run_sft, tiny_chat, tmp_path):
+    run_sft("--max_steps", "2", "--lr", "5e-3", out=tmp_path / "run")
+    final, merged = tmp_path / "run/final", tmp_path / "merged"
+    report = merge.main(["--lora_adapter_path", str(final), "--output_path", str(merged)])
+    assert {path.name for path in merged.iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "chat_template.jinja", "training_config.json", "merge_report.json", "README.md"}  # fmt: skip
+    assert (merged / "tokenizer.json").read_bytes() == (final / "tokenizer.json").read_bytes()
+    template = (merged / "chat_template.jinja").read_text()
+    assert json.loads((merged / "tokenizer_config.json").read_text())["chat_template"] == template
+    stops = json.loads((merged / "generation_config.json").read_text())["eos_token_id"]
+    assert stops == json.loads((final / "generation_config.json").read_text())["eos_token_id"]
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    assert tokenizer.eos_token_id in stops
+    assert json.loads((merged / "config.json").read_text())["eos_token_id"] == tokenizer.eos_token_id
+    assert {path.stat().st_mode & 0o777 for path in merged.iterdir()} == {0o666 & ~os.umask(os.umask(0o22))}
+    card = (merged / "README.md").read_text()
+    assert tiny_chat in card and str(final) in card and "100.00%" in card
+    recorded = json.loads((merged / "training_config.json").read_text())["base_fingerprint"]
+    assert report["base_fingerprint"] == recorded
+
+
+def test_an_adapter_without_tokenizer_takes_the_bases(tiny_chat, tmp_path):
+    make_adapter(tiny_chat, tmp_path / "adapter")
+    (Path(tiny_chat) / "generation_config.json").write_text('{"eos_token_id": 7, "temperature": 0.6}')
+    merge.main(["--lora_adapter_path", str(tmp_path / "adapter"), "--output_path", str(tmp_path / "merged")])
+    (Path(tiny_chat) / "generation_config.json").unlink()
+    merged = tmp_path / "merged"
+    assert (merged / "tokenizer.json").read_bytes() == (Path(tiny_chat) / "tokenizer.json").read_bytes()
+    eos = AutoTokenizer.from_pretrained(tiny_chat).eos_token_id
+    generation = json.loads((merged / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [eos, 7] and generation["temperature"] == 0.6
+
+
+def test_what_the_adapter_does_not_touch_is_copied_byte_for_byte(tmp_path):
+    base = make_base("llama", tmp_path / "base", torch.bfloat16)
+    make_adapter(base, tmp_path / "adapter", targets=["q_proj"])
+    report, _ = merge_and_load(base, tmp_path / "adapter", tmp_path / "merged")
+    old, new = (load_file(folder / "model.safetensors") for folder in (Path(base), tmp_path / "merged"))
+    assert list(old) == list(new)
+    assert [name for name in old if not torch.equal(old[name], new[name])] == list(report["tensors"])
+    assert len(report["tensors"]) == 2
+
+
+def test_samples_are_answered(tiny_chat, tmp_path, capsys):
+    make_adapter(tiny_chat, tmp_path / "adapter")
+    (tmp_path / "prompts.txt").write_text("where is the lamp?\n\nand the door?\n")
+    flags = ["--lora_adapter_path", str(tmp_path / "adapter"), "--output_path", str(tmp_path / "merged")]
+    merge.main([*flags, "--samples", str(tmp_path / "prompts.txt")])
+    out = capsys.readouterr().out
+    assert out.count("sample  ") == 2 and "where is the lamp?" in out and out.count("->") == 2
+
+
+# ---------------------------------------------------------------- failures
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """A base of several shards and an adapter that fits it, as merge flags and folders."""
+    base = make_base("llama", tmp_path / "base", shard="20KB")
+    make_adapter(base, tmp_path / "adapter")
+    return tmp_path / "base", tmp_path / "adapter", tmp_path / "merged"
+
+
+def change_tensors(folder, change):
+    path = folder / "adapter_model.safetensors"
+    save_file(change(load_file(path)), path)
+
+
+def change_json(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def rename_layer(tensors):
+    return {name.replace("layers.0.mlp", "layers.9.mlp"): tensor for name, tensor in tensors.items()}
+
+
+def put_nan(tensors):
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    return tensors
+
+
+def cut_off(base, _):
+    path = sorted(base.glob("*.safetensors"))[1]
+    path.write_bytes(path.read_bytes()[:-50])
+
+
+def another_base(base, _):
+    shutil.rmtree(base)
+    make_base("gpt2", base)
+
+
+def smaller_vocabulary(base, adapter):
+    make_adapter(base, adapter, more=["embed_tokens"])
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(80)
+    shutil.rmtree(base)
+    model.save_pretrained(base)
+
+
+def other_weights(base, adapter):
+    (adapter / "training_config.json").write_text(json.dumps({"base_fingerprint": "0" * 64, "flags": {}}))
+
+
+WRONG = {
+    "another base": (another_base, "fit nothing in the base: .*q_proj.* as --base_model_path"),
+    "other weights": (other_weights, "is not the base that .* was trained on"),
+    "smaller vocabulary": (smaller_vocabulary, r"the adapter is for .*96.*, the base has .*80"),
+    "missing shard": (lambda base, _: sorted(base.glob("*.safetensors"))[1].unlink(), "lacks model-00002-of"),
+    "cut shard": (cut_off, "is cut off"),
+    "no config": (lambda base, _: (base / "config.json").unlink(), "has no config.json"),
+    "nan": (lambda _, adapter: change_tensors(adapter, put_nan), "1 tensors are not finite .*lora_A"),
+    "unmatched key": (lambda _, adapter: change_tensors(adapter, rename_layer), "1 of .* fit nothing .*layers.9.*"),
+    "unknown tensor": (lambda _, adapter: change_tensors(adapter, lambda t: t | {"x.lora_C": torch.ones(2)}), "x.lora_C"),
+    "one side": (lambda _, adapter: change_tensors(adapter, lambda t: dict(list(t.items())[1:])), "has lora_B and not"),
+    "quantised base": (lambda base, _: change_json(base / "config.json", quantization_config={}), "is quantised"),
+    "not an adapter": (lambda _, adapter: (adapter / "adapter_config.json").unlink(), "is no LoRA adapter"),
+    "no weights": (lambda _, adapter: (adapter / "adapter_model.safetensors").unlink(), "does not exist"),
+    "pissa": (lambda _, adapter: change_json(adapter / "adapter_config.json", init_lora_weights="pissa"), "pissa, which"),
+    "fused experts": (lambda _, adapter: change_json(adapter / "adapter_config.json", target_parameters=["experts"]),
+                      "target_parameters"),
+    "untrained": (lambda _, adapter: change_tensors(adapter, lambda t: {n: x * 0 for n, x in t.items()}), "no output"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_cannot_be_merged_is_refused_in_one_sentence(what, parts):
+    base, adapter, merged = parts
+    spoil, sentence = WRONG[what]
+    spoil(base, adapter)
+    with pytest.raises(merge.InputError, match=sentence):
+        merge.main(["--lora_adapter_path", str(adapter), "--output_path", str(merged)])
+    assert not merged.exists() and not list(merged.parent.glob(".*partial"))
+
+
+def test_a_second_merge_into_the_same_folder_is_refused(parts):
+    base, adapter, merged = parts
+    flags = ["--lora_adapter_path", str(adapter), "--output_path"]
+    merge.main([*flags, str(merged)])
+    with pytest.raises(merge.InputError, match="holds a merge already"):
+        merge.main([*flags, str(merged)])
+    (merged / "left over").write_text("")
+    merge.main([*flags, str(merged), "--overwrite", "--verify", "off"])
+    assert not (merged / "left over").exists()
+    for taken in (base, adapter, merged.parent):
+        with pytest.raises(merge.InputError, match="is not empty and no earlier merge"):
+            merge.main([*flags, str(taken), "--overwrite"])
+
+
+def test_a_disk_that_is_too_small_is_noticed_first(parts, monkeypatch):
+    _, adapter, merged = parts
+    usage = shutil.disk_usage(adapter)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(merge.InputError, match="needs 0.0 GB and .* has 0.0 GB free"):
+        merge.main(["--lora_adapter_path", str(adapter), "--output_path", str(merged)])
+    assert not merged.exists()
+
+
+def start(adapter, merged, **options):
+    command = [sys.executable, ROOT / "merge.py", "--lora_adapter_path", adapter, "--output_path", merged]
+    return subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options)
+
+
+def test_a_full_disk_leaves_nothing(parts):
+    def limit():  # of a file: what a full disk looks like
+        resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, 15_000))
+
+    _, adapter, merged = parts
+    run = start(adapter, merged, preexec_fn=limit)
+    _, errors = run.communicate()
+    assert run.returncode == 1 and "could not be written" in errors and "Traceback" not in errors
+    assert not merged.exists() and not list(merged.parent.glob(".*partial"))
+
+
+def test_kill_leaves_nothing_that_looks_finished(parts):
+    _, adapter, merged = parts
+    partial = merged.with_name(".merged.partial")
+    run = start(adapter, merged)
+    while not (partial / "config.json").exists():  # the weights are written, the outputs not yet compared
+        assert run.poll() is None
+        time.sleep(0.01)
+    run.send_signal(signal.SIGKILL)
+    run.communicate()
+    assert partial.exists() and not merged.exists()
+    merge.main(["--lora_adapter_path", str(adapter), "--output_path", str(merged)])
+    assert (merged / "merge_report.json").exists() and not partial.exists()
