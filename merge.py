@@ -2,11 +2,11 @@
 
     python merge.py --lora_adapter_path runs/mine/final --output_path merged
     python merge.py --lora_adapter_path runs/mine/final --output_path merged --base_model_path BASE --verify weights
-    python merge.py --lora_adapter_path OUT/final/adapter_model.safetensors --output_path merged --training_precision float32
+    python merge.py --lora_adapter_path OUT/final/adapter_model.safetensors --output_path merged --output_dtype float32
 
 output_path: weights, config, tokenizer, chat template, stop tokens, sentence-transformers files, a model card and
 merge_report.json. Stands alone: torch, tqdm, safetensors; transformers and peft where outputs are compared.
-Shapes: W (out, in) += scale * B (out, r) @ A (r, in). D is what the adapter changes in W, E what the written file changes.
+Shapes: W (out, in), A (r, in), B (out, r). D is what the adapter changes in W, E what the written file changes in it.
 """
 
 import argparse
@@ -36,6 +36,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # names an optional C
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CODES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+PRECISIONS = {"none": "float32", "bf16": "bfloat16", "fp16": "float16"}  # as the trainers record theirs
 NAMES = {dtype: code for code, dtype in CODES.items()}
 BLOCK_VALUES = 2**20  # of a tensor in memory at once, per worker: 4 MiB in float32
 WORKERS = min(4, os.cpu_count() or 1)  # tensors that are merged at the same time
@@ -102,7 +103,7 @@ def write_json(path, content):
 
 @dataclass
 class Tensor:
-    """Where a tensor lies: safetensors file, dtype code, shape, bytes [start, end). Read as rows x columns of the rest."""
+    """Where a tensor lies: safetensors file, dtype code, shape, bytes [start, end). It is read as a matrix, by rows."""
 
     file: Path
     code: str
@@ -118,29 +119,34 @@ class Tensor:
 
     @property
     def size(self):
-        """(rows, columns) of the tensor as a matrix; a vector is one column."""
+        """(rows, columns); a vector has one column."""
         return (self.shape[0] if self.shape else 1), math.prod(self.shape[1:])
 
     def blocks(self):
-        """Yield row ranges [first, last) that are read at once."""
+        """Yield the row ranges [first, last) that are in memory at once."""
         rows, columns = self.size
         step = max(1, BLOCK_VALUES // max(1, columns))
         for first in range(0, rows, step):
             yield first, min(rows, first + step)
 
+    def raw(self, first, last):
+        """Return the bytes of rows [first, last), uint8."""
+        width = (self.end - self.start) // self.size[0]
+        data = torch.empty((last - first) * width, dtype=torch.uint8)
+        with open(self.file, "rb", buffering=0) as file:
+            file.seek(self.start + first * width)
+            file.readinto(data.numpy())
+        return data
+
     def read(self, first, last):
         """Return rows [first, last) in float32."""
         if self.dequantised is not None:
             return self.dequantised[first:last]
-        rows = torch.empty(last - first, self.size[1], dtype=self.dtype)
-        with open(self.file, "rb", buffering=0) as file:
-            file.seek(self.start + first * self.size[1] * self.dtype.itemsize)
-            file.readinto(rows.view(torch.uint8).numpy())
-        return rows.float()
+        return self.raw(first, last).view(self.dtype).reshape(last - first, -1).float()
 
 
 def read_header(path):
-    """Return {name: Tensor} of a safetensors file (8 bytes of length, a JSON header, raw bytes), in the file's order."""
+    """Return {name: Tensor}, in the order of the file: 8 bytes of length, a JSON header, raw bytes."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = struct.unpack("<Q", file.read(8))[0] if size > 8 else size
@@ -226,7 +232,7 @@ class Change:
     def apply(self, block, first, last):
         """Return the merged rows [first, last) of the tensor whose rows are `block` (rows, columns)."""
         if self.replacement is not None:
-            return self.replacement[first:last].reshape(block.shape).float()
+            block = self.replacement[first:last].reshape(block.shape).float()
         merged = self.with_lora(block, first, last)
         if self.magnitude is not None and self.transposed:
             merged = merged * (self.magnitude / self.lengths)
@@ -249,32 +255,25 @@ class Change:
 
 def read_adapter(path):
     """Return (folder, adapter_config, {name: tensor}); raises InputError for what cannot be merged by adding."""
+    from safetensors.torch import load_file
+
     path = Path(path)
-    folder = path.parent if path.suffix in (".safetensors", ".bin") else path
+    folder, file = (path.parent, path) if path.suffix else (path, path / "adapter_model.safetensors")
     config = read_json(folder / "adapter_config.json")
     if config is None:
         raise InputError(f"{folder} has no adapter_config.json, so it is no LoRA adapter. Point --lora_adapter_path at "
                          "the folder a trainer wrote; a fully fine-tuned model needs no merge.")
-    start = config.get("init_lora_weights", True)
-    kinds = [name for name in UNMERGEABLE if config.get(name)]
+    start, kinds = config.get("init_lora_weights", True), [name for name in UNMERGEABLE if config.get(name)]
     if config.get("peft_type") != "LORA" or kinds:
         raise InputError(f"{folder} holds an adapter with {kinds[0] if kinds else 'peft_type ' + config['peft_type']}, "
                          "which does not map onto the base's stored tensors. Merge it with peft's merge_and_unload.")
     if isinstance(start, str) and start.lower() not in ("gaussian", "orthogonal", "eva", "true", "false"):
         raise InputError(f"{folder} began with init_lora_weights {start}, which changes the base itself. Save it with "
                          "peft's path_initial_model_for_weight_conversion first.")
-    file = path if path != folder else folder / "adapter_model.safetensors"
-    if not file.is_file() and (folder / "adapter_model.bin").is_file():
-        file = folder / "adapter_model.bin"
     if not file.is_file():
         raise InputError(f"{file} does not exist. Point --lora_adapter_path at the folder a trainer wrote.")
-    if file.suffix == ".bin":
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
-    else:
-        from safetensors.torch import load_file
-
-        read_header(file)
-        tensors = load_file(file)
+    read_header(file)
+    tensors = load_file(file)
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         raise InputError(f"{file}: {len(broken)} tensors are not finite (first: {broken[0]}). The training diverged: "
@@ -283,11 +282,8 @@ def read_adapter(path):
 
 
 def plain(name):
-    """Return an adapter tensor's name without what wraps the model; the first prefix is EmbedRAG's."""
-    for prefix in ("model.base_model.model.", "base_model.model."):
-        if name.startswith(prefix):
-            name = name.removeprefix(prefix)
-            break
+    """Return an adapter tensor's name without what wraps the model; "model.base_model" is how EmbedRAG saved."""
+    name = re.sub(r"^(model\.)?base_model\.model\.", "", name)
     return name.replace(".modules_to_save.default", "").replace(".default", "")
 
 
@@ -347,39 +343,43 @@ def make_changes(config, tensors, base_config, base):
 
     Every adapter tensor is used exactly once; raises InputError with the list of those that fit nothing.
     """
-    find, changes, unused, untied = match_names(base), {}, [], None
-    modules = defaultdict(dict)
+    find, changes, unused, modules, task = match_names(base), {}, [], defaultdict(dict), config.get("task_type")
     for name, tensor in tensors.items():
         path, kind = split(name)
         modules[path][kind] = tensor
     embedding = next((name for name in base if EMBEDDING.search(name)), None)
     nested = base_config.get("text_config") or {}
     tied = base_config.get("tie_word_embeddings", nested.get("tie_word_embeddings", "lm_head.weight" not in base))
-    has_head = any(map(HEADED.search, base_config.get("architectures") or []))
+    untied = None
     for path, parts in modules.items():
-        is_head = path.split(".")[-1] == "lm_head"
-        name = find(path, None if None in parts else "weight")
-        if is_head and embedding and (tied or name is None):
+        of_bias = {kind: parts.pop(kind) for kind in ("bias", "added") if kind in parts}
+        name, bias = find(path, None if None in parts else "weight"), find(path, "bias")
+        if path.split(".")[-1] == "lm_head" and tied and embedding:
             untied, name = embedding, "lm_head.weight"
-        bias = find(path, "bias")
-        if name is None and set(parts) - {"bias", "added"} or bias is None and set(parts) & {"bias", "added"}:
-            unused += [f"{path} ({', '.join(str(part) for part in parts)})"]
+        if parts and (name is None or name in changes) or of_bias and bias is None:
+            unused.append(f"{path} ({', '.join(map(str, parts | of_bias))})")
             continue
-        if name and set(parts) - {"bias", "added"}:
-            source = base[embedding if is_head and untied else name]
+        if parts:
+            source = base[embedding if untied and name == "lm_head.weight" else name]
             changes[name] = make_change(path, parts, config, source, base_config)
-        if bias and "bias" in parts:
-            changes[bias] = Change(replacement=fitting(path, parts["bias"], base[bias].shape))
-        if bias and "added" in parts:
-            changes[bias] = Change(added=parts["added"].float() * scale_of(path, len(parts["a"]), config))
+        if of_bias:
+            change = changes[bias] = Change(replacement=of_bias.get("bias"))
+            if "added" in of_bias:
+                change.added = of_bias["added"].float() * changes[name].scale
+            fitting(path, of_bias.popitem()[1], base[bias].shape)
     if unused:
         raise InputError(f"{len(unused)} of {len(modules)} modules of the adapter fit nothing in the base: "
-                         f"{'; '.join(unused[:8])}{'; ...' if len(unused) > 8 else ''}. Pass the base that it was trained "
-                         f"on ({config.get('base_model_name_or_path')}) as --base_model_path.")
-    moved = embedding in changes and not changes[embedding].rows
-    if tied and has_head and moved and config.get("task_type") != "FEATURE_EXTRACTION":
+                         f"{'; '.join(unused[:8])}{'; ...' if len(unused) > 8 else ''}. Pass the base that it was "
+                         f"trained on ({config.get('base_model_name_or_path')}) as --base_model_path.")
+    has_head = task == "CAUSAL_LM" or task != "FEATURE_EXTRACTION" and is_headed(base_config)
+    if tied and has_head and embedding in changes and not changes[embedding].rows:
         untied = embedding  # the head keeps what it was tied to
     return changes, untied
+
+
+def is_headed(config):
+    """Tell whether a base was saved with its language-modelling head."""
+    return any(map(HEADED.search, config.get("architectures") or []))
 
 
 def fitting(path, tensor, shape):
@@ -395,8 +395,8 @@ def make_change(path, parts, config, source, base_config):
     """Return the Change that a module's adapter tensors {kind: tensor} make to the base's tensor `source`."""
     change, shape = Change(), source.shape
     if ("a" in parts) != ("b" in parts):
-        raise InputError(f"{path}: the adapter has {'lora_A' if 'a' in parts else 'lora_B'} and not the other. Copy the "
-                         "adapter again.")
+        raise InputError(f"{path}: the adapter has {'lora_A' if 'a' in parts else 'lora_B'} and not the other. Copy "
+                         "the adapter again.")
     if "a" in parts:
         a, b = change.lora_a, change.lora_b = parts["a"].float().flatten(1), parts["b"].float().flatten(1)
         change.scale = scale_of(path, len(a), config)
@@ -429,7 +429,7 @@ def rounded(exact, dtype, basis):
     """Return rows (rows, in) in `dtype`.
 
     With a basis Q (in, r) of the adapter's inputs, columns are rounded one after the other, each target moved so that
-    the errors so far cancel on those inputs: min |(error so far + x) Q|^2 + l x^2, l 16 times the mean |q|^2 of a column.
+    the errors so far cancel on those inputs: min |(error so far + x) Q|^2 + l x^2, l 16 times the mean column's |q|^2.
     """
     if basis is None:
         return exact.to(dtype)
@@ -501,7 +501,7 @@ def write_shard(path, tensors, job, bar):
                 with open(source.file, "rb") as file:
                     copy_range(file.fileno(), out.fileno(), source.end - source.start, source.start, at)
             else:
-                found = write_blocks(out, at, source, change or Change(), dtype, job.rounding)
+                found = write_blocks(out, at, source, change or Change(), dtype, job.args.rounding)
             if hasattr(os, "posix_fadvise"):  # to the disk now, while the next tensor is merged
                 os.posix_fadvise(out.fileno(), at, source.end - source.start, os.POSIX_FADV_DONTNEED)
             bar.update(source.end - source.start)
@@ -526,7 +526,7 @@ def write_blocks(out, at, source, change, dtype, rounding):
         sums += measure(base, exact, written, change, basis, first, last)
         if not sums[2].isfinite():
             fits = "too large for " + str(dtype)[6:] if exact.isfinite().all() else "not finite (NaN or infinite)"
-            raise InputError(f"a merged weight is {fits}. Pass --training_precision float32, or look at the adapter.")
+            raise InputError(f"a merged weight is {fits}. Pass --training_precision float32, or look at the base.")
         start = at + first * source.size[1] * dtype.itemsize
         data = memoryview(written.contiguous().view(torch.uint8).numpy()).cast("B")
         while data:
@@ -547,9 +547,11 @@ def write_weights(folder, job):
     if len(job.shards) > 1:
         weight_map = {name: file for file, tensors in job.shards.items() for name in tensors}
         size = sum(tensor.end - tensor.start for file in job.shards for tensor in read_header(folder / file).values())
-        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map})
+        write_json(folder / "model.safetensors.index.json",
+                   {"metadata": {"total_size": size}, "weight_map": weight_map})
     seconds = time.perf_counter() - started
-    print(f"merge     {len(job.names)} tensors, {len(figures)} of them changed, {total / 1e9:.2f} GB in {seconds:.1f} s "
+    count = sum(map(len, job.shards.values()))
+    print(f"merge     {count} tensors, {len(figures)} of them changed, {total / 1e9:.2f} GB in {seconds:.1f} s "
           f"({total / 1e9 / seconds:.2f} GB/s), as {job.dtype_name}", flush=True)
     return figures, seconds
 
@@ -561,41 +563,32 @@ def probe(folder, job):
     """Compare every changed tensor, read back from disk, with W + D on random inputs, in and outside what A reads.
 
     Returns {tensor name: {"retained", "residual", "error"}}; the first two on inputs of the adapter, the last, relative
-    to the tensor's own outputs, on others. Raises RuntimeError where an unchanged tensor's bytes differ.
+    to the tensor's own outputs, on others. Raises RuntimeError where the bytes of an unchanged tensor differ.
     """
     generator, found = torch.Generator().manual_seed(0), {}
     for file, tensors in job.shards.items():
         stored = read_header(folder / file)
         for name, (source, change) in tensors.items():
+            copy = stored[name]
             if change is None:
-                if stored[name].code == source.code and not same_bytes(source, stored[name]):
-                    raise RuntimeError(f"{folder / file}: {name} differs from the base's. The disk lost what was written.")
+                equal = (torch.equal(source.raw(*at), copy.raw(*at)) for at in copy.blocks())
+                if copy.code == source.code and not all(equal):
+                    raise RuntimeError(f"{folder / file}: {name} is not what was written. Look at the disk.")
                 continue
-            basis = change.basis()
             inside = outside = torch.randn(source.size[1], 4, generator=generator)
+            basis = change.basis()
             if basis is not None:
                 inside, outside = basis @ (basis.T @ inside), outside - basis @ (basis.T @ outside)
             sums, far = torch.zeros(4, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
             for at in source.blocks():
-                base, written = source.read(*at), stored[name].read(*at)
+                base, written = source.read(*at), copy.read(*at)
                 exact = change.apply(base, *at)
                 delta, noise = (exact - base) @ inside, written - exact
                 sums += measure(torch.zeros_like(delta), delta, delta + noise @ inside, change, None, *at)
                 far += torch.stack([(noise @ outside).square().sum(), (exact @ outside).square().sum()])
             found[name] = {**figures_of(sums), "error": math.sqrt(far[0] / max(far[1], 1e-30))}
+            del found[name]["relative_delta"]
     return found
-
-
-def same_bytes(one, other):
-    """Tell whether two stored tensors are equal, byte by byte."""
-    with open(one.file, "rb") as first, open(other.file, "rb") as second:
-        first.seek(one.start)
-        second.seek(other.start)
-        left = one.end - one.start
-        for size in [2**24] * (left // 2**24) + [left % 2**24]:
-            if first.read(size) != second.read(size):
-                return False
-    return left == other.end - other.start
 
 
 def load_model(folder, job, bits=None):
@@ -612,12 +605,13 @@ def load_model(folder, job, bits=None):
     model = (AutoModelForCausalLM if job.causal else AutoModel).from_pretrained(folder, **how)
     if not bits:
         return model.to(job.args.device).eval()
-    job.quantised = [path for path, layer in model.named_modules() if type(layer).__name__ in ("Linear4bit", "Linear8bitLt")]
+    kinds = ("Linear4bit", "Linear8bitLt")
+    job.quantised = [path for path, layer in model.named_modules() if type(layer).__name__ in kinds]
     return model.dequantize(dtype=torch.float32).eval()
 
 
 def outputs_of(model, tokenizer, device):
-    """Return outputs on fixed inputs in float32: logits (T, V), or unit embeddings (2 per text, D) by mean and last token."""
+    """Return float32 outputs on fixed inputs: logits (T, V), or unit embeddings (D) of mean and last token."""
     generator = torch.Generator().manual_seed(0)
     inputs = [tokenizer(text)["input_ids"] for text in PROBE_TEXTS] if tokenizer else []
     inputs.append(torch.randint(model.config.get_text_config().vocab_size, (24,), generator=generator).tolist())
@@ -656,7 +650,7 @@ def reference_outputs(job, tokenizer):
         model = PeftModel.from_pretrained(model, folder).eval()
     adapter = outputs_of(model, tokenizer, job.args.device)
     if torch.equal(adapter, base):
-        raise InputError(f"{job.args.lora_adapter_path} changes no output of {job.base_folder}: it was not trained, or on "
+        raise InputError(f"{job.adapter_folder} changes no output of {job.base_folder}: it was not trained, or on "
                          "another kind of model.")
     return base, adapter
 
@@ -682,28 +676,25 @@ def keeps(found):
 
 
 def verify(folder, job, mode, figures):
-    """Verify the written folder. Returns {"mode", "passed", "weights", "outputs"}; weights: the worst of all tensors."""
+    """Verify what was written. Returns {"mode", "passed", "weights": the worst of all tensors, "outputs"}."""
     found = {"mode": mode, "passed": None, "weights": None, "outputs": None}
     if mode == "off":
         return found
     probes = probe(folder, job)
-    limit = ROUNDING_ERROR[job.dtype] * (4 if job.rounding == "feedback" else 1)
     for name, each in probes.items():
         figures[name]["probe"] = each
-    retained = [each["retained"] for each in probes.values()]
-    worst = {key: max(each[key] for each in probes.values()) for key in ("residual", "error")}
-    found["weights"] = {"retained": [min(retained), max(retained)], **worst}
-    intact = worst["error"] <= limit
-    print(f"weights   {len(probes)} tensors read back: {min(retained):.1%} to {max(retained):.1%} of the fine-tune kept, noise "
-          f"at most {worst['residual']:.1%} of it; elsewhere errors of {worst['error']:.0e}", flush=True)
+    low, high = (pick(each["retained"] for each in probes.values()) for pick in (min, max))
+    residual, error = (max(each[key] for each in probes.values()) for key in ("residual", "error"))
+    found["weights"] = {"retained": [low, high], "residual": residual, "error": error}
+    print(f"weights   {len(probes)} tensors read back: {low:.1%} to {high:.1%} of the fine-tune kept, noise at most "
+          f"{residual:.1%} of it; on other inputs errors of {error:.0e}", flush=True)
+    kept = all(map(keeps, probes.values()))
     if mode == "full":
         out = found["outputs"] = compare_outputs(folder, job, load_tokenizer(folder, job))
-        print(f"outputs   {out['kind']} in float32: {out['retained']:.2%} of the fine-tune kept, noise {out['residual']:.2%} "
-              f"of it, relative error {out['relative_error']:.0e}", flush=True)
+        print(f"outputs   {out['kind']} in float32: {out['retained']:.2%} of the fine-tune kept, noise "
+              f"{out['residual']:.2%} of it, relative error {out['relative_error']:.0e}", flush=True)
         kept = keeps(out) or job.dtype == torch.float32 and out["relative_error"] <= 1e-5
-    else:
-        kept = all(map(keeps, probes.values()))
-    found["passed"] = intact and kept
+    found["passed"] = kept and error <= ROUNDING_ERROR[job.dtype] * (4 if job.args.rounding == "feedback" else 1)
     return found
 
 
@@ -743,23 +734,23 @@ def complete_folder(folder, job):
 
 def write_configs(folder, job, tokenizer_config):
     """Write config.json and, for a language model, generation_config.json with every stop token."""
-    config = {key: value for key, value in job.base_config.items() if key != "torch_dtype"}
-    for part in (config, config.get("text_config") or {}):
-        part.update({key: value for key, value in (("dtype", job.dtype_name), ("tie_word_embeddings", False))
-                     if part is config or key in part} if job.untied else {"dtype": job.dtype_name})
+    config = {key: value for key, value in job.base_config.items() if key != "torch_dtype"} | {"dtype": job.dtype_name}
+    for part in filter(None, (config, config.get("text_config"))):
+        part["dtype"] = job.dtype_name
+        if job.untied:
+            part["tie_word_embeddings"] = False
     base, trained = (read_json(source / "generation_config.json") for source in (job.base_folder, job.adapter_folder))
     if job.causal or base or trained:
-        stops = [((trained or base or {}).get("eos_token_id"))]
-        stops = stops[0] if isinstance(stops[0], list) else stops
         eos = tokenizer_config.get("eos_token")
         eos = eos["content"] if isinstance(eos, dict) else eos
-        added = (read_json(folder / "tokenizer.json") or {}).get("added_tokens", [])
-        own = next((token["id"] for token in added if token["content"] == eos), None)
-        stops = list(dict.fromkeys(stop for stop in [own, *stops, config.get("eos_token_id") if stops == [None] else None]
-                                   if isinstance(stop, int)))
+        tokens = (read_json(folder / "tokenizer.json") or {}).get("added_tokens", [])
+        own = [token["id"] for token in tokens if token["content"] == eos]
+        stops = (trained or base or config).get("eos_token_id")
+        stops = own + (stops if isinstance(stops, list) else [stops] * (stops is not None))
         if stops:
-            config["eos_token_id"] = stops[0] if own is None else own
-            write_json(folder / "generation_config.json", (base or {}) | (trained or {}) | {"eos_token_id": stops})
+            config["eos_token_id"] = stops[0]
+            stops = {"eos_token_id": list(dict.fromkeys(stops))}
+        write_json(folder / "generation_config.json", (base or {}) | (trained or {}) | (stops or {}))
     write_json(folder / "config.json", config)
 
 
@@ -797,7 +788,7 @@ def write_card(folder, report, name):
 
 
 def fingerprint(folder):
-    """Return the hash that the trainers record of their base: of the first MiB of each weights file."""
+    """Return the hash by which a base is known again: of the first MiB (header and weights) of each weights file."""
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
         with open(file, "rb") as stream:
@@ -812,38 +803,35 @@ def make_job(args):
     """Read and check everything that is merged; returns what the merge needs, nothing written yet."""
     adapter_folder, config, tensors = read_adapter(args.lora_adapter_path)
     trained = read_json(adapter_folder / "training_config.json") or {}
-    flags = trained.get("flags") or {}
-    name = args.base_model_path or config.get("base_model_name_or_path") or ""
+    flags, name = trained.get("flags") or {}, args.base_model_path or config.get("base_model_name_or_path") or ""
     base_folder = find_base(name, flags.get("model_revision") or config.get("revision"))
     base_config, base = read_base(base_folder)
     changes, untied = make_changes(config, tensors, base_config, base)
-    print(f"adapter   {adapter_folder}: {len(tensors)} tensors for {len(changes)} of the {len(base)} of {name}", flush=True)
-    if trained.get("base_fingerprint") not in (None, fingerprint(base_folder)):
-        raise InputError(f"{base_folder} is not the base that {adapter_folder} was trained on ({flags.get('model_name')}): "
-                         "their weights differ. Pass that one as --base_model_path; if it is the same model in other "
-                         f"files, delete base_fingerprint from {adapter_folder / 'training_config.json'}.")
-    prefix = next(iter(tensors)).split(".")[0]
-    has_head = any(map(HEADED.search, base_config.get("architectures") or []))
-    causal = config.get("task_type") == "CAUSAL_LM" or (
-        config.get("task_type") is None and has_head and any(each.split(".")[0] == prefix for each in base))
-    shards = defaultdict(dict)
+    print(f"adapter   {adapter_folder}: {len(tensors)} tensors for {len(changes)} of the {len(base)} of {name}")
+    base_fingerprint = fingerprint(base_folder)
+    if trained.get("base_fingerprint") not in (None, base_fingerprint):
+        raise InputError(f"{base_folder} is not the base that {adapter_folder} was trained on: its weights are not "
+                         f"those of {flags.get('model_name')}. Pass that one as --base_model_path; if it is the same "
+                         f"model in other files, delete base_fingerprint from {adapter_folder / 'training_config.json'}.")
+    task, top = config.get("task_type"), next(iter(tensors)).split(".")[0]
+    causal = task == "CAUSAL_LM" or (
+        task is None and is_headed(base_config) and any(each.split(".")[0] == top for each in base))
+    if args.samples and not causal:
+        raise InputError("--samples asks a language model, and this adapter makes embeddings: drop it.")
+    shards, sizes = defaultdict(dict), defaultdict(int)
     for each, tensor in base.items():
+        sizes[tensor.dtype] += (tensor.end - tensor.start) * (tensor.dtype is not None)
         if not (untied and each == "lm_head.weight"):
             shards[tensor.file.name][each] = tensor, changes.get(each)
     if untied:
         shards[list(shards)[-1]]["lm_head.weight"] = base[untied], changes.get("lm_head.weight")
-    sizes = defaultdict(int)
-    for tensor in base.values():
-        sizes[tensor.dtype] += (tensor.end - tensor.start) * bool(tensor.dtype)
     job = SimpleNamespace(
         args=args, adapter_folder=adapter_folder, config=config, tensors=tensors, trained=trained, base_name=name,
-        base_folder=base_folder, base_config=base_config, base=base, shards=dict(shards), untied=bool(untied), causal=causal,
-        names=[each for group in shards.values() for each in group], base_dtype=max(sizes, key=sizes.get),
-        rounding=args.rounding, reference=None, bits=None, base_fingerprint=fingerprint(base_folder))
+        base_folder=base_folder, base_config=base_config, base=base, base_dtype=max(sizes, key=sizes.get),
+        base_fingerprint=base_fingerprint, shards=dict(shards), untied=bool(untied), causal=causal, bits=None,
+        reference=None)
     if args.qlora_base == "dequant":
         dequantise(job, flags.get("bits") or flags.get("quantization_bits") or 4)
-    if args.samples and not causal:
-        raise InputError("--samples asks a language model, and this adapter makes embeddings: drop it.")
     return job
 
 
@@ -868,19 +856,16 @@ def settle_dtype(job, name):
 
 
 def choose_verification(job):
-    """Return (mode, why): full where float32 models fit into what memory is free, unless --verify says otherwise."""
-    values = sum(math.prod(tensor.shape) for tensor in job.base.values())
-    needed = 4.4 * values + 5e8
-    if job.args.verify:
-        return job.args.verify
+    """Return what --verify says, else full where float32 models fit into the memory that is free, else weights."""
     import psutil
 
+    needed = 4.4 * sum(math.prod(tensor.shape) for tensor in job.base.values()) + 5e8
     cuda = job.args.device.startswith("cuda")
     free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
-    if needed <= free:
-        return "full"
-    print(f"note      outputs are not compared: that needs {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} are free; "
-          "--verify full does it all the same", flush=True)
+    if job.args.verify or needed <= free:
+        return job.args.verify or "full"
+    print(f"note      outputs are not compared: that needs {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} are "
+          "free; --verify full does it all the same")
     return "weights"
 
 
@@ -888,17 +873,17 @@ def merge_once(folder, job, mode):
     """Merge into an empty folder in job.dtype and verify it; returns (tensor figures, seconds, verification)."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    values = sum(math.prod(source.shape) * (job.dtype_of(source) or torch.int64).itemsize
-                 for tensors in job.shards.values() for source, _ in tensors.values())
+    size = sum(math.prod(source.shape) * (job.dtype_of(source) or torch.int64).itemsize
+               for tensors in job.shards.values() for source, _ in tensors.values())
     free = shutil.disk_usage(folder).free
-    if values + 2**26 > free:
-        raise InputError(f"the merged model needs {values / 1e9:.1f} GB and {folder.parent} has {free / 1e9:.1f} GB free. "
+    if size + 2**26 > free:
+        raise InputError(f"the merged model needs {size / 1e9:.1f} GB and {folder.parent} has {free / 1e9:.1f} free. "
                          "Make room, or pass an --output_path on another disk.")
     figures, seconds = write_weights(folder, job)
     complete_folder(folder, job)
     if job.args.training_precision == "auto" and job.dtype != torch.float32:
-        lost = [each["retained"] for each in figures.values() if not RETAINED[0] <= each["retained"] <= RETAINED[1]]
-        if lost or mode != "full" and not all(map(keeps, figures.values())):  # as bad as it gets: no need to verify
+        lost = not all(RETAINED[0] <= each["retained"] <= RETAINED[1] for each in figures.values())
+        if lost or mode != "full" and not all(map(keeps, figures.values())):  # the outputs need not be asked
             return figures, seconds, {"passed": False}
     return figures, seconds, verify(folder, job, mode, figures)
 
@@ -948,30 +933,33 @@ def main(argv=None):
     """Run the command line `argv`; return what merge_report.json holds. Raises InputError if the proof fails."""
     args = parse_args(argv)
     output, job = open_output(args), make_job(args)
-    if output in (job.adapter_folder.resolve(), job.base_folder.resolve()):
-        raise InputError(f"--output_path {output} is a folder that is merged. Name another.")
     mode, temporary = choose_verification(job), output.with_name(f".{output.name}.partial")
     settle_dtype(job, args.training_precision)
     try:
         figures, seconds, proof = merge_once(temporary, job, mode)
         if args.training_precision == "auto" and proof["passed"] is False and job.dtype != torch.float32:
-            print(f"note      {job.dtype_name} would lose part of the fine-tune: once more in float32", flush=True)
+            print(f"note      {job.dtype_name} would lose part of the fine-tune: once more in float32")
             settle_dtype(job, "float32")
             figures, seconds, proof = merge_once(temporary, job, mode)
+        trained_in = PRECISIONS.get(job.trained.get("precision"))
         report = {
-            "verified": proof["passed"] is True, "base": job.base_name, "base_fingerprint": fingerprint(job.base_folder),
+            "verified": proof["passed"] is True, "base": job.base_name, "base_fingerprint": job.base_fingerprint,
             "adapter": str(job.adapter_folder), "dtype": job.dtype_name, "base_dtype": str(job.base_dtype)[6:],
-            "trained_in": job.trained.get("precision"), "rounding": args.rounding, "qlora_base": args.qlora_base,
-            "seconds": seconds, "verification": proof, "tensors": figures,
+            "trained_in": trained_in, "rounding": args.rounding, "qlora_base": args.qlora_base, "seconds": seconds,
+            "verification": proof, "tensors": figures,
         }
         write_json(temporary / "merge_report.json", report)
         write_card(temporary, report, output.name)
         put_in_place(temporary, output)
     except OSError as error:
-        raise InputError(f"the merged model could not be written ({error}). Nothing is left of it; make room and merge "
+        if error.errno is None:  # not the system's
+            raise
+        raise InputError(f"the merged model could not be written ({error}). Nothing is left of it: make room and merge "
                          "again.") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    if trained_in not in (None, job.dtype_name):
+        print(f"note      trained in {trained_in}, stored as {job.dtype_name}")
     if proof["passed"] is False:
         raise InputError(failure(job, proof))
     if args.samples:
@@ -982,13 +970,13 @@ def main(argv=None):
 
 def failure(job, proof):
     """Return in one sentence why the proof failed, and what to do."""
-    found, low = proof["outputs"] or proof["weights"], proof["weights"]["retained"][0]
-    kept = proof["outputs"]["retained"] if proof["outputs"] else low
+    found = proof["outputs"] or proof["weights"] | {"retained": proof["weights"]["retained"][0]}
+    figures = f"{found['retained']:.1%} of it is kept, with noise of {found['residual']:.1%}"
     if job.dtype == torch.float32:
-        return (f"{job.args.output_path} is not base + adapter (kept {kept:.1%}, noise {found['residual']:.1%}): do not use "
-                "it. Is the base the one that the adapter was trained on?")
-    return (f"{job.args.output_path} has lost part of the fine-tune to {job.dtype_name}: {kept:.1%} of it is kept, with noise "
-            f"of {found['residual']:.1%}. Merge with --training_precision float32.")
+        return (f"{job.args.output_path} is not base + adapter ({figures}): do not use it. Is the base the one that "
+                "the adapter was trained on?")
+    return (f"{job.args.output_path} has lost part of the fine-tune to {job.dtype_name}: {figures}. Merge with "
+            "--training_precision float32.")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import logging
 import math
 import os
 import random
+import shlex
 import shutil
 import signal
 import sys
@@ -32,6 +33,9 @@ from types import SimpleNamespace
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # names an optional CPU kernel at every import
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|accelerate|peft")
+
+import merge
+from merge import InputError
 
 import datasets
 import torch
@@ -60,11 +64,7 @@ PIECE_TOKENS = {"cpu": 448, "cuda": 32768}  # padded tokens of one forward pass 
 MAX_SKIPPED_STEPS = 20  # fp16: the loss scale falls from 65536 to below 1 in 17 skipped steps
 # may differ between a run and its continuation without changing the weights
 FREE_ON_RESUME = {"output_dir", "overwrite", "resume_from_checkpoint", "num_workers", "report_to", "save_total_limit",
-                  "dry_run"}
-
-
-class InputError(Exception):
-    """A flag, file or folder of the user's is wrong: shown as one sentence, without a traceback, exit code 1."""
+                  "dry_run", "merge_adapter"}
 
 
 def say(*parts):
@@ -134,6 +134,7 @@ def add_input_flags(parser, model, dev_size):
     add("--target_modules", metavar="NAMES", help="comma-separated names of linear layers [all-linear]")
     add("--use_rslora", action="store_true", help="scale is alpha/sqrt(r) instead")
     add("--model_dropout", action="store_true", help="keep the base's own dropout on; steps are then not exact")
+    add("--merge_adapter", action="store_true", help="run merge.py at the end, into OUTPUT_DIR/merged")
 
 
 def add_training_flags(parser, batch, step, epochs, checkpointing, metric):
@@ -196,6 +197,7 @@ def finish_flags(parser, args, model, step):
         (args.fp16 + args.bf16 + bool(args.mixed_precision) > 1, "--fp16, --bf16, --mixed_precision: pass one"),
         (len(given_bits) > 1, "8 and 4 bits are both asked for: pass one of the three quantisation flags"),
         (full and (given_bits or args.init_adapter), "--finetune_type full: no quantisation and no --init_adapter"),
+        (full and args.merge_adapter, "--finetune_type full trains no adapter: drop --merge_adapter"),
         ((args.save_best or patience) and no_eval, "--save_best and --early_stopping_patience need an evaluation"),
         (no_save and (args.save_best or patience or args.save_on_epoch_end),
          "--save_best, --early_stopping_patience, --save_on_epoch_end need checkpoints: drop --checkpoint_strategy no"),
@@ -1065,7 +1067,7 @@ def begin_output_dir(args, run):
     """Write training_config.json; with --overwrite, and once nothing can be refused any more, delete the old run."""
     folder = Path(args.output_dir)
     if args.overwrite and (folder / "training_config.json").exists():
-        for path in [*folder.glob("checkpoint-*"), folder / "final", folder / "runs"]:
+        for path in [*folder.glob("checkpoint-*"), folder / "final", folder / "merged", folder / "runs"]:
             shutil.rmtree(path, ignore_errors=True)
         for path in [*folder.glob("training_*"), *folder.glob("predictions-*"), folder / "detailed_training_logs.json"]:
             path.unlink(missing_ok=True)
@@ -1078,10 +1080,7 @@ def describe_run(args, precision, data_fingerprint, checkpoint):
 
     Raises InputError if the run is resumed with flags, data, precision or processes other than its own.
     """
-    digest, base = hashlib.sha256(), cached_file(args.model_name, "config.json", revision=args.model_revision)
-    for file in sorted(Path(base).parent.glob("*.safetensors")):
-        with open(file, "rb") as stream:
-            digest.update(stream.read(2**20))  # the header and the first weights tell models apart
+    base = cached_file(args.model_name, "config.json", revision=args.model_revision)
     names = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
     installed = {name: importlib.metadata.version(name) for name in names if importlib.util.find_spec(name)}
     run = {
@@ -1091,7 +1090,7 @@ def describe_run(args, precision, data_fingerprint, checkpoint):
         "processes": PartialState().num_processes,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",
         "data_fingerprint": data_fingerprint,
-        "base_fingerprint": digest.hexdigest(),
+        "base_fingerprint": merge.fingerprint(Path(base).parent),
     }
     stored = read_json(Path(args.output_dir) / "training_config.json") if checkpoint else None
     if stored:
@@ -1137,8 +1136,16 @@ def carry_out(trainer, args, plan, run, checkpoint, tokens, outputs, auto_class,
         write_files(folder / "final")
     trainer.accelerator.wait_for_everyone()
     proof = prove(trainer, str(folder / "final"), base, outputs, auto_class)
-    return write_report(trainer, args, run, {
+    report = write_report(trainer, args, run, {
         "plan": vars(plan), "metrics": (before, after), "proof": proof, "warnings": warnings, "seconds": seconds})
+    if args.finetune_type != "full" and trainer.is_world_process_zero():
+        flags = ["--lora_adapter_path", str(folder / "final"), "--output_path", str(folder / "merged")]
+        flags += ["--trust_remote_code"] * args.trust_remote_code
+        if args.merge_adapter:
+            merge.main(flags)
+        else:
+            say(f"next      python merge.py {shlex.join(flags)}")
+    return report
 
 
 def write_logs(folder, log, steps_per_epoch):

@@ -2,9 +2,10 @@
 
     python benchmarks/merge.py --rounds 3
 
-The base has the shape of Qwen3-0.6B (random weights), the adapter r 16 on all linear layers. Each side merges in its own
-process, alternating, up to an fsync. `seconds` is the work without imports, `command_seconds` the whole process, as a user
-waits for it; memory is the peak above an interpreter that has only imported torch. The limit is a file copy with fsync.
+The base has the shape of Qwen3-0.6B (random weights), the adapter r 16 on all linear layers. Each side merges in a
+process of its own, alternating, up to an fsync. `seconds` is the work without imports, `command_seconds` the whole
+process, as a user waits for it; memory is the peak above an interpreter that has only imported torch. The limit is a
+plain file copy with fsync.
 """
 
 import argparse
@@ -34,8 +35,8 @@ print("MEASURED", time.perf_counter() - started, peak() - bare)
 SIDES = {
     "ours": (
         f"sys.path.insert(0, {str(ROOT)!r})\nimport merge",
-        'merge.main(["--base_model_path", sys.argv[0], "--lora_adapter_path", sys.argv[1], "--output_path", sys.argv[2],'
-        ' "--training_precision", "bfloat16", "--verify", "off"])',
+        'merge.main(["--base_model_path", sys.argv[0], "--lora_adapter_path", sys.argv[1], "--output_path", sys.argv[2]'
+        ', "--training_precision", "bfloat16", "--verify", "off"])',
     ),
     "peft": (
         "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM",
@@ -45,8 +46,8 @@ SIDES = {
     ),
     "copy": (
         "import shutil",
-        'os.makedirs(sys.argv[2])\nshutil.copyfile(sys.argv[0] + "/model.safetensors", sys.argv[2] + "/model.safetensors")\n'
-        'os.fsync(os.open(sys.argv[2] + "/model.safetensors", os.O_RDONLY))',
+        'os.makedirs(sys.argv[2])\nsource, target = (folder + "/model.safetensors" for folder in sys.argv[::2])\n'
+        "shutil.copyfile(source, target)\nos.fsync(os.open(target, os.O_RDONLY))",
     ),
 }
 
@@ -99,14 +100,15 @@ def main():
             for side in SIDES:
                 runs[side].append(measure(side, folder))
                 print(f"{side}: {runs[side][-1][0]:.2f} s, {runs[side][-1][1]:.0f} MiB above bare", flush=True)
-    medians = {side: [statistics.median(column) for column in zip(*found, strict=True)] for side, found in runs.items()}
+    medians = {side: [statistics.median(column) for column in zip(*rows, strict=True)] for side, rows in runs.items()}
     report = {
-        "gigabytes": gigabytes, "rounds": args.rounds, "runs": runs, "torch": torch.__version__, "cores": os.cpu_count(),
+        "gigabytes": gigabytes, "rounds": args.rounds, "runs": runs, "torch": torch.__version__,
+        "cores": os.cpu_count(),
         "seconds": {side: found[0] for side, found in medians.items()},
         "mebibytes_above_bare": {side: found[1] for side, found in medians.items()},
         "gigabytes_per_second": {side: gigabytes / found[0] for side, found in medians.items()},
         "command_seconds": {side: found[2] for side, found in medians.items()},
-        "speedup": {"work": medians["peft"][0] / medians["ours"][0], "command": medians["peft"][2] / medians["ours"][2]},
+        "speedup": {name: medians["peft"][i] / medians["ours"][i] for name, i in (("work", 0), ("command", 2))},
     }  # fmt: skip
     path = ROOT / "benchmarks/results/merge.json"
     path.write_text(json.dumps(report, indent=2) + "\n")
