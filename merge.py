@@ -260,7 +260,9 @@ def read_adapter(path):
     from safetensors.torch import load_file
 
     path = Path(path)
-    folder, file = (path.parent, path) if path.suffix else (path, path / "adapter_model.safetensors")
+    folder, file = path, path / "adapter_model.safetensors"
+    if path.suffix == ".safetensors" and not path.is_dir():
+        folder, file = path.parent, path
     config = read_json(folder / "adapter_config.json")
     if config is None:
         raise InputError(f"{folder} has no adapter_config.json, so it is no LoRA adapter. Point --lora_adapter_path at "
@@ -823,7 +825,7 @@ def make_job(args):
     if trained.get("base_fingerprint") not in (None, base_fingerprint):
         raise InputError(f"{base_folder} is not the base that {adapter_folder} was trained on: its weights are not "
                          f"those of {flags.get('model_name')}. Pass that one as --base_model_path; if it is the same "
-                         f"model in other files, delete base_fingerprint from {adapter_folder / 'training_config.json'}.")
+                         f"model in other files, delete base_fingerprint from its training_config.json.")
     task, top = config.get("task_type"), next(iter(tensors)).split(".")[0]
     causal = task == "CAUSAL_LM" or (
         task is None and is_headed(base_config) and any(each.split(".")[0] == top for each in base))

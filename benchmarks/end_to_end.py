@@ -115,17 +115,16 @@ def main():
     parser.add_argument("--folder", type=Path, default=Path("runs/end_to_end"), metavar="DIR", help="where files go")
     parser.add_argument("--quantize", default="q4_k_m")
     args = parser.parse_args()
-    folder, learn = (
-        args.folder,
-        ["--sanity_overfit", "100", "--max_new_tokens", "96", "--weight_decay", "0", "--overwrite"],
-    )
+    folder, learn = args.folder, ["--dev_size", "0", "--weight_decay", "0", "--overwrite", "--report_to", "none"]
     folder.mkdir(parents=True, exist_ok=True)
     make_rows(args.data, folder)
     make_base(args.llama_cpp, folder / "random")
-    run("train_sft_lora.py", "--model_name", folder / "random", "--train_file", folder / "base.jsonl", "--lr", "2e-3",
-        "--finetune_type", "full", "--output_dir", folder / "base", *learn)  # fmt: skip
-    run("train_sft_lora.py", "--model_name", folder / "base/final", "--train_file", folder / "all.jsonl", "--lr", "3e-3",
-        "--lora_r", "64", "--lora_alpha", "128", "--max_steps", "300", "--output_dir", folder / "sft", *learn)  # fmt: skip
+    for model, rows, out, flags in (
+        ("random", "base", "base", "--finetune_type full --lr 2e-3 --max_steps 200"),
+        ("base/final", "all", "sft", "--lora_r 64 --lora_alpha 128 --lr 3e-3 --max_steps 300"),
+    ):
+        files = ["--model_name", folder / model, "--train_file", folder / f"{rows}.jsonl", "--output_dir", folder / out]
+        run("train_sft_lora.py", *files, *flags.split(), *learn)
     run("merge.py", "--lora_adapter_path", folder / "sft/final", "--output_path", folder / "merged", "--overwrite")
     run("examples/gguf_ollama.py", "--model_path", folder / "merged", "--llama_cpp", args.llama_cpp, "--quantize",
         args.quantize, "--output_path", folder / "gguf", "--overwrite")  # fmt: skip
