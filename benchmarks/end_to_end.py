@@ -5,7 +5,8 @@
 NER_FOLDER holds stage1_train.jsonl (chats whose answers are JSON); LLAMA_CPP is llama.cpp's source; llama-cpp-python
 with its server must be installed. A Qwen3 of 4 layers of 256 with random weights and Qwen2's real tokenizer half learns
 100 rows (all weights), LoRA learns the rest. It is far too small to find names in new texts, so what is evaluated is
-what it has learnt: the same rows on the base, with the adapter, merged, as f16 GGUF and as quantised GGUF behind a server.
+what it has learnt: the same rows on the base, with the adapter, merged, as f16 GGUF and as quantised GGUF behind a
+server.
 """
 
 import argparse
