@@ -121,7 +121,7 @@ def main():
     make_base(args.llama_cpp, folder / "random")
     for model, out, flags in (
         ("random", "base", "--finetune_type full --lr 2e-3 --max_steps 110"),
-        ("base/final", "sft", "--lora_r 64 --lora_alpha 128 --lr 1e-3 --max_steps 150"),
+        ("base/final", "sft", "--lora_r 64 --lora_alpha 128 --lr 3e-3 --max_steps 300"),
     ):
         files = ["--model_name", folder / model, "--train_file", folder / "all.jsonl", "--output_dir", folder / out]
         run("train_sft_lora.py", *files, *flags.split(), *learn)
