@@ -28,6 +28,7 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from errno import EFBIG, ENOSPC
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,10 +44,12 @@ NAMES = {dtype: code for code, dtype in CODES.items()}
 BLOCK_VALUES = 2**20  # of a tensor in memory at once, per worker: 4 MiB in float32
 WORKERS = min(4, os.cpu_count() or 1)  # tensors that are merged at the same time
 RETAINED, RESIDUAL = (0.98, 1.02), 0.05  # what a merge may keep of the fine-tune, and add to it as noise
-ROUNDING_ERROR = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}  # of a tensor's outputs
+# of a tensor's outputs
+ROUNDING_ERROR = {torch.float64: 1e-6, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
 UNMERGEABLE = ("target_parameters", "layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora")
-EMBEDDING = re.compile(r"(embed_tokens|wte|word_embeddings|embed_in)\.weight$")
+EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|shared)\.weight$")
 HEADED = re.compile(r"(LMHeadModel|ForCausalLM|ForConditionalGeneration)$")
+WRAPPERS = ("transformer", "bert", "roberta", "deberta", "distilbert", "electra", "gpt_neox", "backbone")
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # store W as (in, out)
 PROBE_TEXTS = ("What is the capital of Japan?", "人名をJSONで抜き出してください。山田太郎は大阪で働く。",
                "def f(x):\n    return x + 1")
@@ -54,6 +57,10 @@ PROBE_TEXTS = ("What is the capital of Japan?", "人名をJSONで抜き出して
 
 class InputError(Exception):
     """A flag, file or folder of the user's is wrong: shown as one sentence, without a traceback, exit code 1."""
+
+
+class TooLarge(InputError):
+    """A merged value does not fit into the dtype that is written."""
 
 
 # ---------------------------------------------------------------- arguments
@@ -80,6 +87,12 @@ def parse_args(argv=None):
     add("--device", default="cpu", metavar="NAME", help="where outputs are computed [cpu]")
     add("--trust_remote_code", action="store_true", help="run the Python code that comes with the base model")
     args = parser.parse_args(argv)
+    if args.samples and not os.path.isfile(args.samples):
+        parser.error(f"--samples {args.samples} does not exist")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
     if args.rounding == "feedback" and args.training_precision in ("auto", "float32"):
         parser.error("--rounding feedback is for 16 bits: add --training_precision bfloat16 or float16")
     return args
@@ -133,7 +146,7 @@ class Tensor:
 
     def raw(self, first, last):
         """Return the bytes of rows [first, last), uint8."""
-        width = (self.end - self.start) // self.size[0]
+        width = (self.end - self.start) // max(1, self.size[0])
         data = torch.empty((last - first) * width, dtype=torch.uint8)
         with open(self.file, "rb", buffering=0) as file:
             file.seek(self.start + first * width)
@@ -144,7 +157,7 @@ class Tensor:
         """Return rows [first, last) in float32."""
         if self.dequantised is not None:
             return self.dequantised[first:last]
-        return self.raw(first, last).view(self.dtype).reshape(last - first, -1).float()
+        return self.raw(first, last).view(self.dtype).reshape(last - first, self.size[1]).float()
 
 
 def read_header(path):
@@ -170,7 +183,8 @@ def find_base(name, revision):
         return Path(name)
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "model*.safetensors", "*.py", "*.jinja", "*.model", "*.txt", "LICENSE*"]
+    wanted = ["*.json", "model*.safetensors", "*/model*.safetensors", "*.py", "*.jinja", "*.model", "*.tiktoken",
+              "*.txt", "LICENSE*"]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except Exception as error:  # no such id, no network, no permission
@@ -221,10 +235,17 @@ class Change:
     def prepare(self, tensor):
         """Compute, and keep, what rows need and a block of them does not show."""
         if self.magnitude is not None and self.transposed and self.lengths is None:
-            self.lengths = sum(self.with_lora(tensor.read(*at), *at).square().sum(0) for at in tensor.blocks()).sqrt()
+            blocks = (self.with_lora(tensor.read(*at), *at) for at in tensor.blocks())
+            self.lengths = sum(block.square().sum(0) for block in blocks).sqrt()
 
     def with_lora(self, block, first, last):
-        """Return rows [first, last) of W + scale * B @ A."""
+        """Return rows [first, last) of W, replaced where the adapter has its own, + scale * B @ A."""
+        if self.replacement is not None:
+            block = self.replacement[first:last].reshape(block.shape).float()
+        inside = [index for index in self.rows if first <= index < last]
+        if inside:
+            block = block.clone()
+            block[[index - first for index in inside]] = torch.stack([self.rows[index] for index in inside]).float()
         if self.lora_a is None:
             return block
         if self.transposed:
@@ -233,8 +254,6 @@ class Change:
 
     def apply(self, block, first, last):
         """Return the merged rows [first, last) of the tensor whose rows are `block` (rows, columns)."""
-        if self.replacement is not None:
-            block = self.replacement[first:last].reshape(block.shape).float()
         merged = self.with_lora(block, first, last)
         if self.magnitude is not None and self.transposed:
             merged = merged * (self.magnitude / self.lengths)
@@ -242,17 +261,13 @@ class Change:
             merged = merged * (self.magnitude[first:last] / merged.norm(dim=1))[:, None]
         if self.added is not None:
             merged = merged + self.added[first:last, None]
-        inside = [index for index in self.rows if first <= index < last]
-        if inside:
-            merged = merged.clone()
-            merged[[index - first for index in inside]] = torch.stack([self.rows[index] for index in inside]).float()
         return merged
 
     def basis(self):
         """Return an orthonormal basis (in, r) of what A reads, for plain LoRA on (out, in), else None."""
-        if self.lora_a is None or self.transposed or self.magnitude is not None:
+        if self.lora_a is None or self.transposed or self.magnitude is not None or self.rows:
             return None
-        return torch.linalg.qr(self.lora_a.T).Q
+        return torch.linalg.qr(self.lora_a.T).Q if self.replacement is None else None
 
 
 def read_adapter(path):
@@ -269,7 +284,8 @@ def read_adapter(path):
                          "the folder a trainer wrote; a fully fine-tuned model needs no merge.")
     start, kinds = config.get("init_lora_weights", True), [name for name in UNMERGEABLE if config.get(name)]
     if config.get("peft_type") != "LORA" or kinds:
-        raise InputError(f"{folder} holds an adapter with {kinds[0] if kinds else 'peft_type ' + config['peft_type']}, "
+        kind = kinds[0] if kinds else f"peft_type {config.get('peft_type')}"
+        raise InputError(f"{folder} holds an adapter with {kind}, "
                          "which does not map onto the base's stored tensors. Merge it with peft's merge_and_unload.")
     if isinstance(start, str) and start.lower() not in ("gaussian", "orthogonal", "eva", "true", "false"):
         raise InputError(f"{folder} began with init_lora_weights {start}, which changes the base itself. Save it with "
@@ -282,7 +298,10 @@ def read_adapter(path):
     if broken:
         raise InputError(f"{file}: {len(broken)} tensors are not finite (first: {broken[0]}). The training diverged: "
                          "take an earlier checkpoint, or train again with a lower --lr.")
-    return folder, config, {plain(name): tensor for name, tensor in tensors.items()}
+    plainly = {plain(name): tensor for name, tensor in tensors.items()}
+    if len(plainly) != len(tensors) or not tensors:
+        raise InputError(f"{file} holds {len(tensors)} tensors of {len(plainly)} names. Copy the adapter again.")
+    return folder, config, plainly
 
 
 def plain(name):
@@ -291,10 +310,11 @@ def plain(name):
     return name.replace(".modules_to_save.default", "").replace(".default", "")
 
 
-KINDS = {"lora_A.weight": "a", "lora_B.weight": "b", "lora_embedding_A": "a", "lora_embedding_B": "b",
+KINDS = {"lora_A.weight": "a", "lora_B.weight": "b",
+         "lora_embedding_A": "embedding_a", "lora_embedding_B": "embedding_b",
          "lora_magnitude_vector": "magnitude", "lora_magnitude_vector.weight": "magnitude", "lora_B.bias": "added",
-         "token_adapter.trainable_tokens_delta": "rows", "token_adapter.base_layer.weight": "same",
-         "base_layer.weight": "same", "base_layer.bias": "bias", "weight": "weight", "bias": "bias"}
+         "token_adapter.trainable_tokens_delta": "rows", "token_adapter.base_layer.weight": "base_layer",
+         "base_layer.weight": "base_layer", "base_layer.bias": "bias", "weight": "weight", "bias": "bias"}
 
 
 def split(name):
@@ -327,8 +347,8 @@ def match_names(base):
         found = [cores[parts]] if parts in cores else endings.get(parts, [])
         if len(found) > 1:
             raise InputError(f"{path} of the adapter may be {' or '.join(found[:3])} of the base.")
-        # an adapter of a headed model on a base saved without its head; two parts or more, not "weight" alone
-        found = found or [cores[parts[i:]] for i in range(1, len(parts) - 1) if parts[i:] in cores]
+        if not found and parts[1:] in cores and parts[0] in WRAPPERS:  # the base was saved without its head
+            found = [cores[parts[1:]]]
         return found[0] if found else None
 
     return find
@@ -354,6 +374,9 @@ def make_changes(config, tensors, base_config, base):
     embedding = next((name for name in base if EMBEDDING.search(name)), None)
     nested = base_config.get("text_config") or {}
     tied = base_config.get("tie_word_embeddings", nested.get("tie_word_embeddings", "lm_head.weight" not in base))
+    declared = tied
+    if tied and embedding and "lm_head.weight" in base:  # transformers ties them only where the file agrees
+        tied = equal(base[embedding], base["lm_head.weight"])
     untied = None
     for path, parts in modules.items():
         of_bias = {kind: parts.pop(kind) for kind in ("bias", "added") if kind in parts}
@@ -376,9 +399,21 @@ def make_changes(config, tensors, base_config, base):
                          f"{'; '.join(unused[:8])}{'; ...' if len(unused) > 8 else ''}. Pass the base that it was "
                          f"trained on ({config.get('base_model_name_or_path')}) as --base_model_path.")
     has_head = task == "CAUSAL_LM" or task != "FEATURE_EXTRACTION" and is_headed(base_config)
-    if tied and has_head and embedding in changes and not changes[embedding].rows:
-        untied = embedding  # the head keeps what it was tied to
+    change, head = changes.get(embedding), changes.get("lm_head.weight")
+    if declared and change and change.rows and (head or "lm_head.weight" in base):
+        untied, changes["lm_head.weight"] = embedding if tied else None, head or Change()
+        changes["lm_head.weight"].rows = change.rows  # peft ties trained rows
+    elif tied and change and not change.rows and has_head:
+        untied = embedding  # the head keeps what it was tied to, which the adapter may hold
+        if change.lora_a is not None and change.replacement is not None and not head:
+            changes["lm_head.weight"] = Change(replacement=change.replacement)
     return changes, untied
+
+
+def equal(one, other):
+    """Tell whether two stored tensors are the same, byte by byte."""
+    alike = (one.code, one.shape) == (other.code, other.shape)
+    return alike and all(torch.equal(one.raw(*at), other.raw(*at)) for at in one.blocks())
 
 
 def is_headed(config):
@@ -398,21 +433,22 @@ def fitting(path, tensor, shape):
 def make_change(path, parts, config, source, base_config):
     """Return the Change that a module's adapter tensors {kind: tensor} make to the base's tensor `source`."""
     change, shape = Change(), source.shape
-    if ("a" in parts) != ("b" in parts):
-        raise InputError(f"{path}: the adapter has {'lora_A' if 'a' in parts else 'lora_B'} and not the other. Copy "
-                         "the adapter again.")
-    if "a" in parts:
-        a, b = change.lora_a, change.lora_b = parts["a"].float().flatten(1), parts["b"].float().flatten(1)
-        change.scale = scale_of(path, len(a), config)
-        straight, turned = (len(b), a.shape[1]), (a.shape[1], len(b))
-        conv1d = base_config.get("model_type") in CONV1D_MODELS or bool(config.get("fan_in_fan_out"))
-        change.transposed = turned == source.size and (straight != turned or conv1d)
-        if not change.transposed:
-            fitting(path, torch.empty(straight, device="meta"), source.size)
+    for sides in (("a", "b"), ("embedding_a", "embedding_b")):
+        found = [parts[side].float().flatten(1) for side in sides if side in parts]
+        if len(found) == 1 or found and len(found[0]) != found[1].shape[1]:
+            raise InputError(f"{path}: the adapter's A and B do not belong together. Copy the adapter again.")
+        if found:
+            a, b = change.lora_a, change.lora_b = found
+            change.scale = scale_of(path, len(a), config)
+            straight, turned = (len(b), a.shape[1]), (a.shape[1], len(b))
+            conv1d = base_config.get("model_type") in CONV1D_MODELS or bool(config.get("fan_in_fan_out"))
+            in_out = turned == source.size and (straight != turned or conv1d)  # as Conv1D stores W
+            change.transposed = sides[0] == "embedding_a" or in_out
+            fitting(path, torch.empty(turned if change.transposed else straight, device="meta"), source.size)
     if "magnitude" in parts:
         change.magnitude = parts["magnitude"].float().flatten()
-    if "same" in parts:
-        fitting(path, parts["same"], shape)
+    if "base_layer" in parts:
+        change.replacement = fitting(path, parts["base_layer"], shape)  # differs where tokens were added
     if "rows" in parts:
         indices = config.get("trainable_token_indices") or []
         if isinstance(indices, dict):
@@ -450,7 +486,7 @@ def measure(base, exact, written, change, basis, first, last):
 
     A value that is infinite or NaN makes the third sum so.
     """
-    noise = written - exact  # in float32
+    noise = written.float() - exact
     if basis is None:
         wanted = exact - base
     else:  # D = D Q Q^T, so that nothing of D is lost
@@ -475,8 +511,10 @@ def copy_range(source, target, count, start, at):
         try:
             copied = os.copy_file_range(source, target, count, start, at)
         except (AttributeError, OSError) as error:  # not Linux, or two file systems
-            if getattr(error, "errno", None) in (27, 28):  # file too large, disk full
+            if getattr(error, "errno", None) in (EFBIG, ENOSPC):
                 raise
+            copied = 0
+        if not copied:
             copied = os.pwrite(target, os.pread(source, min(count, 2**24), start), at)
         count, start, at = count - copied, start + copied, at + copied
 
@@ -505,7 +543,7 @@ def write_shard(path, tensors, job, bar):
                 with open(source.file, "rb") as file:
                     copy_range(file.fileno(), out.fileno(), source.end - source.start, source.start, at)
             else:
-                found = write_blocks(out, at, source, change or Change(), dtype, job.args.rounding)
+                found = write_blocks(out, at, name, source, change or Change(), dtype, job.args.rounding)
             if hasattr(os, "posix_fadvise"):  # to the disk now, while the next tensor is merged
                 os.posix_fadvise(out.fileno(), at, source.end - source.start, os.POSIX_FADV_DONTNEED)
             bar.update(source.end - source.start)
@@ -516,10 +554,10 @@ def write_shard(path, tensors, job, bar):
     return figures
 
 
-def write_blocks(out, at, source, change, dtype, rounding):
+def write_blocks(out, at, name, source, change, dtype, rounding):
     """Write a changed or cast tensor at byte `at`, block by block; return its figures.
 
-    Raises InputError where a merged value is infinite or NaN, or too large for `dtype`.
+    Raises InputError where a merged value is infinite or NaN, TooLarge where it becomes so in `dtype`.
     """
     change.prepare(source)
     sums, basis = torch.zeros(4, dtype=torch.float64), change.basis()
@@ -529,8 +567,9 @@ def write_blocks(out, at, source, change, dtype, rounding):
         written = rounded(exact, dtype, basis if rounding == "feedback" else None)
         sums += measure(base, exact, written, change, basis, first, last)
         if not sums[2].isfinite():
-            fits = "too large for " + str(dtype)[6:] if exact.isfinite().all() else "not finite (NaN or infinite)"
-            raise InputError(f"a merged weight is {fits}. Pass --training_precision float32, or look at the base.")
+            if not exact.isfinite().all():
+                raise InputError(f"{name} holds NaN or infinite values once merged: the base or the adapter is broken.")
+            raise TooLarge(f"{name} is too large for {str(dtype)[6:]}. Pass --training_precision float32.")
         start = at + first * source.size[1] * dtype.itemsize
         data = memoryview(written.contiguous().view(torch.uint8).numpy()).cast("B")
         while data:
@@ -557,7 +596,7 @@ def write_weights(folder, job):
         for file, tensors in job.shards.items():
             figures |= write_shard(folder / file, tensors, job, bar)
     torch.set_num_threads(threads)
-    if len(job.shards) > 1:
+    if list(job.shards) != ["model.safetensors"]:
         weight_map = {name: file for file, tensors in job.shards.items() for name in tensors}
         size = sum(tensor.end - tensor.start for file in job.shards for tensor in read_header(folder / file).values())
         write_json(folder / "model.safetensors.index.json",
@@ -575,8 +614,9 @@ def write_weights(folder, job):
 def probe(folder, job):
     """Compare every changed tensor, read back from disk, with W + D on random inputs, in and outside what A reads.
 
-    Returns {tensor name: {"retained", "residual", "error"}}; the first two on inputs of the adapter, the last, relative
-    to the tensor's own outputs, on others. Raises RuntimeError where the bytes of an unchanged tensor differ.
+    Returns {tensor name: {"retained", "residual", "error", "intact"}}; the first two on inputs of the adapter, the
+    error, relative to the tensor's own outputs, on others; intact: no larger than rounding makes it. Raises InputError
+    where the bytes of an unchanged tensor differ.
     """
     generator, found = torch.Generator().manual_seed(0), {}
     for file, tensors in job.shards.items():
@@ -584,22 +624,23 @@ def probe(folder, job):
         for name, (source, change) in tensors.items():
             copy = stored[name]
             if change is None:
-                equal = (torch.equal(source.raw(*at), copy.raw(*at)) for at in copy.blocks())
-                if copy.code == source.code and not all(equal):
-                    raise RuntimeError(f"{folder / file}: {name} is not what was written. Look at the disk.")
+                if copy.code == source.code and not equal(source, copy):
+                    raise InputError(f"{folder / file}: {name} is not what was written. Look at the disk.")
                 continue
-            inside = outside = torch.randn(source.size[1], 4, generator=generator)
+            every = inside = outside = torch.randn(source.size[1], 4, generator=generator)
             basis = change.basis()
             if basis is not None:
-                inside, outside = basis @ (basis.T @ inside), outside - basis @ (basis.T @ outside)
+                inside, outside = basis @ (basis.T @ every), every - basis @ (basis.T @ every)
             sums, far = torch.zeros(4, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
             for at in source.blocks():
                 base, written = source.read(*at), copy.read(*at)
                 exact = change.apply(base, *at)
                 delta, noise = (exact - base) @ inside, written - exact
                 sums += measure(torch.zeros_like(delta), delta, delta + noise @ inside, change, None, *at)
-                far += torch.stack([(noise @ outside).square().sum(), (exact @ outside).square().sum()])
-            found[name] = {**figures_of(sums), "error": math.sqrt(far[0] / max(far[1], 1e-30))}
+                far += torch.stack([(noise @ outside).square().sum(), (exact @ every).square().sum()])
+            error, limit = math.sqrt(far[0] / max(far[1], 1e-30)), ROUNDING_ERROR[copy.dtype]
+            limit *= 4 if job.args.rounding == "feedback" else 1
+            found[name] = {**figures_of(sums), "error": error, "intact": error <= limit}
             del found[name]["relative_delta"]
     return found
 
@@ -623,11 +664,15 @@ def load_model(folder, job, bits=None):
     return model.dequantize(dtype=torch.float32).eval()
 
 
-def outputs_of(model, tokenizer, device):
-    """Return float32 outputs on fixed inputs: logits (T, V), or unit embeddings (D) of mean and last token."""
+def outputs_of(model, tokenizer, device, rows):
+    """Return float32 outputs on fixed inputs: logits (T, V), or unit embeddings (D) of mean and last token.
+
+    rows: token ids that are asked for too.
+    """
     generator = torch.Generator().manual_seed(0)
     inputs = [tokenizer(text)["input_ids"] for text in PROBE_TEXTS] if tokenizer else []
     inputs.append(torch.randint(model.config.get_text_config().vocab_size, (24,), generator=generator).tolist())
+    inputs += [rows[:64]] * bool(rows)
     outputs = []
     for ids in inputs:
         with torch.no_grad():
@@ -654,28 +699,36 @@ def reference_outputs(job, tokenizer):
     from peft import PeftModel
     from safetensors.torch import save_file
 
-    model = load_model(job.base_folder, job, job.bits)
-    base = outputs_of(model, tokenizer, job.args.device)
-    with tempfile.TemporaryDirectory() as folder:  # the same tensors under the names that peft knows
-        save_file({f"base_model.model.{name}": tensor.contiguous() for name, tensor in job.tensors.items()},
-                  f"{folder}/adapter_model.safetensors")
-        write_json(f"{folder}/adapter_config.json", job.config)
+    model, tensors = load_model(job.base_folder, job, job.bits), {}
+    find, rows = match_names(model.state_dict()), sorted({row for change in job.changes for row in change.rows})
+    base = outputs_of(model, tokenizer, job.args.device, rows)
+    for name, tensor in job.tensors.items():  # under the names that this model has for them
+        path, kind = split(name)
+        at = find(path, kind and "weight") or find(path, "bias")
+        if at is None:
+            raise ValueError(f"{path} of the adapter is not in {type(model).__name__}")
+        own = at if kind is None else at.rpartition(".")[0] + name.removeprefix(path)
+        tensors[f"base_model.model.{own}"] = tensor.contiguous()
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(tensors, f"{folder}/adapter_model.safetensors")
+        write_json(f"{folder}/adapter_config.json", job.config | {"task_type": None})
         model = PeftModel.from_pretrained(model, folder).eval()
-    adapter = outputs_of(model, tokenizer, job.args.device)
-    if torch.equal(adapter, base):
-        raise InputError(f"{job.adapter_folder} changes no output of {job.base_folder}: it was not trained, or on "
-                         "another kind of model.")
-    return base, adapter
+    return base, outputs_of(model, tokenizer, job.args.device, rows)
 
 
 def compare_outputs(folder, job, tokenizer):
     """Return what the merged model keeps of the fine-tune at its outputs: d = adapter - base, e = merged - base.
 
-    {"kind", "retained": <e, d>/|d|^2, "residual": |e - d|/|d|, "relative_error": |merged - adapter|/|adapter|}
+    {"kind", "retained": <e, d>/|d|^2, "residual": |e - d|/|d|, "relative_error": |merged - adapter|/|adapter|,
+    "change": |d|/|adapter|}; None where the outputs do not depend on what was trained (a vision tower, say).
     """
     job.reference = job.reference or reference_outputs(job, tokenizer)
     gc.collect()
-    (base, adapter), merged = job.reference, outputs_of(load_model(folder, job), tokenizer, job.args.device)
+    base, adapter = job.reference
+    if torch.equal(adapter, base):
+        return None
+    rows = sorted({row for change in job.changes for row in change.rows})
+    merged = outputs_of(load_model(folder, job), tokenizer, job.args.device, rows)
     d, e = adapter - base, merged - base
     return {"kind": "logits" if job.causal else "embeddings", "retained": ((e * d).sum() / d.square().sum()).item(),
             "residual": ((e - d).norm() / d.norm()).item(),
@@ -701,21 +754,41 @@ def verify(folder, job, mode, figures):
     found["weights"] = {"retained": [low, high], "residual": residual, "error": error}
     print(f"weights   {len(probes)} tensors read back: {low:.1%} to {high:.1%} of the fine-tune kept, noise at most "
           f"{residual:.1%} of it; on other inputs errors of {error:.0e}", flush=True)
-    kept = all(map(keeps, probes.values()))
-    if mode == "full":
-        out = found["outputs"] = compare_outputs(folder, job, load_tokenizer(folder, job))
+    kept, out = all(map(keeps, probes.values())), compare_if_possible(folder, job) if mode == "full" else None
+    if out:
+        found["outputs"] = out
         print(f"outputs   {out['kind']} in float32: {out['retained']:.2%} of the fine-tune kept, noise "
               f"{out['residual']:.2%} of it, relative error {out['relative_error']:.0e}", flush=True)
-        kept = keeps(out) or job.dtype == torch.float32 and out["relative_error"] <= 1e-5
-    found["passed"] = kept and error <= ROUNDING_ERROR[job.dtype] * (4 if job.args.rounding == "feedback" else 1)
+        # tokens that the inputs may lack are proven on their own; changes below float32's noise on the weights
+        own = [probes[name] for tensors in job.shards.values() for name, (_, change) in tensors.items()
+               if change and (change.rows or change.replacement is not None)]
+        unseen = kept and job.dtype == torch.float32 and out["relative_error"] <= 1e-5
+        kept = all(map(keeps, own)) and keeps(out) or unseen
+    found["passed"] = kept and all(each["intact"] for each in probes.values())
+    return found
+
+
+def compare_if_possible(folder, job):
+    """Return compare_outputs(), or None, and say why, where a model cannot be run or does not show what was trained."""
+    try:
+        found, why = compare_outputs(folder, job, load_tokenizer(folder, job)), "they do not depend on what was trained"
+        if not found and not any(tensor.any() for name, tensor in job.tensors.items() if "lora_A" not in name):
+            raise InputError(f"{job.adapter_folder} changes no output of {job.base_folder}: it was not trained.")
+    except (OSError, ValueError, LookupError, TypeError, ImportError, AttributeError, RuntimeError) as error:
+        found, why = None, str(error).strip().split("\n")[0]
+        if job.args.verify == "full":
+            raise InputError(f"outputs cannot be compared ({why}). Pass --verify weights.") from None
+    if not found:
+        print(f"note      outputs are not compared: {why}", flush=True)
     return found
 
 
 # ---------------------------------------------------------------- the folder
 
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
-                   "*.tiktoken", "chat_template.jinja", "preprocessor_config.json", "processor_config.json")
-SENTENCE_FILES = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")
+                   "*.tiktoken", "chat_template.jinja")
+PROCESSOR_FILES = ("*preprocessor_config.json", "processor_config.json", "chat_template.json")
+SENTENCE_FILES = ("modules.json", "config_sentence_transformers.json", "sentence_*_config.json")
 
 
 def copy_files(folder, target, patterns):
@@ -728,7 +801,7 @@ def copy_files(folder, target, patterns):
 def complete_folder(folder, job):
     """Write all that a model folder needs beside its weights; the tokenizer is copied byte for byte, never re-saved."""
     has = {name: (job.adapter_folder / name).is_file() for name in ("tokenizer_config.json", "modules.json")}
-    copy_files(job.base_folder, folder, ("*.py", "LICENSE*", "NOTICE*"))
+    copy_files(job.base_folder, folder, ("*.py", "LICENSE*", "NOTICE*", *PROCESSOR_FILES))
     copy_files(job.adapter_folder, folder, ("training_config.json",))
     tokenizer_from = job.adapter_folder if has["tokenizer_config.json"] else job.base_folder
     sentences_from = job.adapter_folder if has["modules.json"] else job.base_folder
@@ -750,6 +823,7 @@ def write_configs(folder, job, tokenizer_config):
     config = {key: value for key, value in job.base_config.items() if key != "torch_dtype"} | {"dtype": job.dtype_name}
     for part in filter(None, (config, config.get("text_config"))):
         part["dtype"] = job.dtype_name
+        part.pop("torch_dtype", None)
         if job.untied:
             part["tie_word_embeddings"] = False
     base, trained = (read_json(source / "generation_config.json") for source in (job.base_folder, job.adapter_folder))
@@ -758,7 +832,9 @@ def write_configs(folder, job, tokenizer_config):
         eos = eos["content"] if isinstance(eos, dict) else eos
         tokens = (read_json(folder / "tokenizer.json") or {}).get("added_tokens", [])
         own = [token["id"] for token in tokens if token["content"] == eos]
-        stops = (trained or base or config).get("eos_token_id")
+        parts = (trained, base, config, config.get("text_config"))
+        known = (part.get("eos_token_id") for part in parts if part)
+        stops = next((eos for eos in known if eos is not None), None)
         stops = own + (stops if isinstance(stops, list) else [stops] * (stops is not None))
         if stops:
             config["eos_token_id"] = stops[0]
@@ -793,7 +869,9 @@ def write_card(folder, report, name):
     if proof["outputs"]:
         out = proof["outputs"]
         checks.append(f"| {out['kind']}, float32 | {out['retained']:.2%} | {out['residual']:.2%} |")
-    verdict = {True: "The merge was verified.", False: "**The merge failed its verification.**", None: "Not verified."}
+    how = "" if proof.get("outputs") else " on its weights alone"
+    verdict = {True: f"The merge was verified{how}.", False: "**The merge failed its verification.**",
+               None: "Not verified."}
     library = "sentence-transformers" if (folder / "modules.json").is_file() else "transformers"
     (folder / "README.md").write_text(CARD.format(
         base=report["base"], adapter=report["adapter"], dtype=report["dtype"], name=name, library=library,
@@ -842,7 +920,7 @@ def make_job(args):
         args=args, adapter_folder=adapter_folder, config=config, tensors=tensors, trained=trained, base_name=name,
         base_folder=base_folder, base_config=base_config, base=base, base_dtype=max(sizes, key=sizes.get),
         base_fingerprint=base_fingerprint, shards=dict(shards), untied=bool(untied), causal=causal, bits=None,
-        reference=None)
+        reference=None, changes=list(changes.values()))
     if args.qlora_base == "dequant":
         dequantise(job, flags.get("bits") or flags.get("quantization_bits") or 4)
     return job
@@ -856,27 +934,28 @@ def dequantise(job, bits):
         name, weight = find(path, "weight"), model.get_submodule(path).weight.detach().cpu()
         for tensors in (each for each in job.shards.values() if name in each):
             source, change = tensors[name]
-            source.dequantised = weight if weight.shape == source.shape else weight.T  # Conv1D
+            source.dequantised = weight.T if job.base_config.get("model_type") in CONV1D_MODELS else weight
             tensors[name] = source, change or Change()
 
 
 def settle_dtype(job, name):
-    """Set the dtype to write; where it is the base's, every tensor keeps its own."""
+    """Set the dtype to write; with auto every tensor keeps its own, and the base's is that of most of its bytes."""
     job.dtype = job.base_dtype if name == "auto" else DTYPES[name]
     job.dtype_name = str(job.dtype)[6:]
-    keep = job.dtype == job.base_dtype
-    job.dtype_of = lambda source: source.dtype if keep or source.dtype is None else job.dtype
+    job.dtype_of = lambda source: source.dtype if name == "auto" or source.dtype is None else job.dtype
 
 
 def choose_verification(job):
     """Return what --verify says, else full where float32 models fit into the memory that is free, else weights."""
-    import psutil
-
+    if job.args.verify:
+        return job.args.verify
     needed = 4.4 * sum(math.prod(tensor.shape) for tensor in job.base.values()) + 5e8
     cuda = job.args.device.startswith("cuda")
+    if not cuda:
+        import psutil
     free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
-    if job.args.verify or needed <= free:
-        return job.args.verify or "full"
+    if needed <= free:
+        return "full"
     print(f"note      outputs are not compared: that needs {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} are "
           "free; --verify full does it all the same")
     return "weights"
@@ -892,7 +971,12 @@ def merge_once(folder, job, mode):
     if size + 2**26 > free:
         raise InputError(f"the merged model needs {size / 1e9:.1f} GB and {folder.parent} has {free / 1e9:.1f} free. "
                          "Make room, or pass an --output_path on another disk.")
-    figures, seconds = write_weights(folder, job)
+    try:
+        figures, seconds = write_weights(folder, job)
+    except TooLarge:
+        if job.args.training_precision != "auto" or job.dtype == torch.float32:
+            raise
+        return {}, 0.0, {"passed": False}
     complete_folder(folder, job)
     if job.args.training_precision == "auto" and job.dtype != torch.float32:
         lost = not all(RETAINED[0] <= each["retained"] <= RETAINED[1] for each in figures.values())
@@ -903,7 +987,10 @@ def merge_once(folder, job, mode):
 
 def open_output(args):
     """Return the output folder; raises InputError rather than lose a folder that is not an earlier merge."""
-    output = Path(os.path.abspath(args.output_path))
+    output = Path(os.path.realpath(args.output_path))
+    old = output.with_name(f".{output.name}.old")
+    if old.exists() and not output.exists():  # a crash between two renames
+        old.rename(output)
     if output.is_file():
         raise InputError(f"--output_path {output} is a file. Name a folder.")
     if output.is_dir() and any(output.iterdir()):
@@ -921,7 +1008,8 @@ def put_in_place(folder, output):
         os.fsync(handle)
         os.close(handle)
     if output.exists():
-        old = folder.with_suffix(".old")
+        old = output.with_name(f".{output.name}.old")
+        shutil.rmtree(old, ignore_errors=True)  # which a crash has left
         output.rename(old)
         folder.rename(output)
         shutil.rmtree(old)
@@ -963,12 +1051,12 @@ def main(argv=None):
         }
         write_json(temporary / "merge_report.json", report)
         write_card(temporary, report, output.name)
-        put_in_place(temporary, output)
+        if proof["passed"] is not False or not output.exists():  # else the earlier merge stays
+            put_in_place(temporary, output)
     except OSError as error:
         if error.errno is None:  # not the system's
             raise
-        raise InputError(f"the merged model could not be written ({error}). Nothing is left of it: make room and merge "
-                         "again.") from None
+        raise InputError(f"the merged model could not be written ({error}). Nothing is left of it.") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     if trained_in not in (None, job.dtype_name):

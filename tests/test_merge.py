@@ -46,7 +46,7 @@ ADAPTERS = {
     "plain": {"r": 3, "lora_alpha": 5},
     "rslora": {"use_rslora": True},
     "dora": {"use_dora": True},
-    "patterns": {"rank_pattern": {"layers.0.self_attn.q_proj": 2, "0.attn.c_attn": 2},
+    "patterns": {"rank_pattern": {"layers.0.self_attn.q_proj": 2, "0.attn.c_attn": 2, "0.attention.self.query": 2},
                  "alpha_pattern": {"v_proj": 9, "c_proj": 9, "value": 9}},
     "bias": {"bias": "all"},
     "lora_bias": {"lora_bias": True},
@@ -131,6 +131,47 @@ def test_merged_logits_are_those_of_base_and_adapter(kind, adapter, tmp_path):
     report, merged = merge_and_load(base, tmp_path / "adapter", tmp_path / "shards", "--verify", "weights")
     assert error_of(output(merged), right) < 1e-5 and report["verified"]
     assert (tmp_path / "shards/model.safetensors.index.json").exists()
+
+
+@pytest.mark.parametrize("verify", ["full", "weights"])
+@pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize("adapter", ["plain", "tokens", "embedding", "head", "saved_head", "saved_embedding"])
+def test_a_tied_base_may_hold_a_head(adapter, same, verify, tmp_path):
+    base = make_base("qwen3", tmp_path / "base")
+    path = tmp_path / "base/model.safetensors"
+    tensors = load_file(path)
+    head = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors | {"lm_head.weight": head if same else head.flip(0).contiguous()}, path, {"format": "pt"})
+    right = output(make_adapter(base, tmp_path / "adapter", **ADAPTERS[adapter]))
+    _, merged = merge_and_load(base, tmp_path / "adapter", tmp_path / "merged", "--verify", verify)
+    assert error_of(output(merged), right) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+def test_new_tokens_of_the_adapters_own_embedding_are_kept(kind, tmp_path):
+    base = make_base(kind, tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.get_input_embeddings().weight.data[90:] = torch.randn(6, 32)
+    config = LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], task_type="CAUSAL_LM")
+    model = get_peft_model(model, config).eval()
+    for name, parameter in model.named_parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter) if "lora_" in name else 0
+    model.save_pretrained(tmp_path / "adapter")
+    right = output(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter").eval())
+    assert error_of(right, output(model)) < 1e-5
+    _, merged = merge_and_load(base, tmp_path / "adapter", tmp_path / "merged")
+    assert error_of(output(merged), right) < 1e-5
+
+
+def test_an_index_with_one_shard_is_kept(tmp_path):
+    base = make_base("llama", tmp_path / "base")
+    right = output(make_adapter(base, tmp_path / "adapter"))
+    (tmp_path / "base/model.safetensors").rename(tmp_path / "base/model-00001-of-00001.safetensors")
+    names = load_file(tmp_path / "base/model-00001-of-00001.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    (tmp_path / "base/model.safetensors.index.json").write_text(json.dumps(index))
+    _, merged = merge_and_load(base, tmp_path / "adapter", tmp_path / "merged")
+    assert error_of(output(merged), right) < 1e-5
 
 
 @pytest.mark.parametrize("adapter", [name for name in ADAPTERS if "head" not in name and "tied" not in name])
@@ -287,6 +328,42 @@ def test_a_merge_in_float16_says_what_does_not_fit(tmp_path):
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.parametrize("flags", [[], ["--training_precision", "float32"]])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.float64, torch.float64)])
+def test_bases_of_mixed_and_double_precision(dtypes, flags, tmp_path):
+    base = make_base("llama", tmp_path / "base", torch.bfloat16)
+    path = tmp_path / "base/model.safetensors"
+    tensors = {name: x.to(dtypes["q_proj" in name]) for name, x in load_file(path).items()}
+    save_file(tensors, path, {"format": "pt"})
+    right = output(make_adapter(base, tmp_path / "adapter", size=0.5))
+    report, merged = merge_and_load(base, tmp_path / "adapter", tmp_path / "merged", *flags)
+    assert error_of(output(merged), right) < (1e-5 if flags or dtypes[0] == torch.float64 else 1e-2)
+    if flags:
+        stored = load_file(tmp_path / "merged/model.safetensors")
+        assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+
+
+def test_auto_goes_to_float32_where_float16_overflows(tmp_path):
+    base = make_base("llama", tmp_path / "base")
+    path = tmp_path / "base/model.safetensors"
+    save_file({name: tensor.half() for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    make_adapter(base, tmp_path / "adapter", size=300)
+    report = merge.main(["--lora_adapter_path", str(tmp_path / "adapter"), "--output_path", str(tmp_path / "merged")])
+    assert report["dtype"] == "float32" and report["verified"]
+
+
+def test_trained_tokens_that_rounding_loses_fail_whatever_the_outputs_say(tmp_path):
+    base = make_base("llama", tmp_path / "base", torch.bfloat16)
+    path = tmp_path / "base/model.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    make_adapter(base, tmp_path / "adapter", size=0.5, trainable_token_indices=[94, 95])
+    rows = load_file(path)["model.embed_tokens.weight"][94:].float() * 1.0007
+    name = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    change_tensors(tmp_path / "adapter", lambda tensors: tensors | {name: rows})
+    with pytest.raises(merge.InputError, match="lost part of the fine-tune"):
+        merge_and_load(base, tmp_path / "adapter", tmp_path / "merged", "--training_precision", "bfloat16")
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_qlora_can_be_merged_into_what_training_saw(bits, tmp_path):
     from transformers import BitsAndBytesConfig
@@ -411,6 +488,10 @@ def rename_layer(tensors):
     return {name.replace("layers.0.mlp", "layers.9.mlp"): tensor for name, tensor in tensors.items()}
 
 
+def double(tensors):
+    return tensors | {f"model.{name}": tensor + 1 for name, tensor in tensors.items()}
+
+
 def put_nan(tensors):
     next(iter(tensors.values()))[0, 0] = float("nan")
     return tensors
@@ -448,13 +529,15 @@ WRONG = {
     "nan": (lambda _, adapter: change_tensors(adapter, put_nan), "1 tensors are not finite .*lora_A"),
     "unmatched key": (lambda _, adapter: change_tensors(adapter, rename_layer), "1 of .* fit nothing .*layers.9.*"),
     "unknown": (lambda _, adapter: change_tensors(adapter, lambda t: t | {"x.lora_C": torch.ones(2)}), "x.lora_C"),
-    "one side": (lambda _, adapter: change_tensors(adapter, lambda t: dict([*t.items()][1:])), "has lora_B and not"),
+    "one side": (lambda _, adapter: change_tensors(adapter, lambda t: dict([*t.items()][1:])), "A and B do not belong together"),
     "quantised base": (lambda base, _: change_json(base / "config.json", quantization_config={}), "is quantised"),
     "not an adapter": (lambda _, adapter: (adapter / "adapter_config.json").unlink(), "is no LoRA adapter"),
     "no weights": (lambda _, adapter: (adapter / "adapter_model.safetensors").unlink(), "does not exist"),
     "pissa": (lambda _, adapter: change_json(adapter / "adapter_config.json", init_lora_weights="pissa"), "pissa"),
     "fused experts": (lambda _, adapter: change_json(adapter / "adapter_config.json", target_parameters=["experts"]),
                       "target_parameters"),
+    "two names": (lambda _, adapter: change_tensors(adapter, double), "Copy the adapter again"),
+    "empty": (lambda _, adapter: change_tensors(adapter, lambda t: {}), "holds 0 tensors"),
     "untrained": (lambda _, adapter: change_tensors(adapter, lambda t: {n: x * 0 for n, x in t.items()}), "no output"),
 }  # fmt: skip
 
@@ -490,6 +573,50 @@ def test_a_disk_that_is_too_small_is_noticed_first(parts, monkeypatch):
     with pytest.raises(merge.InputError, match="needs 0.0 GB and .* has .* free"):
         merge.main(["--lora_adapter_path", str(adapter), "--output_path", str(merged)])
     assert not merged.exists()
+
+
+@pytest.mark.parametrize("factor", [0.1, 1.1, -1])
+@pytest.mark.parametrize("size", [0.05, 1e-4])
+def test_a_wrong_scale_does_not_pass(parts, monkeypatch, factor, size):
+    base, adapter, merged = parts
+    make_adapter(base, adapter, size=size)
+    scale = merge.scale_of
+    monkeypatch.setattr(merge, "scale_of", lambda *args: factor * scale(*args))
+    with pytest.raises(merge.InputError, match="is not base \\+ adapter"):
+        merge.main(["--lora_adapter_path", str(adapter), "--output_path", str(merged)])
+    assert json.loads((merged / "merge_report.json").read_text())["verified"] is False
+
+
+@pytest.mark.parametrize("name, sentence", [
+    ("model.layers.0.mlp.down_proj.weight", "is not base"), ("model.norm.weight", "is not what was written")
+])  # fmt: skip
+@pytest.mark.parametrize("verify", ["full", "weights"])
+def test_a_byte_that_the_disk_loses_does_not_pass(tmp_path, monkeypatch, verify, name, sentence):
+    make_adapter(make_base("llama", tmp_path / "base"), tmp_path / "adapter")
+    complete = merge.complete_folder
+
+    def lose(folder, job):
+        complete(folder, job)
+        tensor = merge.read_header(folder / "model.safetensors")[name]
+        with open(tensor.file, "r+b") as file:
+            file.seek(tensor.start + 3)
+            file.write(b"\xff")
+
+    monkeypatch.setattr(merge, "complete_folder", lose)
+    with pytest.raises(merge.InputError, match=sentence):
+        flags = ["--lora_adapter_path", str(tmp_path / "adapter"), "--output_path", str(tmp_path / "merged")]
+        merge.main([*flags, "--verify", verify])
+
+
+def test_a_failed_merge_leaves_the_earlier_one(tmp_path):
+    base, adapter = small_fine_tune(tmp_path, 1e-3)
+    merge_and_load(base, adapter, tmp_path / "merged")
+    with pytest.raises(merge.InputError, match="lost part"):
+        merge_and_load(base, adapter, tmp_path / "merged", "--overwrite", "--training_precision", "bfloat16")
+    assert json.loads((tmp_path / "merged/merge_report.json").read_text())["verified"]
+    (tmp_path / "merged").rename(tmp_path / ".merged.old")  # killed between two renames
+    with pytest.raises(merge.InputError, match="holds a merge already"):
+        merge_and_load(base, adapter, tmp_path / "merged")
 
 
 def start(adapter, merged, **options):
