@@ -529,7 +529,7 @@ WRONG = {
     "nan": (lambda _, adapter: change_tensors(adapter, put_nan), "1 tensors are not finite .*lora_A"),
     "unmatched key": (lambda _, adapter: change_tensors(adapter, rename_layer), "1 of .* fit nothing .*layers.9.*"),
     "unknown": (lambda _, adapter: change_tensors(adapter, lambda t: t | {"x.lora_C": torch.ones(2)}), "x.lora_C"),
-    "one side": (lambda _, adapter: change_tensors(adapter, lambda t: dict([*t.items()][1:])), "A and B do not belong together"),
+    "one side": (lambda _, adapter: change_tensors(adapter, lambda t: dict([*t.items()][1:])), "A and B do not belong"),
     "quantised base": (lambda base, _: change_json(base / "config.json", quantization_config={}), "is quantised"),
     "not an adapter": (lambda _, adapter: (adapter / "adapter_config.json").unlink(), "is no LoRA adapter"),
     "no weights": (lambda _, adapter: (adapter / "adapter_model.safetensors").unlink(), "does not exist"),
