@@ -5,7 +5,7 @@
     python merge.py --lora_adapter_path OUT/final/adapter_model.safetensors --output_path merged --output_dtype float32
 
 output_path: weights, config, tokenizer, chat template, stop tokens, sentence-transformers files, a model card and
-merge_report.json. Stands alone: torch, tqdm, safetensors; transformers and peft where outputs are compared.
+merge_report.json. Stands alone: torch, numpy, tqdm, safetensors; psutil, transformers and peft to compare outputs.
 Shapes: W (out, in), A (r, in), B (out, r). D is what the adapter changes in W, E what the written file changes in it.
 """
 
