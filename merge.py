@@ -26,7 +26,7 @@ import time
 import warnings
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from errno import EFBIG, ENOSPC
 from pathlib import Path
@@ -61,6 +61,15 @@ class InputError(Exception):
 
 class TooLarge(InputError):
     """A merged value does not fit into the dtype that is written."""
+
+
+@contextmanager
+def in_one_sentence(what):
+    """Turn what transformers, peft and bitsandbytes raise on models they cannot run into an InputError."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, ImportError, AttributeError, RuntimeError) as error:
+        raise InputError(f"{what} ({str(error).strip().splitlines()[0]}).") from None
 
 
 # ---------------------------------------------------------------- arguments
@@ -770,14 +779,16 @@ def verify(folder, job, mode, figures):
 
 def compare_if_possible(folder, job):
     """Return compare_outputs(), or None, and say why, where a model cannot be run or does not show what was trained."""
+    found, why = None, "they do not depend on what was trained"
     try:
-        found, why = compare_outputs(folder, job, load_tokenizer(folder, job)), "they do not depend on what was trained"
-        if not found and not any(tensor.any() for name, tensor in job.tensors.items() if "lora_A" not in name):
-            raise InputError(f"{job.adapter_folder} changes no output of {job.base_folder}: it was not trained.")
-    except (OSError, ValueError, LookupError, TypeError, ImportError, AttributeError, RuntimeError) as error:
-        found, why = None, str(error).strip().split("\n")[0]
+        with in_one_sentence("outputs cannot be compared; pass --verify weights"):
+            found = compare_outputs(folder, job, load_tokenizer(folder, job))
+    except InputError as error:
         if job.args.verify == "full":
-            raise InputError(f"outputs cannot be compared ({why}). Pass --verify weights.") from None
+            raise
+        why = error
+    if not found and not any(tensor.any() for name, tensor in job.tensors.items() if "lora_A" not in name):
+        raise InputError(f"{job.adapter_folder} changes no output of {job.base_folder}: it was not trained.")
     if not found:
         print(f"note      outputs are not compared: {why}", flush=True)
     return found
@@ -928,8 +939,9 @@ def make_job(args):
 
 def dequantise(job, bits):
     """Make the base what quantised training saw: the layers that bitsandbytes quantises, and only those, rounded."""
-    job.bits = bits
-    model, find = load_model(job.base_folder, job, bits), match_names(job.base)
+    job.bits, find = bits, match_names(job.base)
+    with in_one_sentence(f"--qlora_base dequant: {job.base_folder} cannot be loaded in {bits} bits"):
+        model = load_model(job.base_folder, job, bits)
     for path in job.quantised:
         name, weight = find(path, "weight"), model.get_submodule(path).weight.detach().cpu()
         for tensors in (each for each in job.shards.values() if name in each):
@@ -1064,7 +1076,8 @@ def main(argv=None):
     if proof["passed"] is False:
         raise InputError(failure(job, proof))
     if args.samples:
-        answer_samples(output, job)
+        with in_one_sentence(f"{output} is there, but --samples cannot be answered"):
+            answer_samples(output, job)
     print(f"result    {output}: {'verified' if report['verified'] else 'not verified'}, {job.dtype_name}", flush=True)
     return report
 
