@@ -434,13 +434,13 @@ def test_both_trainers_merge_at_the_end_or_say_how(script, request, tmp_path, ca
 
 
 def test_an_adapter_without_tokenizer_takes_the_bases(tiny_chat, tmp_path):
-    make_adapter(tiny_chat, tmp_path / "adapter")
-    (Path(tiny_chat) / "generation_config.json").write_text('{"eos_token_id": 7, "temperature": 0.6}')
-    merge.main(["--lora_adapter_path", str(tmp_path / "adapter"), "--output_path", str(tmp_path / "merged")])
-    (Path(tiny_chat) / "generation_config.json").unlink()
-    merged = tmp_path / "merged"
-    assert (merged / "tokenizer.json").read_bytes() == (Path(tiny_chat) / "tokenizer.json").read_bytes()
-    eos = AutoTokenizer.from_pretrained(tiny_chat).eos_token_id
+    base, merged = tmp_path / "base", tmp_path / "merged"
+    shutil.copytree(tiny_chat, base)
+    make_adapter(base, tmp_path / "adapter")
+    (base / "generation_config.json").write_text('{"eos_token_id": 7, "temperature": 0.6}')
+    merge.main(["--lora_adapter_path", str(tmp_path / "adapter"), "--output_path", str(merged)])
+    assert (merged / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+    eos = AutoTokenizer.from_pretrained(base).eos_token_id
     generation = json.loads((merged / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [eos, 7] and generation["temperature"] == 0.6
 
