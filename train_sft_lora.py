@@ -1,12 +1,13 @@
-"""Fine-tune a causal language model with LoRA on the responses alone: every token's mask checked, evaluated by name.
+"""Fine-tune a causal language model with LoRA, on the responses alone or on preferences: every token's mask checked.
 
     python train_sft_lora.py --train_file examples/sample_chats.jsonl --output_dir runs/first
     python train_sft_lora.py --model_name Qwen/Qwen3-4B --train_file chats.jsonl --load_in_4bit --eval_generate 100
-    python train_sft_lora.py --train_file chats.jsonl --sanity_overfit 100
+    python train_sft_lora.py --train_file pairs.jsonl --pref_loss sigmoid --init_adapter runs/first/final
 
 A data line: {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}
+With --pref_loss: {"prompt": "2+2?", "chosen": "4", "rejected": "5"}
 output_dir: final/ (adapter, tokenizer, stop tokens), checkpoints, logs, training_curves.png, predictions, a report.
-Shapes: B sequences, T tokens, N supervised tokens, V vocabulary.
+Shapes: B sequences, T tokens, N supervised tokens, V vocabulary, P pairs; (P, 2) is chosen, rejected.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from pathlib import Path
 from statistics import fmean as mean
 
 import utils
-from utils import InputError, integer, named, say
+from utils import InputError, integer, named, real, say
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +47,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, set_seed
 LOGITS_AT_ONCE = 2**26  # positions x vocabulary: 256 MiB in float32
 GENERATED_AT_ONCE = 32  # rows
 SHORT_ANSWER_TOKENS = 64  # --sanity_overfit asks for an exact match up to this length
+PREFERENCE_LOSSES = ("sigmoid", "hinge", "ipo", "kto_pair", "orpo", "simpo")
+WITHOUT_REFERENCE, PER_TOKEN = ("orpo", "simpo"), ("ipo", "orpo", "simpo")
 
 # ---------------------------------------------------------------- arguments
 
@@ -75,6 +78,12 @@ def parse_args(argv=None):
     add("--eval_only", action="store_true", help="measure the dev sets on --model_name (base, adapter, merged folder)")
     add("--endpoint", metavar="URL", help="with --eval_only: ask this OpenAI-compatible server instead")
     add("--endpoint_model", default="default", metavar="NAME", help="the model's name there [default]")
+    add = parser.add_argument_group("preferences").add_argument
+    add("--pref_loss", choices=PREFERENCE_LOSSES, help="learn which answer is better, from chosen/rejected rows [off]")
+    add("--pref_beta", type=real(0, without={0}), metavar="X", help="strength of the preference loss [0.1]")
+    add("--pref_ftx", type=real(0, 10), metavar="X", help="weight of an SFT loss on the chosen answers beside it [0]")
+    add("--dpo_label_smoothing", type=real(0, 0.5), metavar="X", help="share of wrong labels, for sigmoid [0]")
+    add("--simpo_gamma", type=real(0, without={0}), metavar="X", help="margin that simpo asks for [0.5]")
     args = parser.parse_args(argv)
     has_data = args.dev_file or args.train_file or args.dataset_name
     for wrong, sentence in (
@@ -84,6 +93,14 @@ def parse_args(argv=None):
         (args.sanity_overfit and (args.dev_file or args.save_best or args.early_stopping_patience),
          "--sanity_overfit measures the rows it trains on: drop --dev_file, --save_best, --early_stopping_patience"),
         (args.eval_only and not has_data, "--eval_only needs rows to evaluate on: pass --dev_file"),
+        (not args.pref_loss and (args.pref_beta or args.pref_ftx), "--pref_beta and --pref_ftx need --pref_loss"),
+        (args.dpo_label_smoothing and args.pref_loss != "sigmoid", "--dpo_label_smoothing is for --pref_loss sigmoid"),
+        (args.simpo_gamma is not None and args.pref_loss != "simpo", "--simpo_gamma is for --pref_loss simpo"),
+        (args.pref_loss and (args.sanity_overfit or args.endpoint),
+         "--pref_loss compares log-probabilities: drop --sanity_overfit and --endpoint"),
+        (args.pref_loss and args.train_turns == "last", "--train_turns: of a pair only the last answer is learnt from"),
+        (args.pref_loss and (args.lora_dropout or args.model_dropout),
+         "--pref_loss compares a model with what it was: drop --lora_dropout and --model_dropout"),
     ):
         if wrong:
             parser.error(sentence)
@@ -93,6 +110,10 @@ def parse_args(argv=None):
         parser.error(f"--drop_regex {args.drop_regex}: {error}")
     if args.eval_only and args.model_name and (Path(args.model_name) / "adapter_config.json").is_file():
         args.init_adapter, args.model_name = args.model_name, None
+    args.pref_beta, args.pref_ftx = args.pref_beta or 0.1, args.pref_ftx or 0.0
+    args.dpo_label_smoothing = args.dpo_label_smoothing or 0.0
+    args.simpo_gamma = 0.5 if args.simpo_gamma is None else args.simpo_gamma
+    args.lora_dropout = 0.0 if args.pref_loss else args.lora_dropout
     if args.sanity_overfit:  # the model's own rows are its dev set
         args.eval_generate, args.save_best, args.lora_dropout = args.sanity_overfit, 0, 0.0
         args.max_steps = args.max_steps or 200
@@ -118,11 +139,15 @@ class Drop(Exception):
 
 @dataclass
 class Example:
-    """One row: where it stands, its messages in the form that chat templates take, its tools."""
+    """One row: where it stands, its messages in the form that chat templates take, its tools.
+
+    Of a pair the messages end in the chosen answer, and `rejected` is the other.
+    """
 
     where: str
     messages: list
     tools: list | None = None
+    rejected: dict | None = None
 
     @property
     def key(self):
@@ -199,7 +224,8 @@ def read_example(where, row, system_prompt):
         raise InputError(f"{where}: \"text\" alone does not say which part is the response. Write the row as "
                          '{"messages": [{"role": "user", ...}, {"role": "assistant", ...}]} or prompt/completion.')
     else:
-        raise InputError(f"{where}: none of the known formats (fields: {', '.join(row)}). Known: {KNOWN}.")
+        hint = " For chosen/rejected pass --pref_loss." if "chosen" in row else ""
+        raise InputError(f"{where}: none of the known formats (fields: {', '.join(row)}). Known: {KNOWN}.{hint}")
     system = row.get("system") or row.get("system_prompt") or system_prompt
     if system and not any((turn.get("role") or turn.get("from")) in ("system", "developer") for turn in turns[:1]):
         turns = [{"role": "system", "content": system}, *turns]
@@ -215,15 +241,59 @@ def read_example(where, row, system_prompt):
     return Example(where, messages, row.get("tools"))
 
 
+def read_pair(where, row, system_prompt):
+    """Turn a row with chosen and rejected answers into an Example; raises Drop, or InputError for an unknown format.
+
+    Answers are texts, messages, or whole conversations whose common beginning is the prompt; the prompt is what an SFT
+    row has before its answer.
+    """
+    sides = []
+    rest = {key: value for key, value in row.items() if key not in ("chosen", "rejected") and value is not None}
+    history = next((key for key in ("messages", "conversations") if rest.get(key)), None)
+    pair = next((pair for pair in PAIRS if pair[0] in rest), None)
+    for name in ("chosen", "rejected"):
+        if not row.get(name):
+            raise Drop(f"pairs without a {name} answer") if name in row else InputError(
+                f'{where}: no "{name}" (fields: {", ".join(row)}). A pair is {{"prompt", "chosen", "rejected"}}.')
+        value = row[name]
+        if isinstance(value, str) and value.lstrip().startswith(("[{", '{"role"', '{"from"')):  # messages in a CSV cell
+            value = utils.parse_json(value, f"{where}, {name}")
+        turns = turns_of([value] if isinstance(value, dict) else value, where, name, "assistant")
+        if not turns or (turns[0].get("role") or turns[0].get("from")) not in ("assistant", "gpt", "model", "bot"):
+            known = {key: rest[key] for key in ("system", "system_prompt", "tools") if key in rest}
+            side = {"messages": turns, **known}
+        elif history:
+            past = utils.parse_json(rest[history], where) if isinstance(rest[history], str) else rest[history]
+            side = {**rest, history: [*turns_of(past, where, history, "user"), *turns]}
+        elif pair:
+            side = {**rest, pair[1]: turns}
+        else:
+            raise InputError(f'{where}: no prompt beside "{name}" (fields: {", ".join(row)}). Write it as "prompt".')
+        sides.append(read_example(where, side, system_prompt))
+        roles = [message["role"] for message in sides[-1].messages]
+        if roles[-2:] == ["assistant", "assistant"]:
+            raise Drop("pairs whose prompt ends in an answer")
+    example, other = sides
+    if example.messages[:-1] != other.messages[:-1]:
+        raise Drop("pairs that differ in more than the last answer")
+    if example.messages == other.messages:
+        raise Drop("pairs whose answers are equal")
+    if 0 in (example.messages[-1].get("weight"), other.messages[-1].get("weight")):
+        raise Drop("pairs with an answer of weight 0")
+    example.rejected = other.messages[-1]
+    return example
+
+
 def read_examples(rows, args):
     """Turn [(where, row)] into Examples; counts, and says, what cannot be learnt from. Returns (examples, counts)."""
     examples, seen, drops = [], set(), defaultdict(list)
     for where, row in rows:
         try:
-            example = read_example(where, row, args.system_prompt)
-            if args.drop_regex and any(re.search(args.drop_regex, m["content"]) for m in example.messages):
+            example = (read_pair if args.pref_loss else read_example)(where, row, args.system_prompt)
+            texts = [*example.messages, *filter(None, [example.rejected])]
+            if args.drop_regex and any(re.search(args.drop_regex, m["content"]) for m in texts):
                 raise Drop("rows that match --drop_regex")
-            key = json.dumps([example.messages, example.tools], sort_keys=True)
+            key = json.dumps([texts, example.tools], sort_keys=True)
             if key in seen:
                 raise Drop("duplicate rows")
         except Drop as drop:
@@ -422,7 +492,7 @@ class Chat:
         return prompt_ids, answer_ids
 
     def shortened(self, messages, i, tools, max_length):
-        """Return the turn with its longest user text cut from the middle until it fits; raises Drop if it cannot."""
+        """Return messages whose turn i fits, the longest user text cut from the middle; raises Drop if it cannot."""
         while (excess := sum(map(len, self.turn(messages, i, tools))) - max_length) > 0:
             j = max((j for j in range(i) if messages[j]["role"] in ("user", "tool")),
                     key=lambda j: len(messages[j]["content"]))
@@ -433,7 +503,7 @@ class Chat:
                 raise Drop("rows too long for --max_length even with the prompt shortened")
             short = {**messages[j], "content": f"{text[:keep]} ... {text[-keep:]}"}
             messages = [*messages[:j], short, *messages[j + 1 :]]
-        return self.turn(messages, i, tools)
+        return messages
 
     def samples(self, messages, tools, args):
         """Return ([(ids, [(start, end) of each supervised span])], [why a turn was dropped], prompts shortened).
@@ -449,7 +519,7 @@ class Chat:
                 if len(prompt) + len(answer) > args.max_length:
                     if args.overlong != "truncate_prompt":
                         raise Drop(TOO_LONG)
-                    prompt, answer = self.shortened(messages, i, tools, args.max_length)
+                    prompt, answer = self.turn(self.shortened(messages, i, tools, args.max_length), i, tools)
                     shortened += 1
             except Drop as drop:
                 drops.append(str(drop))
@@ -460,6 +530,22 @@ class Chat:
             samples.append((ids, [*spans, (len(prompt), len(ids))]))
         return samples, drops, shortened
 
+    def pair(self, messages, rejected, tools, args):
+        """Return (the samples of the chosen and of the rejected answer, [], prompts shortened); raises Drop."""
+        i, shortened = len(messages) - 1, 0
+        sides = [messages, [*messages[:-1], rejected]]
+        turns = [self.turn(side, i, tools) for side in sides]
+        sizes = [len(prompt) + len(answer) for prompt, answer in turns]
+        if max(sizes) > args.max_length:
+            if args.overlong != "truncate_prompt":
+                raise Drop(TOO_LONG)
+            before = self.shortened(sides[sizes.index(max(sizes))], i, tools, args.max_length)[:-1]
+            turns, shortened = [self.turn([*before, side[-1]], i, tools) for side in sides], 1
+        (prompt, chosen), (other, worse) = turns
+        if prompt != other or chosen == worse:
+            raise Drop("pairs that the template renders with equal answers or different prompts")
+        return [(prompt + answer, [(len(prompt), len(prompt + answer))]) for answer in (chosen, worse)], [], shortened
+
 
 def squeezed(text):
     """Return text without what templates and tokenizers change: white space and Unicode's compatibility forms."""
@@ -467,7 +553,10 @@ def squeezed(text):
 
 
 class TrainSet(list):
-    """Samples {"input_ids" (T,), "supervised" (T,) bool}; `epoch` is set by the training loop."""
+    """Samples {"input_ids" (T,), "supervised" (T,) bool}, or pairs {"sides": [chosen, rejected]} of samples.
+
+    `epoch` is set by the training loop.
+    """
 
     epoch = 0
 
@@ -482,9 +571,13 @@ def tokenise(examples, chat, args):
     def encode(batch):
         rows = []
         for row, text in zip(batch["row"], batch["example"], strict=True):
-            messages, tools = json.loads(text)
+            messages, tools, rejected = json.loads(text)
             try:
-                samples, drops, shortened = chat.samples(chat.prepare(messages), tools, args)
+                if rejected:
+                    *messages, rejected = chat.prepare([*messages, rejected])
+                    samples, drops, shortened = chat.pair(messages, rejected, tools, args)
+                else:
+                    samples, drops, shortened = chat.samples(chat.prepare(messages), tools, args)
             except Drop as drop:
                 samples, drops, shortened = [], [str(drop)], 0
             for ids, spans in samples:
@@ -495,7 +588,7 @@ def tokenise(examples, chat, args):
             rows += [(row, [], [], reason, 0) for reason in drops]
         return dict(zip(kinds, map(list, zip(*rows, strict=True)), strict=True)) if rows else {k: [] for k in kinds}
 
-    texts = [json.dumps([example.messages, example.tools], ensure_ascii=False) for example in examples]
+    texts = [json.dumps([e.messages, e.tools, e.rejected], ensure_ascii=False) for e in examples]
     tokenizer = chat.tokenizer
     rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
     code = [marshal.dumps(part.__code__) for part in vars(Chat).values() if callable(part)]
@@ -515,6 +608,8 @@ def tokenise(examples, chat, args):
     if args.overlong == "error" and TOO_LONG in drops:
         raise InputError(f"{drops[TOO_LONG][0]}: longer than --max_length {args.max_length}. Raise it, or drop "
                          "--overlong error.")
+    if args.pref_loss:
+        samples = TrainSet({"sides": list(sides)} for sides in zip(samples[::2], samples[1::2], strict=True))
     return samples, drops, sum(data["shortened"])
 
 
@@ -522,6 +617,41 @@ def collate(samples):
     """Make one step of samples."""
     return {"rows": len(samples), "sequences": [sample["input_ids"] for sample in samples],
             "supervised": [sample["supervised"] for sample in samples]}
+
+
+def collate_pairs(shares, samples):
+    """Make one step of pairs: each is one sequence, prompt + chosen + (prompt if not `shares`) + rejected.
+
+    A shared prompt's last token is repeated before the rejected answer, whose first token it predicts.
+    """
+    step = {"rows": len(samples), "sequences": [], "prompts": [], "chosen": [], "reference": []}
+    for sample in samples:
+        (chosen, worse), prompt = (side["input_ids"] for side in sample["sides"]), first_answer(sample["sides"][0])
+        step["sequences"].append([*chosen, *(worse[prompt - 1 :] if shares else worse)])
+        step["prompts"].append(prompt)  # tokens
+        step["chosen"].append(len(chosen))  # where the rejected answer's part begins
+        step["reference"].append(sample.get("reference"))
+    return step
+
+
+def first_answer(sample):
+    """Return the index of a sample's first supervised token."""
+    return int(sample["supervised"].nonzero()[0][0])
+
+
+def tokens_of(sample):
+    """Return the number of tokens of a sample, or of both sides of a pair."""
+    return sum(len(side["input_ids"]) for side in flat([sample]))
+
+
+def longest_side(pair):
+    """Return the tokens of the longer side of a pair."""
+    return max(len(side["input_ids"]) for side in pair["sides"])
+
+
+def flat(samples):
+    """Return samples as they are, or the two sides of each pair."""
+    return [side for sample in samples for side in sample.get("sides", [sample])]
 
 
 @dataclass
@@ -539,6 +669,42 @@ def token_scores(logits, labels):
     """Return cross entropy (N,) in float32, and whether the label is the likeliest token (N,); logits (N, V)."""
     logits = logits.float()
     return F.cross_entropy(logits, labels, reduction="none"), logits.detach().argmax(1) == labels
+
+
+def gains(args, logps, reference, lengths):
+    """Return how much likelier answers have become (P, 2); times --pref_beta these are the rewards.
+
+    logps, reference: summed log-probabilities (P, 2) of the answers, lengths: their tokens. ipo, orpo and simpo take
+    means over tokens; orpo and simpo have no reference.
+    """
+    gained = logps if args.pref_loss in WITHOUT_REFERENCE else logps - reference
+    return gained / lengths if args.pref_loss in PER_TOKEN else gained
+
+
+def preference_losses(args, logps, reference, lengths, kl=(0.0, 0.0)):
+    """Return each pair's loss (P,), from (P, 2) as in gains(); kl: mean gains of the step's answers, for kto_pair.
+
+    sigmoid: Rafailov et al. 2023, eq. 7, smoothed as in Mitchell 2023; hinge: Zhao et al. 2023 (SLiC); ipo: Azar et al.
+    2023, eq. 17, on means; kto_pair: Ethayarajh et al. 2024, eq. 8; orpo: Hong et al. 2024, eq. 6 and 7; simpo: Meng et
+    al. 2024, eq. 6.
+    """
+    beta, smoothing, gained = args.pref_beta, args.dpo_label_smoothing, gains(args, logps, reference, lengths)
+    chosen, rejected = gained.unbind(1)
+    margin, fine_tuning = chosen - rejected, -logps[:, 0] / lengths[:, 0]
+    if args.pref_loss == "sigmoid":
+        losses = -(1 - smoothing) * F.logsigmoid(beta * margin) - smoothing * F.logsigmoid(-beta * margin)
+    elif args.pref_loss == "hinge":
+        losses = F.relu(1 - beta * margin)
+    elif args.pref_loss == "ipo":
+        losses = (margin - 1 / (2 * beta)).square()
+    elif args.pref_loss == "kto_pair":
+        losses = 1 - (torch.sigmoid(beta * (chosen - kl[1])) + torch.sigmoid(beta * (kl[0] - rejected))) / 2
+    elif args.pref_loss == "orpo":
+        odds = gained - torch.log(-torch.expm1(gained.clamp(max=-1e-6)))  # log(p / (1 - p)), p per token
+        losses = fine_tuning - beta * F.logsigmoid(odds[:, 0] - odds[:, 1])
+    else:
+        losses = -F.logsigmoid(beta * margin - args.simpo_gamma)
+    return losses + args.pref_ftx * fine_tuning
 
 
 def parse_answer(text):
@@ -610,21 +776,24 @@ class SftTrainer(utils.StepTrainer):
         self.flags, self.chat, self.plain_head = flags, chat, plain_head
         self.head = self.model.get_output_embeddings()
 
-    def token_scores(self, model, step, piece):
-        """Return token_scores of a piece's supervised tokens; only their positions get logits."""
-        input_ids, _ = self.pad(step, piece)
+    def supervised_scores(self, model, step, piece):
+        """Return token_scores of a piece's supervised tokens."""
         masks = [torch.tensor(step["supervised"][i]) for i in piece]
-        mask = nn.utils.rnn.pad_sequence(masks, batch_first=True).to(input_ids.device)  # (B, T)
-        keep = F.pad(mask[:, 1:], (0, 1))  # the position before a token predicts it
+        mask = nn.utils.rnn.pad_sequence(masks, batch_first=True).to(self.args.device)
+        return self.token_scores(model, self.pad(step, piece)[0], mask)
+
+    def token_scores(self, model, input_ids, mask, **inputs):
+        """Return token_scores where `mask` (B, T) is; only the positions before get logits, which predict the token."""
+        keep = F.pad(mask[:, 1:], (0, 1))
         labels = input_ids[mask]  # (N,)
         chunk = max(1, LOGITS_AT_ONCE // self.model.config.get_text_config().vocab_size)
         with self.accelerator.autocast():
             # no attention mask: a causal model never sees the padding on its right
             if len(labels) <= chunk or not self.plain_head:
-                return token_scores(model(input_ids=input_ids, logits_to_keep=keep).logits, labels)
+                return token_scores(model(input_ids=input_ids, logits_to_keep=keep, **inputs).logits, labels)
             whole, self.head.forward = self.head.forward, lambda hidden: hidden
             try:
-                hidden = model(input_ids=input_ids, logits_to_keep=keep).logits  # (N, D)
+                hidden = model(input_ids=input_ids, logits_to_keep=keep, **inputs).logits  # (N, D)
             finally:
                 self.head.forward = whole
 
@@ -638,20 +807,24 @@ class SftTrainer(utils.StepTrainer):
 
     def run_step(self, model, step, pieces, tokens_at_once):
         """Forward and backward of one step, piece by piece; its loss is a mean over the tokens of all processes."""
-        world = self.accelerator.num_processes
-        if model is not self.model:  # under DDP the last step of an epoch repeats rows to fill up: they carry no loss
-            rows, count = self.args.per_device_train_batch_size, len(self.train_dataset)
-            place = self.state.global_step % math.ceil(count / rows / world) * world + self.accelerator.process_index
-            first = place * rows
-            step["supervised"] = [mask & (first + i < count) for i, mask in enumerate(step["supervised"])]
+        world, counted = self.accelerator.num_processes, self.counted_rows(model, step)
+        step["supervised"] = [mask & bool(counts) for mask, counts in zip(step["supervised"], counted, strict=True)]
         tokens = torch.tensor(sum(int(mask.sum()) for mask in step["supervised"]), device=self.args.device)
         tokens, total = self.accelerator.reduce(tokens), 0
         for i, piece in enumerate(pieces):
             with self.unsynced(model, i < len(pieces) - 1):
-                loss = self.token_scores(model, step, piece)[0].sum() / tokens * world  # DDP averages the gradients
+                # DDP averages the gradients
+                loss = self.supervised_scores(model, step, piece)[0].sum() / tokens * world
                 self.accelerator.backward(loss)
             total += loss.detach()
         return total
+
+    def counted_rows(self, model, step):
+        """Return which rows of a step carry loss: under DDP the last step of an epoch repeats rows to fill up."""
+        rows, count = self.args.per_device_train_batch_size, len(self.train_dataset)
+        world = self.accelerator.num_processes
+        place = self.state.global_step % math.ceil(count / rows / world) * world + self.accelerator.process_index
+        return torch.tensor([model is self.model or place * rows + i < count for i in range(step["rows"])])
 
     def warnings_about(self, after):
         """Return a warning for each dev set whose answers seldom stop."""
@@ -660,16 +833,19 @@ class SftTrainer(utils.StepTrainer):
                 f"{self.flags.max_new_tokens}: look at predictions-*.jsonl for repetition; more steps teach the stop "
                 "token, more tokens give room" for name, rate in rates.items() if rate < 0.9]
 
+    def pieces_of(self, step):
+        """Cut rows that are only measured."""
+        limit = min(self.device_tokens, 2 * self.flags.batch_size * self.flags.max_length)
+        return utils.cut(self.lengths_of(step), limit // 2**self.halvings)
+
     def score(self, samples):
         """Return {"loss", "token_accuracy"} over the supervised tokens of samples, shared out over the processes."""
         own = collate(samples[self.accelerator.process_index :: self.accelerator.num_processes])
-        lengths = list(map(len, own["sequences"]))
-        limit = min(self.device_tokens, 2 * self.flags.batch_size * self.flags.max_length)
 
         def score_own():
             sums = torch.zeros(3, dtype=torch.float64)
-            for piece in utils.cut(lengths, limit // 2**self.halvings):
-                losses, hits = (part.cpu().double() for part in self.token_scores(self.model, own, piece))
+            for piece in self.pieces_of(own):
+                losses, hits = (part.cpu().double() for part in self.supervised_scores(self.model, own, piece))
                 sums += torch.stack([losses.sum(), hits.sum(), torch.tensor(len(hits))])
             return sums
 
@@ -705,6 +881,169 @@ class SftTrainer(utils.StepTrainer):
         if world > 1:
             answers = dict(gather_object(list(answers.items())))
         return [answers[i] for i in range(len(prompts))]
+
+
+class PreferenceTrainer(SftTrainer):
+    """Minimises the mean preference loss of a step's pairs; a pair's common prompt is computed once if `shares`.
+
+    The reference is the model as it is before the first step: the base, or what --init_adapter holds. Its
+    log-probabilities are computed once; with --eval_only the reference is the model with its adapter switched off.
+    """
+
+    def __init__(self, *, pair_sets, **kwargs):
+        super().__init__(**kwargs)
+        self.pair_sets, self.window = pair_sets, []
+        self.shares = self.can_share(max((pair for pairs in pair_sets for pair in pairs), key=longest_side))
+        self.data_collator = partial(collate_pairs, self.shares)
+
+    def can_share(self, pair):
+        """Tell whether prompts can be computed once: no layer's window is shorter than `pair`, the longest, and its
+        log-probabilities are the same. They are not where attention takes no mask of its own, say."""
+        window = getattr(self.model.config.get_text_config(), "sliding_window", None)
+        if window and window < longest_side(pair):
+            return False
+        found = []
+        for self.shares in (False, True):
+            try:
+                step = collate_pairs(self.shares, [pair])
+                found.append(self.evaluated(lambda step=step: self.pair_logps(self.model, step, [0])[0]))
+            except (TypeError, ValueError, RuntimeError):
+                if not self.shares:
+                    raise
+                return False
+        return torch.allclose(*found, rtol=2e-3 if self.args.fp16 or self.args.bf16 else 1e-5)
+
+    def pair_logps(self, model, step, piece):
+        """Return summed log-probabilities of the answers, and their lengths in tokens: both (P, 2)."""
+        prompt, middle, end = (torch.tensor(values)[:, None] for values in (
+            [step["prompts"][i] for i in piece], [step["chosen"][i] for i in piece],
+            [len(step["sequences"][i]) for i in piece]))
+        if self.shares:
+            input_ids, t = self.pad(step, piece)[0], torch.arange(int(end.max()))[None]  # (P, T), (1, T)
+            second = t >= middle  # the prompt's last token once more, and the rejected answer
+            answer = (t >= prompt) & (t < end) & (t != middle)
+            seen = (second[:, :, None] == second[:, None]) | (t < prompt - 1)[:, None]
+            seen = (seen & (t[:, :, None] >= t[:, None]))[:, None].to(input_ids.device)  # (P, 1, T, T)
+            if self.model.config._attn_implementation == "eager":  # adds its mask
+                seen = torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, torch.finfo(torch.float16).min)
+            inputs = {"attention_mask": seen, "position_ids": torch.where(second, t - middle + prompt - 1, t)}
+            inputs["position_ids"] = inputs["position_ids"].to(input_ids.device)
+            lengths = torch.cat([middle - prompt, end - middle - 1], 1)
+        else:
+            sides = [part for i in piece for part in (step["sequences"][i][: step["chosen"][i]],
+                                                      step["sequences"][i][step["chosen"][i] :])]
+            input_ids, sizes = self.pad({"sequences": sides}, range(len(sides)))
+            t, sizes, inputs = torch.arange(input_ids.shape[1])[None], sizes.cpu()[:, None], {}
+            answer = (t >= prompt.repeat_interleave(2, 0)) & (t < sizes)
+            lengths = sizes.view(-1, 2) - prompt
+        losses, _ = self.token_scores(model, input_ids, answer.to(input_ids.device), **inputs)  # row by row
+        which = torch.arange(lengths.numel()).repeat_interleave(lengths.flatten()).to(losses.device)
+        logps = -losses.new_zeros(lengths.numel()).index_add(0, which, losses)
+        return logps.view(-1, 2), lengths.to(losses.device)
+
+    def lengths_of(self, step):
+        """Return how many tokens each pair takes in a piece: two sides are padded alike."""
+        whole = super().lengths_of(step)
+        return whole if self.shares else [2 * max(first, both - first) for first, both in
+                                          zip(step["chosen"], whole, strict=True)]
+
+    def reference(self, step, piece, logps):
+        """Return reference log-probabilities (P, 2); before they are computed the model is its own reference."""
+        known = [step["reference"][i] for i in piece]
+        return logps.detach() if None in known else torch.tensor(known, device=logps.device)
+
+    def run_step(self, model, step, pieces, tokens_at_once):
+        """Forward and backward of one step, piece by piece; its loss is a mean over the pairs of all processes."""
+        counted, kl, args = self.counted_rows(model, step).to(self.args.device), (0.0, 0.0), self.flags
+        pairs = self.accelerator.reduce(counted.sum())
+        if args.pref_loss == "kto_pair":
+            kl = torch.zeros(2, device=self.args.device)
+            for piece in pieces:
+                with torch.no_grad():
+                    logps, lengths = self.pair_logps(model, step, piece)
+                gained = gains(args, logps, self.reference(step, piece, logps), lengths)
+                kl += (gained * counted[piece][:, None]).sum(0)
+            kl = (self.accelerator.reduce(kl) / pairs).clamp(min=0)
+        total, seen = 0, torch.zeros(9, device=self.args.device, dtype=torch.float64)
+        for i, piece in enumerate(pieces):
+            with self.unsynced(model, i < len(pieces) - 1):
+                logps, lengths = self.pair_logps(model, step, piece)
+                reference = self.reference(step, piece, logps)
+                losses = preference_losses(args, logps, reference, lengths, kl) * counted[piece]
+                loss = losses.sum() / pairs * self.accelerator.num_processes  # DDP averages the gradients
+                self.accelerator.backward(loss)
+            total += loss.detach()
+            seen += self.pair_sums(logps.detach(), reference, lengths, losses.detach(), counted[piece])
+        self.window.append(seen)
+        return total
+
+    def pair_sums(self, logps, reference, lengths, losses, counted):
+        """Return sums over pairs: count, accurate, loss, and rewards, log-probabilities, lengths of both sides (9,)."""
+        rewards = self.flags.pref_beta * gains(self.flags, logps, reference, lengths)
+        accurate = (1 + (rewards[:, :1] - rewards[:, 1:]).sign()) / 2  # a tie is a half
+        columns = [torch.ones_like(accurate), accurate, losses[:, None], rewards, logps, lengths]
+        return (torch.cat(columns, 1) * counted[:, None]).double().sum(0)
+
+    def pair_means(self, sums):
+        """Return {name: mean} from pair_sums of all processes."""
+        if self.accelerator.num_processes > 1:
+            sums = self.accelerator.reduce(sums.to(self.args.device))
+        count, accurate, loss, *sides = sums.tolist()
+        names = [f"{name}_{side}" for name in ("reward", "logp", "tokens") for side in ("chosen", "rejected")]
+        means = {name: value / count for name, value in zip(names, sides, strict=True)}
+        return {"loss": loss / count, "accuracy": accurate / count,
+                "margin": means["reward_chosen"] - means["reward_rejected"], **means}
+
+    def log(self, logs, *args, **kwargs):
+        """Add to each logged training loss what the steps since the last one did to rewards and log-probabilities."""
+        if "loss" in logs and self.window:
+            logs |= self.pair_means(sum(self.window)) | {"loss": logs["loss"]}
+            self.window = []
+        super().log(logs, *args, **kwargs)
+
+    def each_pair(self, samples):
+        """Yield (rows of `samples`, their logps, lengths, reference) of this process' share, piece by piece."""
+        own = list(range(self.accelerator.process_index, len(samples), self.accelerator.num_processes))
+        step = collate_pairs(self.shares, [samples[i] for i in own])
+        for piece in self.pieces_of(step):
+            logps, lengths = self.pair_logps(self.model, step, piece)
+            yield [own[i] for i in piece], logps, lengths, self.reference(step, piece, logps)
+
+    def before_training(self):
+        """Compute the reference log-probabilities of all pairs, once."""
+        self.window = []  # which the rehearsal has begun
+        if self.flags.pref_loss in WITHOUT_REFERENCE:
+            return
+        shared = "once a pair" if self.shares else "with each answer"
+        say(f"reference of {sum(map(len, self.pair_sets))} pairs; prompts are computed {shared}")
+        off = self.flags.eval_only
+        if off and not self.flags.init_adapter:
+            raise InputError(f"--pref_loss {self.flags.pref_loss} compares an adapter with its base, and "
+                             f"{self.flags.model_name} is no adapter. Name one, or pass --pref_loss simpo.")
+        with self.model.disable_adapter() if off else contextlib.nullcontext():
+            for samples in self.pair_sets:
+                found = self.evaluated(lambda samples=samples: [(rows, logps.tolist()) for rows, logps, *_ in
+                                                                self.each_pair(samples)])
+                for rows, logps in gather_object(found) if self.accelerator.num_processes > 1 else found:
+                    for row, pair in zip(rows, logps, strict=True):
+                        samples[row]["reference"] = pair
+
+    def score(self, samples):
+        """Return pair_means of a dev set, and the better accuracy of two rules: take the longer, the shorter answer.
+
+        The loss of kto_pair is that without its KL terms.
+        """
+
+        def score_own():
+            sums = torch.zeros(9, dtype=torch.float64)
+            for _, logps, lengths, reference in self.each_pair(samples):
+                losses, ones = preference_losses(self.flags, logps, reference, lengths), torch.ones(len(logps))
+                sums += self.pair_sums(logps, reference, lengths, losses, ones.to(logps.device)).cpu()
+            return sums
+
+        sizes = [[len(side["input_ids"]) for side in pair["sides"]] for pair in samples]
+        longer = mean([(1 + (a > b) - (a < b)) / 2 for a, b in sizes])  # a tie is a half
+        return self.pair_means(self.evaluated(score_own)) | {"length_accuracy": max(longer, 1 - longer)}
 
 
 def measure(args, dev_sets, trainer=None):
@@ -802,7 +1141,8 @@ def settle_thinking(args, examples):
     if args.enable_thinking == "auto":
         stored = {} if args.endpoint else (utils.base_json(args, "training_config.json") or {}).get("flags", {})
         reasons = any(m.get("reasoning_content") or "</think>" in m["content"]
-                      for example in examples for m in example.messages if m["role"] == "assistant")
+                      for example in examples for m in [*example.messages, example.rejected or {"role": ""}]
+                      if m["role"] == "assistant")
         args.enable_thinking = stored.get("enable_thinking", str(reasons).lower())
 
 
@@ -813,7 +1153,8 @@ def choose_generated(args, name, examples, chat):
     chosen = []
     for example in rows if chat else ():
         try:
-            prompt, answer = chat.turn(chat.prepare(example.messages), example.last, example.tools)
+            prepared = chat.prepare(example.messages[: example.last + 1])  # which may fold the system turn
+            prompt, answer = chat.turn(prepared, len(prepared) - 1, example.tools)
         except Drop:
             continue  # counted where the dev set was tokenised
         if len(prompt) < args.max_length and not (args.sanity_overfit and len(answer) > SHORT_ANSWER_TOKENS):
@@ -832,7 +1173,9 @@ def make_samples(args, examples, dev_sets, chat, counts):
         say(f"shortened {shortened} prompts to --max_length {args.max_length}, from the middle of their longest text")
     if not train_set and examples:
         if list(drops) == [TOO_LONG]:
-            longest = max(sum(map(len, chat.turn(chat.prepare(e.messages), e.last, e.tools))) for e in examples[:1000])
+            rows = [(chat.prepare([*e.messages[: e.last], last]), e.tools) for e in examples[:1000]
+                    for last in (e.messages[e.last], e.rejected) if last]
+            longest = max(sum(map(len, chat.turn(messages, len(messages) - 1, tools))) for messages, tools in rows)
             raise InputError(f"all {len(drops[TOO_LONG])} responses were cut away by --max_length {args.max_length}. "
                              f"Raise it: the longest row has {longest} tokens.")
         raise InputError("no row has a token to learn from. Look at what was dropped, above.")
@@ -847,16 +1190,18 @@ def make_samples(args, examples, dev_sets, chat, counts):
 
 
 def show_examples(train_set, examples, chat, notes):
-    """Print three samples with the supervised tokens marked, and what the answers have in common."""
+    """Print three samples, or pairs, with the supervised tokens marked, and what the answers have in common."""
     on, off = ("\033[32m", "\033[0m") if os.isatty(1) else ("[[", "]]")
-    for i, sample in enumerate(train_set[:3], 1):
+    for i, sample in enumerate(flat(train_set[:3]), 1):
         ids, mask, text = sample["input_ids"], sample["supervised"], ""
         edges = [0, *(t for t in range(1, len(ids)) if mask[t] != mask[t - 1]), len(ids)]
         for start, end in zip(edges, edges[1:], strict=False):
             part = chat.tokenizer.decode(ids[start:end]).replace("\n", "\\n")
             part = part if len(part) < 400 else f"{part[:200]} ... {part[-200:]}"
             text += f"{on}{part}{off}" if mask[start] else part
-        say(f"example {i} {len(ids):5} tokens, {mask.sum()} supervised: {text}")
+        kind = f"{'chosen  ' if i % 2 else 'rejected'} {(i + 1) // 2}" if "sides" in train_set[0] else f"example {i}"
+        say(f"{kind} {len(ids):5} tokens, {mask.sum()} supervised: {text}")
+    train_set = flat(train_set)
     learnt = sum(int(sample["supervised"].sum()) for sample in train_set)
     total = sum(len(sample["input_ids"]) for sample in train_set)
     ends = mean([sample["input_ids"][-1] in chat.stop_ids for sample in train_set])
@@ -882,20 +1227,25 @@ def plan_run(args, train_set, dev_sets, notes):
     keys = {}
     for name, dev in dev_sets.items():
         gold = [example.answer for _, example in dev.generated]
-        keys[name] = ["loss", "token_accuracy", *(generation_metrics(gold, gold, [True]) if gold else ())]
-    known = [named(name, key) for name in keys for key in keys[name]]
+        scores = ["loss", "accuracy", "margin", "length_accuracy"] if args.pref_loss else ["loss", "token_accuracy"]
+        keys[name] = [*scores, *(generation_metrics(gold, gold, [True]) if gold else ())]
+    known = [named(name, key) for name in keys for key in keys[name] if key != "length_accuracy"]
     if metric and dev_sets and metric not in known:
         hint = "" if args.eval_generate else " More are with --eval_generate N."
         raise InputError(f"--metric_for_best {metric} is not measured. Choose one of {', '.join(known)}.{hint}")
-    metric = metric or named(first, "loss")
+    metric = metric or named(first, "accuracy" if args.pref_loss else "loss")
     lower = [named(name, key) for name in keys for key in ("loss", "false_positive_rate", "empty_rate")]
     greater_is_better = metric not in [*lower, "loss"]
     plan = utils.make_plan(args, len(train_set), bool(dev_sets), metric, greater_is_better, False, notes)
     plan.watched = [[named(name, key), key == "recall"] for name in keys for key in keys[name]
                     if key in ("loss", "recall")]
-    best = {name: next((key for key in ("f1", "exact_match") if key in keys[name]), "loss") for name in keys}
-    shown = [named(name, key) for name in keys for key in ("loss", best[name])]
+    best = {name: next((key for key in ("margin", "f1", "exact_match") if key in keys[name]), "loss") for name in keys}
+    also = ("accuracy", "length_accuracy") if args.pref_loss else ()
+    shown = [named(name, key) for name in keys for key in ("loss", best[name], *also)]
     plan.shown = list(dict.fromkeys([metric, *shown] if dev_sets else []))
+    if args.pref_loss == "simpo" and args.pref_beta < 1:
+        notes.append(f"simpo is nearly flat at --pref_beta {args.pref_beta:g}: take 2.5 to 10, and a quarter to a half "
+                     "of that as --simpo_gamma")
     if args.epochs > 3 and not args.max_steps:
         notes.append(f"{args.epochs:g} epochs: more than 3 usually learn the answers by heart")
     if args.sanity_overfit:
@@ -1003,23 +1353,29 @@ def main(argv=None):
     train_set = train_set or TrainSet(next(iter(dev_sets.values())).samples)  # --eval_only
     plan = plan_run(args, train_set, dev_sets, notes)
     model, plain_head, precision = load_model(args, config, notes)
-    trainer = SftTrainer(
+    trainer_class, own = SftTrainer, {"data_collator": collate}
+    if args.pref_loss:
+        pair_sets = [dev.samples for dev in dev_sets.values()] + [train_set] * (not args.eval_only)
+        trainer_class, own = PreferenceTrainer, {"pair_sets": pair_sets}
+    trainer = trainer_class(
         flags=args, chat=chat, plain_head=plain_head, model=model, measure=partial(measure, args, dev_sets),
         train_dataset=train_set,
         eval_dataset=train_set,  # never read: Trainer refuses to evaluate without one
-        args=utils.training_arguments(args, plan, precision, drop_last=False), data_collator=collate,
-        processing_class=tokenizer,
+        args=utils.training_arguments(args, plan, precision, drop_last=False), processing_class=tokenizer, **own,
     )
-    texts = [[(e.messages, e.tools) for e in part] for part in (examples, *dev_examples.values())]
+    texts = [[(e.messages, e.tools, e.rejected) for e in part] for part in (examples, *dev_examples.values())]
     fingerprint = Hasher.hash([texts, tokenizer.chat_template])
     run = utils.describe_run(args, precision, fingerprint, checkpoint) | {"data": counts}
     if args.eval_only:
         for note in notes:
             say(f"note      {note}")
-        return run if args.dry_run else report_evaluation(args, run, trainer.measure(trainer))
+        if args.dry_run:
+            return run
+        trainer.before_training()
+        return report_evaluation(args, run, trainer.measure(trainer))
     show_examples(train_set, examples, chat, notes)
-    tokens = [len(sample["input_ids"]) for sample in train_set]
-    outputs = partial(first_logits, trainer, train_set)
+    tokens = list(map(tokens_of, train_set))
+    outputs = partial(first_logits, trainer, flat(train_set))
     report = utils.carry_out(trainer, args, plan, run, checkpoint, tokens, outputs, AutoModelForCausalLM,
                              write_files=partial(save_stops, args, chat))
     if args.sanity_overfit and "metrics" in report:

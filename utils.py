@@ -688,13 +688,17 @@ class StepTrainer(Trainer):
 
     def cut_step(self, step):
         """Return the step's pieces, and how many padded tokens may be in memory at once."""
-        lengths = [len(ids) for ids in step["sequences"]]
+        lengths = self.lengths_of(step)
         parts = math.ceil(step["rows"] / self.batch_size) * 2**self.halvings
         pieces = cut(lengths, min(self.device_tokens // 2**self.halvings, math.ceil(sum(lengths) / parts)))
         padded = sum(len(piece) * lengths[piece[0]] for piece in pieces)
-        self.real_tokens += sum(lengths)
+        self.real_tokens += sum(map(len, step["sequences"]))
         self.padded_tokens += padded
         return pieces, padded / parts
+
+    def lengths_of(self, step):
+        """Return how many tokens each sequence takes in a piece."""
+        return [len(ids) for ids in step["sequences"]]
 
     def pad(self, step, piece):
         """Return a piece's input_ids (B, T), padded on the right with 0, and lengths (B,), on the device."""
@@ -706,6 +710,9 @@ class StepTrainer(Trainer):
     def unsynced(self, model, more):
         """Context in which processes do not add up their gradients yet, because there is `more` to come."""
         return self.accelerator.no_sync(model) if more else nullcontext()
+
+    def before_training(self):
+        """Do what needs the model as it is before the first step, on which a resumed run starts too."""
 
     def warnings_about(self, after):
         """Return what the last metrics should warn a user of, in words."""
@@ -798,7 +805,7 @@ def worsening(log, metric, greater_is_better):
     worse = values[0] > values[1] > values[2] and values[0] - values[2] > 0.01 * abs(values[0])
     if worse and len(losses) > 1 and losses[-1] < losses[0]:
         return (f"the loss fell from {losses[0]:.3f} to {losses[-1]:.3f} while {metric} worsened from "
-                f"{points[0][1]:.4f} to {points[2][1]:.4f}: overfitting. Fewer epochs, lower --lr, --lora_dropout 0.1.")
+                f"{points[0][1]:.4f} to {points[2][1]:.4f}: overfitting. Fewer epochs, or a lower --lr.")
     return None
 
 
@@ -1128,6 +1135,7 @@ def carry_out(trainer, args, plan, run, checkpoint, tokens, outputs, auto_class,
     started = time.perf_counter()
     if trainer.is_world_process_zero():
         begin_output_dir(args, run)
+    trainer.before_training()
     base = outputs()
     before, after, warnings = train(trainer, args, plan, checkpoint)
     seconds = time.perf_counter() - started
