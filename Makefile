@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint
+.PHONY: demo preference test lint
 
 demo: .venv/ready  ## an embedding model, a language model, a merge, all on what this machine has: about five minutes
 	$(BIN)/python examples/stdlib_pairs.py runs/demo/pairs.jsonl
@@ -14,6 +14,11 @@ demo: .venv/ready  ## an embedding model, a language model, a merge, all on what
 	  --no-gradient_checkpointing --max_new_tokens 48 --output_dir runs/demo/sft --overwrite
 	$(BIN)/python examples/ask.py runs/demo/sft/final "Please send white mirrors to Aiko." --system "Extract the order as JSON."
 	$(BIN)/python merge.py --lora_adapter_path runs/demo/embed/final --output_path runs/demo/merged --overwrite
+
+preference: .venv/ready  ## a tiny model learns to prefer one answer to another: half a minute
+	$(BIN)/python examples/tiny_qwen3.py runs/demo
+	$(BIN)/python train_sft_lora.py --model_name runs/demo/tiny_qwen3 --train_file runs/demo/preferences.jsonl \
+	  --pref_loss sigmoid --lr 2e-3 --max_steps 30 --no-gradient_checkpointing --output_dir runs/demo/preference --overwrite
 
 test: .venv/ready  ## all tests, on a CPU and without a network
 	$(BIN)/python -m pytest

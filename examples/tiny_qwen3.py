@@ -34,15 +34,26 @@ def make_rows(count):
     return rows
 
 
-def make_model(folder, rows):
-    """Save a Qwen3 of 4 layers of 192 with random weights, and a byte-level tokenizer trained on the rows."""
+def make_pairs(rows):
+    """Return preference pairs: the JSON is better than the same order, or a longer chat about it, in words."""
+    pairs = []
+    for i, (*prompt, answer) in enumerate(row["messages"] for row in rows):
+        order = json.loads(answer["content"])
+        words = f"{order['colour']} {order['item']} for {order['to']}"
+        worse = f"Sure! Here is the order that you asked for: {words}." if i % 2 else words
+        pairs.append({"prompt": prompt, "chosen": answer["content"], "rejected": worse})
+    return pairs
+
+
+def make_model(folder, texts, vocabulary=600, positions=512):
+    """Save a Qwen3 of 4 layers of 192 with random weights, and a byte-level tokenizer trained on the texts."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     special, alphabet = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator([turn["content"] for row in rows for turn in row["messages"]], trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
     )
@@ -56,7 +67,7 @@ def make_model(folder, rows):
         num_attention_heads=6,
         num_key_value_heads=2,
         head_dim=32,
-        max_position_embeddings=512,
+        max_position_embeddings=positions,
         tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -68,7 +79,8 @@ if __name__ == "__main__":
     out = Path(sys.argv[1])
     out.mkdir(parents=True, exist_ok=True)
     rows = make_rows(1200)
-    make_model(out / "tiny_qwen3", rows)
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (out / "orders.jsonl").write_text(lines, encoding="utf-8")
-    print(f"{len(rows)} rows in {out}/orders.jsonl, a model in {out}/tiny_qwen3")
+    make_model(out / "tiny_qwen3", [turn["content"] for row in rows for turn in row["messages"]])
+    for name, part in (("orders", rows), ("preferences", make_pairs(rows[:300]))):
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part)
+        (out / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    print(f"{len(rows)} rows in {out}/orders.jsonl, pairs in {out}/preferences.jsonl, a model in {out}/tiny_qwen3")
