@@ -31,8 +31,9 @@ def test_every_flag_is_read(script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_documented_command_parses(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs/stage1/final").mkdir(parents=True)  # what the second stage continues
-    (tmp_path / "runs/stage1/final/adapter_config.json").write_text("{}")
+    for continued in ("stage1", "mine", "first"):  # what later commands go on with
+        (tmp_path / f"runs/{continued}/final").mkdir(parents=True)
+        (tmp_path / f"runs/{continued}/final/adapter_config.json").write_text("{}")
     lines = (README + SCRIPTS[script].__doc__).replace("\\\n", " ").splitlines()
     commands = [line.strip().lstrip("!$ ") for line in lines if re.match(rf"\s*[!$ ]*python {script}\.py", line)]
     assert len(commands) >= 8
