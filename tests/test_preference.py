@@ -192,15 +192,25 @@ def test_prompts_are_shared_under_either_attention(trainer_of, attention):
     assert trainer_of("--attn_implementation", attention).shares
 
 
-def test_prompts_are_not_shared_where_that_would_change_the_outputs(trainer_of, tmp_path):
-    template = (
-        "{% for m in messages %}<|u|>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<|u|>{% endif %}"
-    )
-    chat_tokenizer(template, "</s>", special=["<|u|>"]).save_pretrained(tmp_path / "window")
-    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = MistralConfig(vocab_size=640, intermediate_size=128, sliding_window=8, **shape)
-    MistralForCausalLM(config).save_pretrained(tmp_path / "window")
-    trainer = trainer_of(model=str(tmp_path / "window"))
+@pytest.fixture
+def windowed(tmp_path):
+    """Save a tiny Mistral whose attention sees `window` tokens; return its folder."""
+
+    def save(window):
+        template = (
+            "{% for m in messages %}<|u|>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<|u|>{% endif %}"
+        )
+        chat_tokenizer(template, "</s>", special=["<|u|>"]).save_pretrained(tmp_path / "window")
+        shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+        config = MistralConfig(vocab_size=640, intermediate_size=128, sliding_window=window, **shape)
+        MistralForCausalLM(config).save_pretrained(tmp_path / "window")
+        return str(tmp_path / "window")
+
+    return save
+
+
+def test_prompts_are_not_shared_where_that_would_change_the_outputs(trainer_of, windowed):
+    trainer = trainer_of(model=windowed(8))
     assert not trainer.shares
     rows = trainer.train_dataset[:8]
     loss, expected = naive_gradient(trainer, rows)
@@ -208,21 +218,15 @@ def test_prompts_are_not_shared_where_that_would_change_the_outputs(trainer_of, 
     assert found_loss.item() == pytest.approx(loss.item(), rel=1e-5) and relative(found, expected) < 1e-5
 
 
-def test_a_window_is_held_against_the_longest_side_of_all_sets(sft_trainer, tmp_path):
-    template = (
-        "{% for m in messages %}<|u|>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<|u|>{% endif %}"
-    )
-    chat_tokenizer(template, "</s>", special=["<|u|>"]).save_pretrained(tmp_path / "window")
-    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = MistralConfig(vocab_size=640, intermediate_size=128, sliding_window=60, **shape)
-    MistralForCausalLM(config).save_pretrained(tmp_path / "window")
+def test_a_window_is_held_against_the_longest_side_of_all_sets(sft_trainer, windowed, tmp_path):
+    model = windowed(60)
     short = [{"prompt": f"{i}?", "chosen": "the lamp " * 15, "rejected": "no lamp " * 10} for i in range(8)]
     long = [{"prompt": f"{i}??", "chosen": "the lamp " * 60, "rejected": "no"} for i in range(2)]
     dev_short, dev_long = ([row | {"prompt": "dev " + row["prompt"]} for row in rows] for rows in (short, long))
     for name, train, dev in (("short", short, dev_short), ("train", short + long, dev_short), ("dev", short, dev_long)):
         files = [write_jsonl(tmp_path / f"{name}{side}.jsonl", rows) for side, rows in (("t", train), ("d", dev))]
         flags = ["--pref_loss", "sigmoid", "--dev_file", files[1]]
-        assert sft_trainer(*flags, data=files[0], model=str(tmp_path / "window")).shares == (name == "short"), name
+        assert sft_trainer(*flags, data=files[0], model=model).shares == (name == "short"), name
 
 
 def test_kto_counts_no_negative_kl(trainer_of):
