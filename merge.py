@@ -495,7 +495,7 @@ def measure(base, exact, written, change, basis, first, last):
 
     A value that is infinite or NaN makes the third sum so.
     """
-    noise = written.float() - exact
+    noise = torch.empty_like(exact).copy_(written).sub_(exact)
     if basis is None:
         wanted = exact - base
     else:  # D = D Q Q^T, so that nothing of D is lost
