@@ -86,24 +86,17 @@ def parse_args(argv=None):
     add("--base_model_path", metavar="ID", help="local folder or hub id [what adapter_config.json names]")
     add("--training_precision", "--output_dtype", default="auto", choices=["auto", *DTYPES],
         help="of the merged weights [auto: the base's where the fine-tune survives it, else float32]")
-    add("--rounding", default="nearest", choices=["nearest", "feedback"],
-        help="feedback: rounding errors are kept off the inputs that the adapter reads [nearest]")
     add("--qlora_base", default="original", choices=["original", "dequant"],
         help="after QLoRA, merge into the 16-bit base, or into what 4 bits left of it [original]")
     add("--verify", choices=["off", "weights", "full"], help="[full where memory allows, else weights]")
-    add("--samples", metavar="FILE", help="prompts, one a line: answered by the merged model and printed")
     add("--overwrite", action="store_true", help="replace an earlier merge at --output_path")
     add("--device", default="cpu", metavar="NAME", help="where outputs are computed [cpu]")
     add("--trust_remote_code", action="store_true", help="run the Python code that comes with the base model")
     args = parser.parse_args(argv)
-    if args.samples and not os.path.isfile(args.samples):
-        parser.error(f"--samples {args.samples} does not exist")
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
-    if args.rounding == "feedback" and args.training_precision in ("auto", "float32"):
-        parser.error("--rounding feedback is for 16 bits: add --training_precision bfloat16 or float16")
     return args
 
 
@@ -474,22 +467,6 @@ def make_change(path, parts, config, source, base_config):
 # ---------------------------------------------------------------- writing
 
 
-def rounded(exact, dtype, basis):
-    """Return rows (rows, in) in `dtype`.
-
-    With a basis Q (in, r) of the adapter's inputs, columns are rounded one after the other, each target moved so that
-    the errors so far cancel on those inputs: min |(error so far + x) Q|^2 + l x^2, l 16 times the mean column's |q|^2.
-    """
-    if basis is None:
-        return exact.to(dtype)
-    written, made = torch.empty_like(exact, dtype=dtype), exact.new_zeros(len(exact), basis.shape[1])
-    strength = basis.square().sum(1) + 16 * basis.square().mean() * basis.shape[1]
-    for j, direction in enumerate(basis):
-        written[:, j] = exact[:, j] - made @ direction / strength[j]
-        made += torch.outer(written[:, j].float() - exact[:, j], direction)
-    return written
-
-
 def measure(base, exact, written, change, basis, first, last):
     """Return the sums (<E, D>, |D|^2, |E - D|^2, |W|^2) over a block; with a basis Q of <EQ, DQ> and so on.
 
@@ -552,7 +529,7 @@ def write_shard(path, tensors, job, bar):
                 with open(source.file, "rb") as file:
                     copy_range(file.fileno(), out.fileno(), source.end - source.start, source.start, at)
             else:
-                found = write_blocks(out, at, name, source, change or Change(), dtype, job.args.rounding)
+                found = write_blocks(out, at, name, source, change or Change(), dtype)
             if hasattr(os, "posix_fadvise"):  # to the disk now, while the next tensor is merged
                 os.posix_fadvise(out.fileno(), at, source.end - source.start, os.POSIX_FADV_DONTNEED)
             bar.update(source.end - source.start)
@@ -563,7 +540,7 @@ def write_shard(path, tensors, job, bar):
     return figures
 
 
-def write_blocks(out, at, name, source, change, dtype, rounding):
+def write_blocks(out, at, name, source, change, dtype):
     """Write a changed or cast tensor at byte `at`, block by block; return its figures.
 
     Raises InputError where a merged value is infinite or NaN, TooLarge where it becomes so in `dtype`.
@@ -573,7 +550,7 @@ def write_blocks(out, at, name, source, change, dtype, rounding):
     for first, last in source.blocks():
         base = source.read(first, last)
         exact = change.apply(base, first, last)
-        written = rounded(exact, dtype, basis if rounding == "feedback" else None)
+        written = exact.to(dtype)
         sums += measure(base, exact, written, change, basis, first, last)
         if not sums[2].isfinite():
             if not exact.isfinite().all():
@@ -648,7 +625,6 @@ def probe(folder, job):
                 sums += measure(torch.zeros_like(delta), delta, delta + noise @ inside, change, None, *at)
                 far += torch.stack([(noise @ outside).square().sum(), (exact @ every).square().sum()])
             error, limit = math.sqrt(far[0] / max(far[1], 1e-30)), ROUNDING_ERROR[copy.dtype]
-            limit *= 4 if job.args.rounding == "feedback" else 1
             found[name] = {**figures_of(sums), "error": error, "intact": error <= limit}
             del found[name]["relative_delta"]
     return found
@@ -918,8 +894,6 @@ def make_job(args):
     task, top = config.get("task_type"), next(iter(tensors)).split(".")[0]
     causal = task == "CAUSAL_LM" or (
         task is None and is_headed(base_config) and any(each.split(".")[0] == top for each in base))
-    if args.samples and not causal:
-        raise InputError("--samples asks a language model, and this adapter makes embeddings: drop it.")
     shards, sizes = defaultdict(dict), defaultdict(int)
     for each, tensor in base.items():
         sizes[tensor.dtype] += (tensor.end - tensor.start) * (tensor.dtype is not None)
@@ -1029,19 +1003,6 @@ def put_in_place(folder, output):
         folder.rename(output)
 
 
-def answer_samples(folder, job):
-    """Print the merged model's greedy answers to the prompts of --samples."""
-    tokenizer, model = load_tokenizer(folder, job), load_model(folder, job)
-    for prompt in filter(str.strip, Path(job.args.samples).read_text(encoding="utf-8").splitlines()):
-        messages = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=False,
-                                               return_tensors="pt", return_dict=True).to(job.args.device)
-        with torch.no_grad():
-            ids = model.generate(**inputs, max_new_tokens=128, do_sample=False)[0, inputs["input_ids"].shape[1]:]
-        stopped = "" if ids[-1] in torch.tensor(model.generation_config.eos_token_id) else " (did not stop)"
-        print(f"sample    {prompt}\n       -> {tokenizer.decode(ids, skip_special_tokens=True)}{stopped}", flush=True)
-
-
 def main(argv=None):
     """Run the command line `argv`; return what merge_report.json holds. Raises InputError if the proof fails."""
     args = parse_args(argv)
@@ -1058,7 +1019,7 @@ def main(argv=None):
         report = {
             "verified": proof["passed"] is True, "base": job.base_name, "base_fingerprint": job.base_fingerprint,
             "adapter": str(job.adapter_folder), "dtype": job.dtype_name, "base_dtype": str(job.base_dtype)[6:],
-            "trained_in": trained_in, "rounding": args.rounding, "qlora_base": args.qlora_base, "seconds": seconds,
+            "trained_in": trained_in, "qlora_base": args.qlora_base, "seconds": seconds,
             "verification": proof, "tensors": figures,
         }
         write_json(temporary / "merge_report.json", report)
@@ -1075,9 +1036,6 @@ def main(argv=None):
         print(f"note      trained in {trained_in}, stored as {job.dtype_name}")
     if proof["passed"] is False:
         raise InputError(failure(job, proof))
-    if args.samples:
-        with in_one_sentence(f"{output} is there, but --samples cannot be answered"):
-            answer_samples(output, job)
     print(f"result    {output}: {'verified' if report['verified'] else 'not verified'}, {job.dtype_name}", flush=True)
     return report
 

@@ -1,4 +1,4 @@
-"""What a 16-bit merge keeps of a fine-tune: real adapters on bf16 bases, merged in every dtype and rounding.
+"""What a 16-bit merge keeps of a fine-tune: real adapters on bf16 bases, merged in every dtype.
 
     python benchmarks/rounding.py
 
@@ -22,7 +22,6 @@ ROOT = Path(__file__).parent.parent
 WAYS = {
     "auto": [],
     "bfloat16": ["--training_precision", "bfloat16"],
-    "bfloat16, feedback": ["--training_precision", "bfloat16", "--rounding", "feedback"],
     "float16": ["--training_precision", "float16"],
     "float32": ["--training_precision", "float32"],
 }

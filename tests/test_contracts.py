@@ -52,7 +52,7 @@ def test_every_flag_is_in_the_readme(script):
 def test_merge_reads_and_documents_every_flag():
     source = (ROOT / "merge.py").read_text()
     declared = re.findall(r'add\("--(\w+)"(?:, "--(\w+)")?', source)
-    assert len(declared) == 11
+    assert len(declared) == 9
     assert [name for name, _ in declared if not re.search(rf"\bargs\.{name}\b", source)] == []
     assert [name for names in declared for name in names if name and f"`--{name}`" not in README] == []
     commands = re.findall(r"^\s*python (merge\.py .*)$", README + merge.__doc__, re.M)
