@@ -1,5 +1,6 @@
 """What keeps flags, documents and code in step, for every script."""
 
+import importlib.metadata
 import re
 import shlex
 
@@ -59,6 +60,21 @@ def test_merge_reads_and_documents_every_flag():
     assert len(commands) >= 5
     for command in commands:
         merge.parse_args(shlex.split(command, comments=True)[1:])
+
+
+def test_the_oldest_python_is_named_alike_and_a_notebook_keeps_its_torch():
+    oldest = importlib.metadata.metadata("transformers")["Requires-Python"].lstrip(">=").removesuffix(".0")
+    assert f'target-version = "py{oldest.replace(".", "")}"' in (ROOT / "pyproject.toml").read_text()
+    for file in ("README.md", "requirements.txt", ".ci/run"):
+        assert re.findall(r"Python (3\.\d+) or newer", (ROOT / file).read_text()) == [oldest], file
+
+    def bounds(file):
+        return dict(re.findall(r"^([a-z]+)([<>=]\S+)", (ROOT / file).read_text(), re.M))
+
+    users, tests = bounds("requirements.txt"), bounds("tests/requirements.txt")
+    uncapped = {name for name, bound in users.items() if "<" not in bound}
+    assert uncapped == {"torch", "tensorboard", "matplotlib"}
+    assert all(tests[name].startswith("<") for name in uncapped)
 
 
 def test_both_trainers_have_the_same_banners_in_the_same_order():
