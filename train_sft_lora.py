@@ -350,6 +350,41 @@ PLAIN_TEMPLATE = """{{ BOS }}{% for message in messages %}{% if message.role == 
 {% endif %}"""
 
 
+QUESTION, ANSWER, FOLLOW_UP = "QUESTION-ONE", "ANSWER-ONE", "QUESTION-TWO"  # of trial conversations
+
+
+def as_message(role, content, **more):
+    """Return one turn in the form that chat templates take."""
+    return {"role": role, "content": content, **more}
+
+
+def plain_template(tokenizer):
+    """Return PLAIN_TEMPLATE with the BOS that this tokenizer would put; InputError without an EOS."""
+    if not tokenizer.eos_token:
+        raise InputError("the tokenizer has neither a chat template nor an EOS token, so that no "
+                         "answer could end. Pass --chat_template, or choose another base.")
+    bos = tokenizer.bos_token_id
+    adds_bos = bos is not None and tokenizer("a")["input_ids"][0] == bos
+    return PLAIN_TEMPLATE.replace("BOS", "bos_token" if adds_bos else "''")
+
+
+def common_suffix(one, other):
+    """Return the longest end that two texts share."""
+    return os.path.commonprefix([one[::-1], other[::-1]])[::-1]
+
+
+def overlap(one, other):
+    """Return how many items at the end of one list are those at the beginning of the other."""
+    sizes = range(min(len(one), len(other)), 0, -1)
+    return next((n for n in sizes if one[-n:] == other[:n]), 0)
+
+
+def is_whole(rendered, texts):
+    """Tell whether every text is in what a template rendered, white space and the like aside."""
+    rendered = squeezed(rendered)
+    return all(squeezed(text) in rendered for text in texts)
+
+
 class Chat:
     """How conversations become tokens: a tokenizer's chat template, and what trial conversations show about it.
 
@@ -361,49 +396,72 @@ class Chat:
     def __init__(self, tokenizer, thinking, base_stops):
         self.tokenizer, self.thinking = tokenizer, thinking
         if not tokenizer.chat_template:
-            if not tokenizer.eos_token:
-                raise InputError("the tokenizer has neither a chat template nor an EOS token, so that no answer could "
-                                 "end. Pass --chat_template, or choose another base.")
-            adds_bos = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id is not None
-            tokenizer.chat_template = PLAIN_TEMPLATE.replace("BOS", "bos_token" if adds_bos else "''")
+            tokenizer.chat_template = plain_template(tokenizer)
         added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self.special = sorted({*added, *tokenizer.all_special_tokens} - {"<think>", "</think>"}, key=len, reverse=True)
-        user, answer, then = (dict(role=role, content=content) for role, content in (
-            ("user", "QUESTION-ONE"), ("assistant", "ANSWER-ONE"), ("user", "QUESTION-TWO")))
+        special = {*added, *tokenizer.all_special_tokens} - {"<think>", "</think>"}
+        self.special = sorted(special, key=len, reverse=True)
+        self.try_out([stop for stop in base_stops if stop])
+
+    def try_out(self, base_stops):
+        """Learn from trial conversations what the template writes around a turn, or InputError."""
+        user, answer = as_message("user", QUESTION), as_message("assistant", ANSWER)
         try:
-            before, after = self.render([user, answer, then], False).split("ANSWER-ONE")
-            alone, prompt = self.render([user, answer], False), self.render([user], True)
+            prompt = self.render([user], True)  # what inference sees
+            alone = self.render([user, answer], False)
+            longer = self.render([user, answer, as_message("user", FOLLOW_UP)], False)
+            before, after = longer.split(ANSWER)
         except (Drop, ValueError) as error:
-            raise InputError(f"the chat template cannot render a simple conversation: {utils.reason(error)}. Pass "
-                             "another with --chat_template.") from None
-        tail, known = alone.partition("ANSWER-ONE")[2], [token for token in (tokenizer.eos_token, *base_stops) if token]
-        following = next((token for token in self.special if after.lstrip().startswith(token)), None)
-        if following and following not in tail and any(stop in tail for stop in known):
+            raise InputError("the chat template cannot render a simple conversation: "
+                             f"{utils.reason(error)}. Pass another with --chat_template.") from None
+        self.find_stops(alone, before, after, base_stops)
+        ended = self.ended(alone, ANSWER)
+        self.emits = next((stop for stop in self.stops if ended.endswith(stop)), None)
+        shared = os.path.commonprefix([prompt, alone])
+        self.scaffold = prompt[len(shared) :]  # what only the prompt of an answer has ("<think>\n", say)
+        self.own_system = self.find_own_system(before, after)
+        system = self.rendered([as_message("system", "SYSTEM"), user], True)
+        self.folds_system = system is None or "SYSTEM" not in system
+        call = {"function": {"name": "f", "arguments": {"x": 1}}}
+        calling = self.rendered([user, as_message("assistant", "", tool_calls=[call])], False)
+        self.takes_objects = bool(calling)
+
+    def find_stops(self, alone, before, after, base_stops):
+        """Set `stops`, the tokens that end an answer, and `end`, to append where none is written."""
+        eos = self.tokenizer.eos_token
+        known = [eos, *base_stops] if eos else base_stops
+        tail = alone.partition(ANSWER)[2]
+        after = after.lstrip()
+        following = next((token for token in self.special if after.startswith(token)), None)
+        ends_otherwise = any(stop in tail for stop in known)
+        if following and following not in tail and ends_otherwise:
             following = None  # gpt-oss: <|end|> closes a channel, <|return|> the answer
         self.stops = list(dict.fromkeys([*known, following] if following else known))
         if not self.stops:
             raise InputError("neither the tokenizer nor the template has a token that ends an answer. Choose a base "
                              "with an EOS token, or pass --chat_template.")
-        self.stop_ids = tokenizer.convert_tokens_to_ids(self.stops)
+        self.stop_ids = self.tokenizer.convert_tokens_to_ids(self.stops)
         # a token that also opens a user turn (GLM's <|user|>) closes an answer only where the base says so
-        closes = following in base_stops or following and following not in before
+        opens_a_turn = following and following in before
+        closes = following and (following in base_stops or not opens_a_turn)
         self.end = following if closes else self.stops[0]
-        self.emits = next((stop for stop in self.stops if self.ended(alone, "ANSWER-ONE").endswith(stop)), None)
-        shared = os.path.commonprefix([prompt, alone])
-        self.scaffold = prompt[len(shared) :]  # what only the prompt of an answer has ("<think>\n", say)
+
+    def find_own_system(self, before, after):
+        """Return the system text that the template adds by itself (Qwen2.5's "You are Qwen."), or None."""
+        head = self.without_special(before.split(QUESTION)[0])  # what stands before the first question
+        between = self.without_special(after.split(FOLLOW_UP)[0])  # and before any later one
+        own = head.removesuffix(common_suffix(between, head)).strip()
+        return own if re.search(r"\w", own) else None
+
+    def without_special(self, text):
+        """Return text without its special tokens."""
+        return re.sub("|".join(map(re.escape, self.special)) or "$", "", text)
+
+    def rendered(self, messages, prompt, tools=None):
+        """Return what render() gives, or None where the template refuses the messages."""
         try:
-            self.folds_system = "SYSTEM" not in self.render([dict(role="system", content="SYSTEM"), user], True)
+            return self.render(messages, prompt, tools)
         except Drop:
-            self.folds_system = True
-        call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
-        try:
-            self.takes_objects = bool(self.render([user, call], False))
-        except Drop:
-            self.takes_objects = False
-        between, head = (re.sub("|".join(map(re.escape, self.special)) or "$", "", text) for text in (
-            after.split("QUESTION-TWO")[0], before.split("QUESTION-ONE")[0]))
-        own = head.removesuffix(os.path.commonprefix([between[::-1], head[::-1]])[::-1]).strip()
-        self.own_system = own if re.search(r"\w", own) else None
+            return None
 
     def render(self, messages, prompt, tools=None):
         """Render messages, and with `prompt` the header of the answer to come; raises Drop where that fails."""
@@ -459,37 +517,52 @@ class Chat:
 
         The answer ends in its stop token. Raises Drop where the template refuses the turn or does not render it whole.
         """
-        message, before = messages[i], messages[:i]
+        before, answer = messages[:i], messages[i]
         if not any(turn["role"] in ("user", "tool") for turn in before):
             raise Drop("answers that no question precedes")
-        prompt, full = self.render(before, True, tools), self.render([*before, message], False, tools)
-        seen = squeezed(prompt)
-        if not all(squeezed(turn["content"]) in seen for turn in before if turn["role"] in ("user", "system")):
+        prompt = self.render(before, True, tools)
+        full = self.render([*before, answer], False, tools)
+        asked = [turn["content"] for turn in before if turn["role"] in ("user", "system")]
+        if not is_whole(prompt, asked):
             raise Drop("rows with a turn that the template leaves out or changes")
-        start = len(prompt) if full.startswith(prompt) else 0
-        whole = full[:start] + self.ended(full[start:], message["content"])
-        whole += "" if whole.endswith(tuple(self.stops)) else self.end
-        prompt_ids, whole_ids = self.ids(prompt), self.ids(whole)
-        if start and whole_ids[: len(prompt_ids)] == prompt_ids:
-            answer_ids = whole_ids[len(prompt_ids) :]
-        elif start:  # tokens would merge across the border, which they cannot at inference
-            answer_ids = self.ids(whole[start:])
-        else:  # the prompt ends in a scaffold, of which the answer may repeat the end (DeepSeek's </think>)
-            other = self.ids(self.render([*before, {"role": "assistant", "content": "\u2603"}], False, tools))
-            shared = os.path.commonprefix([prompt_ids, whole_ids, other])
-            answer_ids, scaffold = whole_ids[len(shared) :], prompt_ids[len(shared) :]
-            sizes = range(min(len(scaffold), len(answer_ids)), -1, -1)
-            repeated = next(n for n in sizes if scaffold[len(scaffold) - n :] == answer_ids[:n])
-            answer_ids = answer_ids[repeated:]
-            if squeezed(before[-1]["content"]) not in squeezed(self.tokenizer.decode(shared)):
-                raise Drop("rows whose prompt the template renders differently once the answer is there")
-        rendered = squeezed(self.tokenizer.decode(answer_ids))
-        calls = [call.get("function", call).get("name", "") for call in message.get("tool_calls", ())]
-        for text in (message["content"], message.get("reasoning_content", ""), *calls):
-            if squeezed(text) not in rendered:
-                raise Drop("rows with an answer or reasoning that the template does not render whole "
-                           "(--enable_thinking false leaves reasoning out)")
+        prompt_ids = self.ids(prompt)
+        if full.startswith(prompt):
+            answer_ids = self.answer_behind(prompt, prompt_ids, full[len(prompt) :], answer)
+        else:
+            answer_ids = self.answer_behind_scaffold(prompt_ids, full, answer, before, tools)
+        calls = [call.get("function", call).get("name", "") for call in answer.get("tool_calls", ())]
+        said = [answer["content"], answer.get("reasoning_content", ""), *calls]
+        if not is_whole(self.tokenizer.decode(answer_ids), said):
+            raise Drop("rows with an answer or reasoning that the template does not render whole "
+                       "(--enable_thinking false leaves reasoning out)")
         return prompt_ids, answer_ids
+
+    def with_stop(self, text, answer):
+        """Return text up to the stop token of the answer that it renders; one is appended if there is none."""
+        text = self.ended(text, answer["content"])
+        return text if text.endswith(tuple(self.stops)) else text + self.end
+
+    def answer_behind(self, prompt, prompt_ids, rest, answer):
+        """Return the answer's ids where the template goes on from the prompt with the text `rest`."""
+        text = self.with_stop(rest, answer)
+        ids = self.ids(prompt + text)
+        if ids[: len(prompt_ids)] == prompt_ids:
+            return ids[len(prompt_ids) :]
+        return self.ids(text)  # tokens would merge across the border, which they cannot at inference
+
+    def answer_behind_scaffold(self, prompt_ids, full, answer, before, tools):
+        """Return the answer's ids where only the prompt ends in a scaffold, as DeepSeek's "<think>\\n" does.
+
+        With a snowman in the answer's place the render shows where answers begin; the answer may repeat the scaffold's
+        end, which the prompt has already.
+        """
+        ids = self.ids(self.with_stop(full, answer))
+        snowman = self.ids(self.render([*before, as_message("assistant", "\u2603")], False, tools))
+        shared = os.path.commonprefix([prompt_ids, ids, snowman])
+        if not is_whole(self.tokenizer.decode(shared), [before[-1]["content"]]):
+            raise Drop("rows whose prompt the template renders differently once the answer is there")
+        scaffold, answer_ids = prompt_ids[len(shared) :], ids[len(shared) :]
+        return answer_ids[overlap(scaffold, answer_ids) :]
 
     def shortened(self, messages, i, tools, max_length):
         """Return messages whose turn i fits, the longest user text cut from the middle; raises Drop if it cannot."""
