@@ -84,10 +84,8 @@ def chat_tokenizer(template, eos, bos=None, special=(), texts=SENTENCES):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **names)
 
 
-@pytest.fixture(scope="session")
-def tiny_bert(tmp_path_factory):
-    """An encoder: 2 layers of 64, positions up to 128, dropout 0.1 in its config."""
-    folder = str(tmp_path_factory.mktemp("tiny_bert"))
+def save_tiny_bert(folder):
+    """Write an encoder: 2 layers of 64, positions up to 128, dropout 0.1 in its config."""
     special = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"}
     train_tokenizer(special, "[CLS] $A [SEP]").save_pretrained(folder)
     torch.manual_seed(0)
@@ -100,6 +98,13 @@ def tiny_bert(tmp_path_factory):
         max_position_embeddings=128,
     )
     BertModel(config).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory):
+    """The encoder of save_tiny_bert."""
+    folder = str(tmp_path_factory.mktemp("tiny_bert"))
+    save_tiny_bert(folder)
     return folder
 
 
@@ -130,10 +135,8 @@ CHATML = (
 )
 
 
-@pytest.fixture(scope="session")
-def tiny_chat(tmp_path_factory):
-    """A causal language model: Qwen3, 2 layers of 64, tied embeddings, ChatML."""
-    folder = str(tmp_path_factory.mktemp("tiny_chat"))
+def save_tiny_chat(folder):
+    """Write a causal language model: Qwen3, 2 layers of 64, tied embeddings, ChatML."""
     texts = [turn["content"] for row in make_chats(300) for turn in row["messages"]]
     tokenizer = chat_tokenizer(CHATML, "<|im_end|>", None, ["<|im_start|>", "<|endoftext|>"], texts)
     tokenizer.pad_token = "<|endoftext|>"
@@ -153,6 +156,13 @@ def tiny_chat(tmp_path_factory):
         pad_token_id=tokenizer.pad_token_id,
     )
     Qwen3ForCausalLM(config).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_chat(tmp_path_factory):
+    """The language model of save_tiny_chat."""
+    folder = str(tmp_path_factory.mktemp("tiny_chat"))
+    save_tiny_chat(folder)
     return folder
 
 

@@ -1,0 +1,527 @@
+"""Run the three scripts on inputs that nobody would write on purpose: each ends in one sentence, or in a result.
+
+    python tests/odd_inputs.py                    every row, and a table of those that failed
+    python tests/odd_inputs.py --sample 40        as many, spread over scripts and kinds
+    python tests/odd_inputs.py --only "bom"       those whose name matches a regular expression, with their output
+
+A row names the files it writes, the flags it passes, and what it ends in. All libraries are imported once; each row is
+a fork of that process, in a folder of its own, which starts the script as a shell would.
+"""
+
+import json
+import os
+
+from odd_harness import Row, main, make_chats, make_rows
+
+from safetensors.torch import load_file, save_file
+
+GOOD_PAIRS = make_rows(8)
+GOOD_CHATS = make_chats(8)
+PAIR = {"query": "where is the apple", "pos": ["on the chair"]}
+
+
+# ---------------------------------------------------------------- makers of files
+
+
+def embed_data(name, code, says, content, kind="jsonl", flags="--dry_run", **more):
+    """A training file of the embedding trainer."""
+    return Row(
+        f"pairs: {name}", "embed", f"--train_file rows.{kind} {flags}", code, says, {f"rows.{kind}": content}, **more
+    )
+
+
+def sft_data(name, code, says, content, kind="jsonl", flags="--dry_run", **more):
+    """A training file of the SFT trainer."""
+    return Row(
+        f"chats: {name}", "sft", f"--train_file rows.{kind} {flags}", code, says, {f"rows.{kind}": content}, **more
+    )
+
+
+def embed_flags(name, code, says, flags, **more):
+    """Flags of the embedding trainer."""
+    return Row(f"flags: {name}", "embed", flags, code, says, **more)
+
+
+def sft_flags(name, code, says, flags, **more):
+    """Flags of the SFT trainer."""
+    return Row(f"flags: {name}", "sft", flags, code, says, **more)
+
+
+def embed_model(name, code, says, files, flags="--dry_run", **more):
+    """A changed base of the embedding trainer."""
+    files = {f"model/{path}": content for path, content in files.items()}
+    return Row(f"base: {name}", "embed", f"--model_name model {flags}", code, says, files, {"model": "bert"}, **more)
+
+
+def sft_model(name, code, says, files, flags="--dry_run", **more):
+    """A changed base of the SFT trainer."""
+    files = {f"model/{path}": content for path, content in files.items()}
+    return Row(f"base: {name}", "sft", f"--model_name model {flags}", code, says, files, {"model": "chat"}, **more)
+
+
+def merge_adapter(name, code, says, files, flags="", source="embed_run/final", **more):
+    """A changed adapter."""
+    files = {f"adapter/{path}": content for path, content in files.items()}
+    return Row(
+        f"adapter: {name}",
+        "merge",
+        f"--lora_adapter_path adapter {flags}",
+        code,
+        says,
+        files,
+        {"adapter": source},
+        **more,
+    )
+
+
+def merge_base(name, code, says, files, flags="", **more):
+    """A changed base under a good adapter."""
+    files = {f"model/{path}": content for path, content in files.items()}
+    return Row(
+        f"base: {name}", "merge", f"--base_model_path model {flags}", code, says, files, {"model": "bert"}, **more
+    )
+
+
+def cut_to(size):
+    """Keep the first bytes of a file."""
+    return lambda path: os.truncate(path, size)
+
+
+def lines(*rows):
+    """JSON Lines after eight good pairs, to stand as text."""
+    return "".join(json.dumps(row) + "\n" for row in [*GOOD_PAIRS, *rows])
+
+
+def chat(*turns, **more):
+    """Eight good chats and one of these turns (role, content)."""
+    messages = [{"role": role, "content": content} for role, content in turns]
+    return [*GOOD_CHATS, {"messages": messages, **more}]
+
+
+def encoded(text, encoding):
+    """Text as bytes."""
+    return text.encode(encoding)
+
+
+def tensors(change):
+    """Rewrite a safetensors file with change({name: tensor})."""
+
+    def rewrite(path):
+        found = load_file(path)
+        changed = change(found)
+        save_file(found if changed is None else changed, path, {"format": "pt"})
+
+    return rewrite
+
+
+def with_value(name_part, value):
+    """Set the first value of the first tensor whose name has `name_part`."""
+
+    def change(found):
+        name = next(name for name in sorted(found) if name_part in name)
+        found[name].view(-1)[0] = value
+
+    return tensors(change)
+
+
+def parquet(**columns):
+    """Write a parquet file of these columns."""
+
+    def write(path):
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.table(columns), path)
+
+    return write
+
+
+def no_permission(path):
+    """Write pairs that nobody may read."""
+    path.write_text(lines())
+    path.chmod(0)
+
+
+TEXTS = [row["query"] for row in GOOD_PAIRS]
+ANSWERS = [row["pos"][0] for row in GOOD_PAIRS]
+CSV = "query,pos\n" + "".join(f"{q},{p}\n" for q, p in zip(TEXTS, ANSWERS, strict=True))
+OK_PAIRS, OK_CHATS = "rehearsal of", "rehearsal of"
+
+# ---------------------------------------------------------------- rows
+
+EMBED_DATA = [
+    embed_data("an empty file", 1, "holds no rows", ""),
+    embed_data("blank lines alone", 1, "holds no rows", "\n \n\n"),
+    embed_data("a byte order mark", 0, OK_PAIRS, encoded(lines(), "utf-8-sig")),
+    embed_data("Windows line ends", 0, OK_PAIRS, lines().replace("\n", "\r\n")),
+    embed_data("no last line end", 0, OK_PAIRS, lines().rstrip("\n")),
+    embed_data("a line that is no JSON", 1, "line 9: no valid JSON", lines() + "{query: 1}\n"),
+    embed_data("half a line", 1, "line 9: no valid JSON", lines() + '{"query": "a", "po'),
+    embed_data("a line that is a list", 1, "line 9: a list, not a JSON object", lines(["a", "b"])),
+    embed_data("a line that is a text", 1, "line 9: a str, not a JSON object", lines("a")),
+    embed_data("a line that is null", 1, "line 9: a NoneType, not a JSON object", lines(None)),
+    embed_data("UTF-16", 1, "is not UTF-8", encoded(lines(), "utf-16")),
+    embed_data("a NUL inside a text", 0, OK_PAIRS, lines({"query": "a\0b", "pos": ["c\0d"]})),
+    embed_data("half an emoji", 0, OK_PAIRS, lines() + '{"query": "\\ud83d", "pos": ["x \\ude00"]}\n'),
+    embed_data("an array", 0, OK_PAIRS, json.dumps(GOOD_PAIRS), "json"),
+    embed_data("an array of lists", 1, "row 1: a list, not a JSON object", '[["a", "b"]]', "json"),
+    embed_data("an empty array", 1, "holds no rows", "[]", "json"),
+    embed_data("a known ending in capitals", 0, OK_PAIRS, lines(), "JSONL"),
+    embed_data("an unknown ending", 1, "is none of .jsonl", lines(), "txt"),
+    embed_data("a spreadsheet", 1, "is none of .jsonl", b"PK\x03\x04", "xlsx"),
+    embed_data("CSV", 0, OK_PAIRS, CSV, "csv"),
+    embed_data("CSV with semicolons", 0, OK_PAIRS, CSV.replace(",", ";"), "csv"),
+    embed_data("CSV of one line", 1, "holds no rows", "query,pos\n", "csv"),
+    embed_data("CSV with a short row", 1, "not the 2 columns", CSV + "alone\n", "csv"),
+    embed_data("CSV with a long row", 1, "not the 2 columns", CSV + "a,b,c\n", "csv"),
+    embed_data("CSV with an open quote", 1, "unexpected end of data", CSV + '"a,b\n', "csv"),
+    embed_data("CSV with a text after a quote", 1, "Double the quotes", CSV + '"a"b,c\n', "csv"),
+    embed_data("CSV with line ends in a cell", 0, OK_PAIRS, CSV + '"a\nb","c\n\nd"\n', "csv"),
+    embed_data("TSV", 0, OK_PAIRS, CSV.replace(",", "\t"), "tsv"),
+    embed_data("parquet", 0, OK_PAIRS, parquet(query=TEXTS, pos=ANSWERS), "parquet"),
+    embed_data(
+        "parquet with empty cells", 0, OK_PAIRS, parquet(query=[*TEXTS, None], pos=[*ANSWERS, None]), "parquet"
+    ),
+    embed_data("no parquet", 1, "is no parquet file", lines(), "parquet"),
+    embed_data("parquet of no bytes", 1, "is no parquet file", b"", "parquet"),
+    embed_data("numbers as queries", 1, "an id rather than a text", lines({"query": 7, "pos": ["a"]})),
+    embed_data("true as a document", 1, "is the bool True", lines({"query": "a", "pos": [True]})),
+    embed_data("digits alone", 1, "ids rather than texts", [{"query": str(i), "pos": "a b"} for i in range(9)]),
+    embed_data("two queries in a row", 1, "2 queries in one row", lines({"query": ["a", "b"], "pos": ["c"]})),
+    embed_data("no query at all", 1, "no query (fields:", [{"pos": ["a"]}] * 3),
+    embed_data(
+        "a column that may be two", 1, "2 columns could be the positive", [{"query": "a", "pos": "b", "answer": "c"}]
+    ),
+    embed_data(
+        "empty texts", 0, "2 rows with an empty", lines({"query": " ", "pos": ["a"]}, {"query": "\t", "pos": "b"})
+    ),
+    embed_data("no positive in any row", 1, "Add rows", [{"query": f"a {i}", "pos": []} for i in range(9)]),
+    embed_data("one row many times", 1, "Add rows", [PAIR] * 20),
+    embed_data(
+        "the same query with many answers",
+        1,
+        "nothing to tell apart",
+        [{"query": "a", "pos": [f"b {i}"]} for i in range(9)],
+    ),
+    embed_data(
+        "the same answer to many queries",
+        1,
+        "nothing to tell apart",
+        [{"query": f"a {i}", "pos": ["b"]} for i in range(9)],
+    ),
+    embed_data("a megabyte in a text", 0, OK_PAIRS, lines({"query": "apple " * 170000, "pos": ["chair " * 170000]})),
+    embed_data(
+        "emoji, Arabic, no-width space", 0, OK_PAIRS, lines({"query": "👩‍👩‍👧 ሀ مرحبا", "pos": ["\u200b x \u202e y"]})
+    ),
+    embed_data("keys of 10,000 letters", 0, OK_PAIRS, lines({"query": "a", "pos": ["b"], "x" * 10000: 1})),
+]
+
+EMBED_FLAGS = [
+    embed_flags("an unknown one", 2, "unrecognized arguments: --learning_ratio", "--learning_ratio 1"),
+    embed_flags("a shortened one", 2, "unrecognized arguments", "--batch 8"),
+    embed_flags("no data", 2, "no training data", "", without=("--train_file",)),
+    embed_flags("batch 0", 2, "outside [1", "--batch_size 0"),
+    embed_flags("batch of a half", 2, "invalid int value", "--batch_size 0.5"),
+    embed_flags("lr nan", 2, "nan is outside", "--lr nan"),
+    embed_flags("lr inf", 2, "inf is outside", "--lr inf"),
+    embed_flags("lr 0", 2, "outside (0", "--lr 0"),
+    embed_flags("epochs inf", 2, "inf is outside", "--epochs inf"),
+    embed_flags("negative seed", 2, "outside [0", "--seed -1"),
+    embed_flags("dev_size 1", 2, "outside [0", "--dev_size 1"),
+    embed_flags("dims above the model's", 1, "exceeds the model's 64", "--matryoshka_dims 1000"),
+    embed_flags("no layer of that name", 1, "Linear layers here", "--target_modules nothing --dry_run"),
+    embed_flags("an unknown metric", 1, "is not measured", "--metric_for_best f1 --dev_size 0.3"),
+    embed_flags("a training file that is not there", 1, "is not there", "--train_file nowhere.jsonl"),
+    embed_flags("a glob that fits nothing", 1, "is not there", "--train_file 'no*.jsonl'"),
+    embed_flags("a dev file that is not there", 1, "is not there", "--dev_file nowhere.jsonl"),
+    embed_flags("an output that is a file", 1, "is a file", "--output_dir here", files={"here": "x"}),
+    embed_flags("an output that is not empty", 1, "is not empty", "--output_dir here", files={"here/x": "x"}),
+    embed_flags("a column that is not there", 1, "no column nothing", "--query_column nothing"),
+    embed_flags("a tracker that is not installed", 1, "is not installed", "--report_to wandb"),
+    embed_flags(
+        "resume without a folder",
+        2,
+        "needs the run's --output_dir",
+        "--resume_from_checkpoint",
+        without=("--output_dir",),
+    ),
+    embed_flags("resume and overwrite", 2, "--overwrite deletes", "--resume_from_checkpoint --overwrite"),
+    embed_flags("resume of nothing", 0, "starting at step 0", "--resume_from_checkpoint --dry_run"),
+    embed_flags("resume of a folder that is not there", 1, "no complete checkpoint", "--resume_from_checkpoint none"),
+    embed_flags(
+        "a BEIR folder without judgements",
+        1,
+        "no qrels/*.tsv",
+        "--dev_file beir",
+        files={"beir/corpus.jsonl": [{"_id": "1", "text": "a"}], "beir/queries.jsonl": [{"_id": "2", "text": "b"}]},
+    ),
+    embed_flags(
+        "a judgement of no document",
+        1,
+        "is in no file of",
+        "--dev_file beir",
+        files={
+            "beir/corpus.jsonl": [{"_id": "1", "text": "a"}],
+            "beir/queries.jsonl": [{"_id": "2", "text": "b"}],
+            "beir/qrels/test.tsv": "query-id\tcorpus-id\tscore\n2\t9\t1\n",
+        },
+    ),
+    embed_flags("a dev file without rows", 1, "holds no rows", "--dev_file dev.jsonl", files={"dev.jsonl": ""}),
+    embed_flags("a data set that is nowhere", 1, "cannot be read", "--dataset_name nobody/nothing"),
+    embed_flags("a step larger than the data", 0, "the step is shrunk", "--gradient_accumulation 1000 --dry_run"),
+    embed_flags("batches larger than the data", 0, "the step is shrunk", "--batch_size 100000 --dry_run"),
+    embed_flags("a length above the positions", 0, "lowered to 128", "--max_length 100000 --dry_run"),
+    embed_flags("the shortest length", 0, OK_PAIRS, "--max_length 4 --dry_run"),
+    embed_flags("a dev share that leaves one row", 1, "in-batch negatives need two", "--dev_size 0.99"),
+]
+
+EMBED_BASE = [
+    embed_flags("a base that is nowhere", 1, "neither a folder here nor a hub model", "--model_name nobody/nothing"),
+    embed_flags("a base without a name", 1, "neither a folder here nor", "--model_name ''"),
+    embed_model("a config that is no JSON", 1, "not a valid JSON", {"config.json": "{"}),
+    embed_model("no config", 1, "neither a folder here nor a hub model", {"config.json": None}),
+    embed_model("an unknown architecture", 1, "known model", {"config.json": {"model_type": "perceptron9000"}}),
+    embed_model(
+        "code of its own",
+        1,
+        "--trust_remote_code",
+        {"config.json": {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}},
+    ),
+    embed_model("an encoder-decoder", 1, "encoder-decoder", {"config.json": {"model_type": "t5"}}),
+    embed_model("no weights", 1, "cannot be loaded", {"model.safetensors": None}),
+    embed_model("weights of other sizes", 1, "cannot be loaded", {"config.json": {"hidden_size": 32}}),
+    embed_model(
+        "a layer behind the pooling",
+        1,
+        "has a Dense layer",
+        {"modules.json": '[{"idx": 0, "name": "0", "path": "", "type": "st.Dense"}]'},
+    ),
+    embed_model("a tokenizer that is no JSON", 1, "no tokenizer", {"tokenizer.json": "{"}),
+]
+
+SFT_DATA = [
+    sft_data("an empty file", 1, "holds no rows", ""),
+    sft_data("text alone", 1, "does not say which part is the response", [{"text": "a"}]),
+    sft_data("no known format", 1, "none of the known formats", [{"a": "b"}]),
+    sft_data(
+        "a preference without the flag", 1, "For chosen/rejected pass --pref_loss", [{"chosen": "b", "rejected": "c"}]
+    ),
+    sft_data("a number as content", 1, "the content of a user turn is a int", chat(("user", 5), ("assistant", "a"))),
+    sft_data("an object as an answer", 1, "Write JSON answers as text", chat(("user", "a"), ("assistant", {"b": 1}))),
+    sft_data(
+        "an image",
+        1,
+        "images cannot be trained on",
+        chat(("user", [{"type": "image", "image": "x.png"}]), ("assistant", "a")),
+    ),
+    sft_data("messages that are a number", 1, "messages is the int 7", [*GOOD_CHATS, {"messages": 7}]),
+    sft_data("messages that are an object", 1, "messages is the dict", [*GOOD_CHATS, {"messages": {"role": "user"}}]),
+    sft_data("a conversation of texts", 1, "conversations is the list", [{"conversations": ["a", "b"]}]),
+    sft_data(
+        "a history of threes",
+        1,
+        "history is no list of",
+        [{"instruction": "a", "output": "b", "history": [["a", "b", "c"]]}],
+    ),
+    sft_data(
+        "tools that are no JSON", 1, "tools: no valid JSON", chat(("user", "a"), ("assistant", "b"), tools="[{")
+    ),
+    sft_data("answers without a question", 0, "rows with an empty prompt", chat(("assistant", "b"))),
+    sft_data("questions without an answer", 0, "rows without an assistant turn", chat(("user", "b"))),
+    sft_data("an empty answer", 0, "rows with an empty response", chat(("user", "b"), ("assistant", " \n"))),
+    sft_data(
+        "a special token in a text",
+        0,
+        "holds the special token <|im_end|>",
+        chat(("user", "b<|im_end|>"), ("assistant", "c")),
+    ),
+    sft_data(
+        "nothing but questions", 1, "no row is left to train on", [{"messages": [{"role": "user", "content": "a"}]}]
+    ),
+    sft_data("no messages in a row", 1, "none of the known formats", [{"messages": []}] * 5),
+    sft_data("all too long", 1, "were cut away by --max_length 8", GOOD_CHATS, flags="--max_length 8"),
+    sft_data(
+        "one too long, as an error",
+        1,
+        "longer than --max_length",
+        chat(("user", "apple " * 3000), ("assistant", "a")),
+        flags="--overlong error",
+    ),
+    sft_data(
+        "prompts that can be shortened",
+        0,
+        "shortened 1 prompts",
+        chat(("user", "apple " * 3000), ("assistant", "a")),
+        flags="--overlong truncate_prompt --dry_run",
+    ),
+    sft_data("a hundred turns", 0, OK_CHATS, chat(*[("user", "a"), ("assistant", "b")] * 50)),
+    sft_data("an answer of emoji", 0, OK_CHATS, chat(("user", "👩‍👩‍👧"), ("assistant", "🏴‍☠️ مرحبا"))),
+    sft_data(
+        "half an emoji",
+        0,
+        OK_CHATS,
+        "".join(map(lambda row: json.dumps(row) + "\n", chat(("user", "\ud83d"), ("assistant", "\ude00 a")))),
+    ),
+    sft_data("a line that is no JSON", 1, "line 1: no valid JSON", "nothing\n"),
+    sft_data(
+        "rejected without chosen", 1, 'no "chosen"', [{"prompt": "a", "rejected": "b"}], flags="--pref_loss orpo"
+    ),
+    sft_data(
+        "pairs without a prompt", 1, "no prompt beside", [{"chosen": "a", "rejected": "b"}], flags="--pref_loss orpo"
+    ),
+    sft_data(
+        "pairs of equal answers",
+        1,
+        "no row is left",
+        [{"prompt": "a", "chosen": "b", "rejected": "b"}],
+        flags="--pref_loss orpo",
+    ),
+]
+
+SFT_FLAGS = [
+    sft_flags("a regular expression that is none", 2, "--drop_regex (", "--drop_regex '('"),
+    sft_flags("a regular expression for everything", 1, "no row is left", "--drop_regex ''" + " --drop_regex ."),
+    sft_flags("overfit and evaluate", 2, "pass one", "--sanity_overfit 2 --eval_only"),
+    sft_flags("evaluate nothing", 2, "needs rows to evaluate on", "--eval_only", without=("--train_file",)),
+    sft_flags("an endpoint without evaluation", 2, "add --eval_only", "--endpoint http://localhost:1"),
+    sft_flags(
+        "a server that is not there",
+        1,
+        "gives no answer",
+        "--eval_only --endpoint http://127.0.0.1:9 --dev_file {k}/chats.jsonl --dev_sample_limit 2",
+    ),
+    sft_flags("beta without a loss", 2, "need --pref_loss", "--pref_beta 1"),
+    sft_flags("an unknown loss", 2, "invalid choice", "--pref_loss dpo2"),
+    sft_flags("a template that is not there", 1, "cannot be read", "--chat_template nowhere.jinja"),
+    sft_flags("a template that is no text", 1, "cannot be read", "--chat_template t", files={"t": b"\xff\xfe\x00"}),
+    sft_flags(
+        "a template that is no Jinja",
+        1,
+        "cannot render a simple conversation",
+        "--chat_template t",
+        files={"t": "{% for %}"},
+    ),
+    sft_flags(
+        "a template that says nothing",
+        1,
+        "cannot render a simple conversation",
+        "--chat_template t",
+        files={"t": "hello"},
+    ),
+    sft_flags(
+        "a template that refuses all",
+        1,
+        "cannot render a simple conversation",
+        "--chat_template t",
+        files={"t": "{{ raise_exception('never') }}"},
+    ),
+    sft_flags("an encoder as the base", 1, "neither a chat template nor an EOS", "--model_name {k}/bert"),
+    sft_flags("preferences", 0, OK_CHATS, "--pref_loss sigmoid --train_file {k}/preferences.jsonl --dry_run"),
+    sft_flags("continue with other ranks", 2, "drop the flag", "--init_adapter {k}/sft_run/final --lora_r 3"),
+    sft_flags(
+        "continue an adapter of the other trainer",
+        1,
+        "neither a chat template nor an EOS",
+        "--init_adapter {k}/embed_run/final",
+    ),
+    sft_flags("continue", 0, OK_CHATS, "--init_adapter {k}/sft_run/final --dry_run"),
+    sft_flags("continue what is no adapter", 2, "has no adapter_config.json", "--init_adapter {k}/chat"),
+]
+
+SFT_BASE = [
+    sft_model("no weights", 1, "cannot be loaded", {"model.safetensors": None}),
+    sft_model("no chat template", 0, "has no chat template", {"chat_template.jinja": None}),
+    sft_model("a config that is no JSON", 1, "not a valid JSON", {"config.json": "{"}),
+    sft_model("a generation_config that is no JSON", 0, OK_CHATS, {"generation_config.json": "{"}),
+]
+
+MERGE = [
+    Row("merge: plain", "merge", "", 0, "verified"),
+    Row(
+        "merge: the file in the folder",
+        "merge",
+        "--lora_adapter_path {k}/embed_run/final/adapter_model.safetensors",
+        0,
+        "verified",
+    ),
+    Row("merge: no adapter there", "merge", "--lora_adapter_path nowhere", 1, "has no adapter_config.json"),
+    Row("merge: a model, not an adapter", "merge", "--lora_adapter_path {k}/bert", 1, "has no adapter_config.json"),
+    Row("merge: no flags", "merge", "", 2, "required", without=("--lora_adapter_path", "--output_path")),
+    Row("merge: no such device", "merge", "--device tpu9", 2, "--device tpu9"),
+    Row("merge: an output that is a file", "merge", "", 1, "is a file", {"out": "x"}),
+    Row("merge: an output that is not empty", "merge", "", 1, "is not empty", {"out/x": "x"}),
+    Row("merge: onto an earlier merge", "merge", "", 1, "holds a merge already", {"out/merge_report.json": "{}"}),
+    Row("merge: over an earlier merge", "merge", "--overwrite", 0, "verified", {"out/merge_report.json": "{}"}),
+    Row("merge: onto the base", "merge", "--output_path {k}/bert", 1, "is not empty"),
+    Row("merge: a base that is nowhere", "merge", "--base_model_path nobody/nothing", 1, "is no folder here"),
+    Row("merge: another base", "merge", "--base_model_path {k}/chat", 1, "fit nothing in the base"),
+    Row("merge: float16", "merge", "--training_precision float16", 0, "float16"),
+    merge_adapter("a config that is no JSON", 1, "no valid JSON", {"adapter_config.json": "{"}),
+    merge_adapter("no weights", 1, "does not exist", {"adapter_model.safetensors": None}),
+    merge_adapter("weights cut off", 1, "is cut off", {"adapter_model.safetensors": cut_to(5000)}),
+    merge_adapter("weights of no bytes", 1, "is cut off", {"adapter_model.safetensors": b""}),
+    merge_adapter("weights that are text", 1, "is cut off", {"adapter_model.safetensors": "hello, hello, hello"}),
+    merge_adapter("IA3", 1, "peft_type IA3", {"adapter_config.json": {"peft_type": "IA3"}}),
+    merge_adapter("PiSSA", 1, "init_lora_weights pissa", {"adapter_config.json": {"init_lora_weights": "pissa"}}),
+    merge_adapter("NaN", 1, "not finite", {"adapter_model.safetensors": with_value("lora_B", float("nan"))}),
+    merge_adapter("infinity", 1, "not finite", {"adapter_model.safetensors": with_value("lora_A", float("inf"))}),
+    merge_adapter(
+        "A without B",
+        1,
+        "do not belong together",
+        {
+            "adapter_model.safetensors": tensors(
+                lambda found: {
+                    name: tensor
+                    for name, tensor in found.items()
+                    if "layer.1.attention.self.query.lora_B" not in name
+                }
+            )
+        },
+    ),
+    merge_adapter(
+        "a tensor of another layer",
+        1,
+        "fit nothing in the base",
+        {
+            "adapter_model.safetensors": tensors(
+                lambda found: {name.replace("layer.1.", "layer.9."): tensor for name, tensor in found.items()}
+            )
+        },
+    ),
+    merge_adapter(
+        "another rank than its B",
+        1,
+        "do not belong together",
+        {
+            "adapter_model.safetensors": tensors(
+                lambda found: {
+                    name: tensor[:4].clone() if "lora_A" in name else tensor for name, tensor in found.items()
+                }
+            )
+        },
+    ),
+    merge_adapter("no tensor at all", 1, "holds 0 tensors", {"adapter_model.safetensors": tensors(dict.clear)}),
+    merge_adapter(
+        "a huge value", 1, "is not base + adapter", {"adapter_model.safetensors": with_value("lora_B", 3e38)}
+    ),
+    merge_base("a config that is no JSON", 1, "no valid JSON", {"config.json": "{"}),
+    merge_base("no config", 1, "has no config.json", {"config.json": None}),
+    merge_base("no weights", 1, "lacks model.safetensors", {"model.safetensors": None}),
+    merge_base("weights cut off", 1, "is cut off", {"model.safetensors": cut_to(100000)}),
+    merge_base("weights of no bytes", 1, "is cut off", {"model.safetensors": b""}),
+    merge_base("quantised", 1, "is quantised", {"config.json": {"quantization_config": {"bits": 4}}}),
+    merge_base("an index that is no JSON", 1, "no valid JSON", {"model.safetensors.index.json": "{"}),
+    merge_base(
+        "an index of files that are not there",
+        1,
+        "lacks gone.safetensors",
+        {"model.safetensors.index.json": {"weight_map": {"a": "gone.safetensors"}}},
+    ),
+    merge_base("other weights", 1, "is not the base that", {"model.safetensors": with_value("query.weight", 1.0)}),
+]
+
+ROWS = [*EMBED_DATA, *EMBED_FLAGS, *EMBED_BASE, *SFT_DATA, *SFT_FLAGS, *SFT_BASE, *MERGE]
+
+if __name__ == "__main__":
+    main(ROWS, __doc__)
