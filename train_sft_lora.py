@@ -19,6 +19,8 @@ import math
 import os
 import random
 import re
+import signal
+import threading
 import unicodedata
 import urllib.error
 import urllib.request
@@ -385,6 +387,44 @@ def is_whole(rendered, texts):
     return all(squeezed(text) in rendered for text in texts)
 
 
+# a template is a program, and runs on whatever a row holds
+TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError,
+                   MemoryError, SyntaxError)
+TRIAL_SECONDS, TRIAL_BYTES = 10, 2**30
+
+
+@contextlib.contextmanager
+def limited_trial():
+    """Run trial conversations for at most TRIAL_SECONDS, and in TRIAL_BYTES more memory; raises InputError.
+
+    Without an alarm (outside the main thread, on Windows) nothing is limited, and without /proc memory is not.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(number, frame):
+        raise InputError(f"the chat template takes more than {TRIAL_SECONDS} s for a conversation of three turns. Pass "
+                         "another with --chat_template.")
+
+    import resource  # not on Windows
+
+    limits, size = resource.getrlimit(resource.RLIMIT_AS), Path("/proc/self/statm")
+    if size.exists():
+        pages = int(size.read_text().split()[0])
+        ceiling = pages * resource.getpagesize() + TRIAL_BYTES
+        known = [limit for limit in limits if limit != resource.RLIM_INFINITY]
+        resource.setrlimit(resource.RLIMIT_AS, (min([ceiling, *known]), limits[1]))
+    handler = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, TRIAL_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
 class Chat:
     """How conversations become tokens: a tokenizer's chat template, and what trial conversations show about it.
 
@@ -400,7 +440,8 @@ class Chat:
         added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         special = {*added, *tokenizer.all_special_tokens} - {"<think>", "</think>"}
         self.special = sorted(special, key=len, reverse=True)
-        self.try_out([stop for stop in base_stops if stop])
+        with limited_trial():
+            self.try_out([stop for stop in base_stops if stop])
 
     def try_out(self, base_stops):
         """Learn from trial conversations what the template writes around a turn, or InputError."""
@@ -468,8 +509,9 @@ class Chat:
         try:
             return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False,
                                                       add_generation_prompt=prompt, enable_thinking=self.thinking)
-        except (TemplateError, TypeError, ValueError, KeyError) as error:  # a template runs on whatever a row holds
-            raise Drop(f"rows that the chat template refuses ({utils.reason(error)})") from None
+        except TEMPLATE_ERRORS as error:
+            why = utils.reason(error) or type(error).__name__
+            raise Drop(f"rows that the chat template refuses ({why})") from None
 
     def ids(self, text):
         """Tokenise rendered text, which brings its special tokens along."""

@@ -145,6 +145,8 @@ def no_permission(path):
 TEXTS = [row["query"] for row in GOOD_PAIRS]
 ANSWERS = [row["pos"][0] for row in GOOD_PAIRS]
 CSV = "query,pos\n" + "".join(f"{q},{p}\n" for q, p in zip(TEXTS, ANSWERS, strict=True))
+LOOP = "{{% for i in range(99999) %}}{{% for j in range(99999) %}}{}{{% endfor %}}{{% endfor %}}"
+DOUBLING = "{% set n = namespace(x='x') %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}"
 OK_PAIRS, OK_CHATS = "rehearsal of", "rehearsal of"
 
 # ---------------------------------------------------------------- rows
@@ -414,6 +416,20 @@ SFT_FLAGS = [
         "cannot render a simple conversation",
         "--chat_template t",
         files={"t": "{{ raise_exception('never') }}"},
+    ),
+    *(
+        sft_flags(f"a template {name}", 1, says, "--chat_template t", files={"t": template})
+        for name, says, template in (
+            ("that divides by zero", "division by zero", "{{ 1 / 0 }}"),
+            ("of a billion turns", "Range too big", "{% for i in range(1000000000) %}x{% endfor %}"),
+            ("of a broken range", "cannot render a simple conversation", "{% for i in range(1e9) %}x{% endfor %}"),
+            ("without an end", "takes more than 10 s", LOOP.format("{% set a = j %}")),
+            ("that calls itself", "recursion", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"),
+            ("that fills the memory", "MemoryError", DOUBLING),
+            ("of twenty loops in loops", "nested blocks", "{% for a in [1] %}" * 25 + "{% endfor %}" * 25),
+            ("that asks for the 99th turn", "has no element 99", "{{ messages[99].content.x }}"),
+            ("that cuts by a text", "cannot render a simple conversation", "{{ messages[0]['content'][:'a'] }}"),
+        )
     ),
     sft_flags("an encoder as the base", 1, "neither a chat template nor an EOS", "--model_name {k}/bert"),
     sft_flags("preferences", 0, OK_CHATS, "--pref_loss sigmoid --train_file {k}/preferences.jsonl --dry_run"),
