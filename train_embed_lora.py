@@ -14,7 +14,7 @@ import itertools
 import random
 import re
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -40,7 +40,7 @@ def parse_args(argv=None):
         allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter,
     )
     base = "sentence-transformers/all-MiniLM-L6-v2"
-    utils.add_input_flags(parser, base, dev_size=0.1)
+    utils.add_input_flags(parser, base, dev_size="0.1, of at most 1000 queries")
     utils.add_training_flags(parser, batch=32, step=32, epochs=2, checkpointing=False, metric="ndcg@10")
     add = parser.add_argument_group("embedding").add_argument
     add("--max_length", type=integer(4), default=512, metavar="N", help="tokens of a query or document [512]")
@@ -67,6 +67,9 @@ def parse_args(argv=None):
 QUERY_NAMES = ("query", "anchor", "question")
 POSITIVE_NAMES = ("pos", "positive", "positives", "answer", "document", "passage", "response",
                   "positive_passages", "pos_doc")
+MAX_HELD = 1000  # queries held out where no flag says how many
+MAX_POOL = 10_000  # documents that held-out queries are searched in
+SMALL_POOL = 100  # fewer documents hardly tell models apart
 NEGATIVE_NAMES = re.compile(r"neg|negatives?|negative_\d+|negative_passages|neg_doc|hard_negatives?")
 
 
@@ -82,11 +85,15 @@ class Example:
 
 @dataclass
 class DevSet:
-    """Queries {id: (text, prompt)}, corpus {id: text} and the relevant document ids of each query."""
+    """Queries {id: (text, prompt)}, corpus {id: text} and the relevant document ids of each query.
+
+    `spare`: training documents that may fill the corpus of held-out rows, in the order drawn.
+    """
 
     queries: dict
     corpus: dict
     relevant: dict
+    spare: list = field(default_factory=list)
 
 
 def find_columns(rows, args):
@@ -164,14 +171,39 @@ def read_examples(rows, args):
 
 def dev_from_examples(examples):
     """Make a dev set of rows: the pool is every positive and negative, each text once."""
-    ids, queries, relevant = {}, {}, {}
+    ids, queries, corpus, relevant = {}, {}, {}, {}
     for example in examples:
         key = f"q{utils.text_id(example.query)}"
         queries.setdefault(key, (example.query, example.prompt))
         for text in example.pos + example.neg:
-            ids.setdefault(text, f"d{len(ids):09d}")
-        relevant.setdefault(key, set()).update(ids[text] for text in example.pos)
-    return DevSet(queries, {name: text for text, name in ids.items()}, relevant)
+            name = ids.setdefault(utils.text_id(text), f"d{len(ids):09d}")
+            corpus.setdefault(name, text)
+        relevant.setdefault(key, set()).update(ids[utils.text_id(text)] for text in example.pos)
+    return DevSet(queries, corpus, relevant)
+
+
+def spare_documents(dev, examples, rest, seed):
+    """Draw at most MAX_POOL documents of `examples`, which are trained on, that are wrong for every query of `dev`.
+
+    Left aside are texts that `dev` has, as a document or as a query, and what any row of `rest` pairs with a query of
+    `dev`, in either direction.
+    """
+    queries = {utils.text_id(text) for text, _ in dev.queries.values()}
+    aside = queries | {utils.text_id(text) for text in dev.corpus.values()}
+    for example in rest:
+        positives = {utils.text_id(text) for text in example.pos}
+        if utils.text_id(example.query) in queries:
+            aside |= positives
+        if not queries.isdisjoint(positives):
+            aside.add(utils.text_id(example.query))
+    documents = list(dict.fromkeys(text for example in examples for text in example.pos + example.neg))
+    random.Random(seed).shuffle(documents)
+    spare = []
+    for text in documents:
+        if len(spare) < MAX_POOL and utils.text_id(text) not in aside:
+            aside.add(utils.text_id(text))
+            spare.append(text)
+    return spare
 
 
 def dev_from_beir(folder):
@@ -219,17 +251,26 @@ def read_data(args):
         if not dev.queries:
             raise InputError(f"--dev_file {source} holds no query with a relevant document.")
         dev_sets[name] = dev
+    held = {}
     if not dev_sets:
-        examples, held = utils.hold_out(examples, by_query, args, "query")
+        examples, held = utils.hold_out(examples, by_query, args, "query", 0.1, MAX_HELD)
         dev_sets = {name: dev_from_examples(rows) for name, rows in held.items()}
     in_dev = {utils.text_id(text) for dev in dev_sets.values() for text, _ in dev.queries.values()}
-    examples = utils.leave_out(examples, by_query, in_dev, dropped, "query")[: args.train_sample_limit]
+    rest = utils.leave_out(examples, by_query, in_dev, dropped, "query")
+    examples = rest[: args.train_sample_limit]
+    for name in held:
+        dev_sets[name].spare = spare_documents(dev_sets[name], examples, rest, args.seed)
     if len(examples) < 2:
         raise InputError(f"{len(examples)} rows are left to train on, in-batch negatives need two. Add rows.")
-    sizes = {name or "dev": {"queries": len(dev.queries), "corpus": len(dev.corpus)} for name, dev in dev_sets.items()}
+    sizes = dev_sizes(dev_sets)
     say(f"data      {len(examples)} rows to train on; " + "; ".join(
         f"{name}: {size['queries']} queries over {size['corpus']} documents" for name, size in sizes.items()))
     return examples, dev_sets, {"train_rows": len(examples), "dropped": dropped, "dev": sizes}
+
+
+def dev_sizes(dev_sets):
+    """Return how many queries and documents each dev set has, for the report."""
+    return {name or "dev": {"queries": len(dev.queries), "corpus": len(dev.corpus)} for name, dev in dev_sets.items()}
 
 
 class Texts:
@@ -650,16 +691,86 @@ def show_examples(train_set, texts, tokenizer, notes):
                      "Choose one made for their language.")
 
 
+def dev_indices(dev, texts, args):
+    """Return the text indices of a dev set's queries, and of its documents by ascending id."""
+    queries = [texts.add(args.query_prefix if prompt is None else prompt, text, True)
+               for text, prompt in dev.queries.values()]
+    return queries, [texts.add(args.doc_prefix, dev.corpus[key], False) for key in sorted(dev.corpus)]
+
+
+def tokens_of_rows(train_set, texts):
+    """Return how many tokens each training row has."""
+    return [sum(len(texts[j]) for j in text_indices(train_set[i])) for i in range(len(train_set))]
+
+
+def step_tokens(train_set, texts, tokens, rows, seed):
+    """Return the mean tokens of a step of `rows` rows, in which a text that several rows share is computed once."""
+    rng, total, distinct = random.Random(seed), 0, 0
+    for _ in range(10):
+        drawn = rng.sample(range(len(train_set)), rows)
+        step = {j for i in drawn for j in text_indices(train_set[i])}
+        total += sum(tokens[i] for i in drawn)
+        distinct += sum(len(texts[j]) for j in step)
+    return sum(tokens) / len(tokens) * rows * distinct / total
+
+
+def evaluations_of(args, plan):
+    """Return how many times a run measures its dev sets: before, after, and in between."""
+    steps = {0, plan.total_steps, *range(plan.eval_steps, plan.total_steps, plan.eval_steps)}
+    if args.save_on_epoch_end:  # each is evaluated, so that the best can be kept
+        steps |= set(range(plan.steps_per_epoch, plan.total_steps, plan.steps_per_epoch))
+    return len(steps)
+
+
+def filled(dev, texts, args, room):
+    """Return a DevSet with the first spare documents in its corpus, as many as `room` tokens and MAX_POOL allow."""
+    spare = dev.spare[: max(0, MAX_POOL - len(dev.corpus))]
+    tokens = np.cumsum([len(texts[texts.add(args.doc_prefix, text, False)]) for text in spare])
+    count = int(np.searchsorted(tokens, room, side="right"))
+    # equal scores are ranked by id: ids behind all others would favour the held-out documents, so they mix
+    rng, own = random.Random(args.seed), list(dev.corpus)
+    more = {f"{rng.choice(own)}-{i:05d}": text for i, text in enumerate(spare[:count])}
+    return DevSet(dev.queries, dev.corpus | more, dev.relevant)
+
+
+def fill_pools(args, plan, training, dev_sets, texts, notes):
+    """Fill the pool of held-out queries with training documents, and say what all evaluations cost.
+
+    It is filled to MAX_POOL documents, or until the evaluations of the run embed half as many tokens as its `training`.
+    Returns {name: DevSet}.
+    """
+    if not plan.has_dev:
+        return dev_sets
+    times = evaluations_of(args, plan)
+
+    def tokens_of(dev):
+        return sum(len(texts[j]) for side in dev_indices(dev, texts, args) for j in side)
+
+    room = training / 2 / times - sum(map(tokens_of, dev_sets.values()))
+    full = {name: filled(dev, texts, args, room) for name, dev in dev_sets.items()}
+    plan.evaluation_share = times * sum(map(tokens_of, full.values())) / training
+    said = []
+    for name, dev in full.items():
+        size, before, what = len(dev.corpus), dev_sets[name], name or "dev"
+        added = size - len(before.corpus)
+        stopped = len(before.spare) > added and size < MAX_POOL
+        said.append(f"{what}: {size} documents" + f", {added} of them the training's" * bool(added)
+                    + " (evaluating less often, --eval_every, makes room for more)" * stopped)
+        if size < SMALL_POOL:
+            notes.append(f"{what}: {size} documents to search in hardly tell models apart: take more dev rows"
+                         + ", or evaluate less often (--eval_every)" * stopped)
+    say(f"pool      {'; '.join(said)}; {times} evaluations embed {plan.evaluation_share:.0%} as many tokens as the "
+        "training")
+    return full
+
+
 def make_measure(dev_sets, texts, args):
     """Return measure(trainer) -> {metric: value} over all dev sets, whose names stand in front of the metrics."""
     tokens = {}
     for name, dev in dev_sets.items():
-        order = sorted(dev.corpus)
-        column = {key: i for i, key in enumerate(order)}
-        queries = [texts.add(args.query_prefix if prompt is None else prompt, text, True)
-                   for text, prompt in dev.queries.values()]
-        corpus = [texts.add(args.doc_prefix, dev.corpus[key], False) for key in order]
-        tokens[name] = queries, corpus, [{column[key] for key in dev.relevant[query]} for query in dev.queries]
+        column = {key: i for i, key in enumerate(sorted(dev.corpus))}
+        relevant = [{column[key] for key in dev.relevant[query]} for query in dev.queries]
+        tokens[name] = *dev_indices(dev, texts, args), relevant
 
     def measure(trainer):
         metrics = {}
@@ -717,20 +828,25 @@ def main(argv=None):
     config, tokenizer = utils.load_config(args), utils.load_tokenizer(args)
     stored_pooling = settle_texts(args, examples, config, tokenizer, notes)
     texts = Texts()
-    train_set, measure = TrainSet(examples, texts, args), make_measure(dev_sets, texts, args)
+    train_set = TrainSet(examples, texts, args)
+    for dev in dev_sets.values():
+        dev_indices(dev, texts, args)  # adds its texts, to be tokenised with the others
     with state.main_process_first():
         texts.tokenise(tokenizer, args.query_max_len, args.passage_max_len, args.num_workers)
     plan = plan_run(args, train_set, dev_sets, notes)
+    tokens = tokens_of_rows(train_set, texts)
+    training = plan.total_steps * step_tokens(train_set, texts, tokens, plan.examples_per_step, args.seed)
+    dev_sets = fill_pools(args, plan, training, dev_sets, texts, notes)
+    counts["dev"] = dev_sizes(dev_sets)
     model, causal, dimension, precision = load_model(args, config, stored_pooling, texts, notes)
     trainer = EmbedTrainer(
-        flags=args, causal=causal, model=model, measure=measure, train_dataset=train_set,
+        flags=args, causal=causal, model=model, measure=make_measure(dev_sets, texts, args), train_dataset=train_set,
         eval_dataset=train_set,  # never read: Trainer refuses to evaluate without one
         args=utils.training_arguments(args, plan, precision, drop_last=True), data_collator=Collator(texts),
         processing_class=tokenizer,
     )
     run = utils.describe_run(args, precision, Hasher.hash([examples, dev_sets]), checkpoint) | {"data": counts}
     show_examples(train_set, texts, tokenizer, notes)
-    tokens = [sum(len(texts[j]) for j in text_indices(train_set[i])) for i in range(len(train_set))]
     outputs = partial(trainer.embed, [texts[i] for i in range(min(8, len(texts.index)))])
     return utils.carry_out(trainer, args, plan, run, checkpoint, tokens, outputs, AutoModel,
                            write_files=partial(save_st_files, args=args, dimension=dimension))

@@ -62,7 +62,7 @@ def parse_args(argv=None):
         allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter,
     )
     base = "Qwen/Qwen3-0.6B"
-    utils.add_input_flags(parser, base, dev_size=0.2)
+    utils.add_input_flags(parser, base, dev_size="0.2")
     utils.add_training_flags(parser, batch=2, step=16, epochs=1, checkpointing=True, metric="loss")
     add = parser.add_argument_group("SFT").add_argument
     add("--max_length", "--max_seq_length", type=integer(8), default=2048, metavar="N", help="tokens of a row [2048]")
@@ -324,7 +324,7 @@ def read_data(args):
         found = [example for example in examples if not is_empty(parse_answer(example.answer))]
         examples = dev_sets[""] = (found or examples)[: args.sanity_overfit]
     elif not dev_sets:
-        examples, dev_sets = utils.hold_out(examples, by_prompt, args, "prompt")
+        examples, dev_sets = utils.hold_out(examples, by_prompt, args, "prompt", 0.2)
     if not args.sanity_overfit:
         in_dev = {example.key for dev in dev_sets.values() for example in dev}
         examples = utils.leave_out(examples, by_prompt, in_dev, dropped, "prompt")[: args.train_sample_limit]

@@ -100,7 +100,7 @@ integer, real = partial(bounded, int), partial(bounded, float)
 
 
 def add_input_flags(parser, model, dev_size):
-    """Declare what both trainers read: base model, data, adapters; `model` and `dev_size` are defaults."""
+    """Declare what both trainers read: base model, data, adapters; `model` and `dev_size`, in words, are defaults."""
     add = parser.add_argument_group("model").add_argument
     add("--model_name", "--model_name_or_path", metavar="ID", help=f"hub id or local folder [{model}]")
     add("--model_revision", metavar="REV", help="branch, tag or commit of a hub model [main]")
@@ -124,7 +124,7 @@ def add_input_flags(parser, model, dev_size):
     add("--hf_revision", metavar="REV", help="branch, tag or commit of a hub data set")
     add("--train_sample_limit", type=integer(1), metavar="N", help="train on N rows, drawn with --seed [all]")
     add("--dev_sample_limit", type=integer(1), metavar="N", help="evaluate on (or hold out) N rows [all, --dev_size]")
-    add("--dev_size", type=real(0, 1, {1}), default=dev_size, metavar="X", help=f"else this share [{dev_size}]")
+    add("--dev_size", type=real(0, 1, {1}), metavar="X", help=f"else this share [{dev_size}]")
     add("--num_workers", type=integer(0), default=0, metavar="N", help="extra processes that tokenise and load [0]")
 
     add = parser.add_argument_group("LoRA").add_argument
@@ -186,7 +186,7 @@ def finish_flags(parser, args, model, step):
     """Check the flags that depend on one another and fill in the defaults that do; exits 2 through `parser.error`."""
     given_bits = {args.quantization_bits, 8 if args.load_in_8bit else None, 4 if args.load_in_4bit else None} - {None}
     no_eval = args.eval_strategy == "no" or not (
-        args.dev_size or args.dev_sample_limit or args.dev_file or args.dataset_dev_split
+        args.dev_size != 0 or args.dev_sample_limit or args.dev_file or args.dataset_dev_split
     )
     no_save, full = args.checkpoint_strategy == "no", args.finetune_type == "full"
     patience, resume = args.early_stopping_patience, args.resume_from_checkpoint
@@ -400,17 +400,23 @@ def say_drops(drops):
     return {reason: len(places) for reason, places in drops.items()}
 
 
-def hold_out(examples, key, args, by):
-    """Hold --dev_size (or --dev_sample_limit) examples out, all of one key(example) together: (rest, {"": held})."""
-    wanted = args.dev_sample_limit or math.ceil(args.dev_size * len(examples))
+def hold_out(examples, key, args, by, share, most=math.inf):
+    """Hold examples out of training, all of one key(example) together: (rest, {"": held}).
+
+    --dev_sample_limit or --dev_size say how many; else it is `share` of them, of at most `most` keys.
+    """
+    if args.dev_sample_limit or args.dev_size is not None:
+        most = math.inf
+    wanted = args.dev_sample_limit or math.ceil((share if args.dev_size is None else args.dev_size) * len(examples))
     if not wanted or len(examples) <= 3 or args.eval_strategy == "no":
         return examples, {}
-    by_key, held = defaultdict(list), []
+    by_key, held, keys = defaultdict(list), [], 0
     for example in examples:
         by_key[key(example)].append(example)
     groups = iter(by_key.values())
-    while len(held) < wanted and (group := next(groups, None)):
+    while len(held) < wanted and keys < most and (group := next(groups, None)):
         held += group
+        keys += 1
     say(f"dev       {len(held)} rows held out of the training set, by {by}")
     return [example for group in groups for example in group], {"": held}
 
