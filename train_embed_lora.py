@@ -234,6 +234,43 @@ def by_query(example):
     return utils.text_id(example.query)
 
 
+def mirrored_groups(examples):
+    """Return {query id: group}: queries that are each other's positive, (a, b) and (b, a), share a group."""
+    pairs = {(by_query(example), utils.text_id(text)) for example in examples for text in example.pos}
+    group = {query: query for query, _ in pairs}
+
+    def first_of(query):
+        while group[query] != query:
+            group[query] = group[group[query]]  # halves the way for the next search
+            query = group[query]
+        return query
+
+    for query, document in pairs:
+        if (document, query) in pairs:
+            group[first_of(query)] = first_of(document)
+    return {query: first_of(query) for query in group}
+
+
+def without_leaks(examples, dev_sets, dropped):
+    """Leave out the rows that give dev rows away: one's query, or one's pair the other way round."""
+    pairs = set()
+    for dev in dev_sets.values():
+        for name, (query, _) in dev.queries.items():
+            for document in dev.relevant[name]:
+                pairs.add((utils.text_id(query), utils.text_id(dev.corpus[document])))
+    queries = {query for query, _ in pairs}
+
+    def leak(example):
+        query = by_query(example)
+        if query in queries:
+            return "training rows whose query is in a dev set"
+        if any((utils.text_id(text), query) in pairs for text in example.pos):
+            return "training rows that are a pair of a dev set turned round"
+        return None
+
+    return utils.leave_out(examples, leak, dropped)
+
+
 def read_data(args):
     """Read, check and split the data. Returns (training Examples, {name: DevSet}, counts for the report)."""
     rows, sources = utils.read_sources(args)
@@ -253,10 +290,11 @@ def read_data(args):
         dev_sets[name] = dev
     held = {}
     if not dev_sets:
-        examples, held = utils.hold_out(examples, by_query, args, "query", 0.1, MAX_HELD)
+        group = mirrored_groups(examples)
+        examples, held = utils.hold_out(
+            examples, lambda example: group[by_query(example)], args, "query", 0.1, by_query, MAX_HELD)
         dev_sets = {name: dev_from_examples(rows) for name, rows in held.items()}
-    in_dev = {utils.text_id(text) for dev in dev_sets.values() for text, _ in dev.queries.values()}
-    rest = utils.leave_out(examples, by_query, in_dev, dropped, "query")
+    rest = without_leaks(examples, dev_sets, dropped)
     examples = rest[: args.train_sample_limit]
     for name in held:
         dev_sets[name].spare = spare_documents(dev_sets[name], examples, rest, args.seed)

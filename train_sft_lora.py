@@ -152,9 +152,25 @@ class Example:
     rejected: dict | None = None
 
     @property
-    def key(self):
-        """Hash of all that comes before the last answer: rows that share it ask the same."""
-        return utils.text_id(json.dumps(self.messages[: self.last], ensure_ascii=False, sort_keys=True))
+    def prefixes(self):
+        """Hashes of messages[:0], messages[:1], ...: rows that share one say the same up to there."""
+        hashes = [0]
+        for message in self.messages:
+            calls = json.dumps(message.get("tool_calls"), ensure_ascii=False, sort_keys=True)
+            hashes.append(utils.text_id(f"{hashes[-1]} {message['role']} {message['content']} {calls}"))
+        return hashes
+
+    @property
+    def answers(self):
+        """Indices of the assistant turns that a question precedes; a greeting answers nothing."""
+        roles = [message["role"] for message in self.messages]
+        asked = next(i for i, role in enumerate(roles) if role in ("user", "tool"))
+        return [i for i, role in enumerate(roles) if role == "assistant" and i > asked]
+
+    @property
+    def opening(self):
+        """Hash of all that comes before the first answer: another row that shares it may hold the same answer."""
+        return self.prefixes[self.answers[0]]
 
     @property
     def last(self):
@@ -306,6 +322,26 @@ def read_examples(rows, args):
     return examples, utils.say_drops(drops)
 
 
+def without_leaks(examples, dev_sets, dropped):
+    """Leave out the rows that give dev rows away: one's whole prompt, or one's answer behind the same turns."""
+    prompts, answers = set(), set()
+    for dev in dev_sets.values():
+        for example in dev:
+            prefixes = example.prefixes
+            prompts.update(prefixes[i] for i in example.answers)
+            answers.update(prefixes[i + 1] for i in example.answers)
+
+    def leak(example):
+        prefixes = example.prefixes
+        if prefixes[example.last] in prompts:
+            return "training rows whose prompt is in a dev set"
+        if not answers.isdisjoint(prefixes):
+            return "training rows with an answer of a dev set behind the same turns"
+        return None
+
+    return utils.leave_out(examples, leak, dropped)
+
+
 def read_data(args):
     """Read, check and split the data. Returns (training Examples, {name: dev Examples}, counts for the report)."""
     rows, sources = utils.read_sources(args)
@@ -319,15 +355,13 @@ def read_data(args):
         dev_sets[name] = draw.sample(dev, min(args.dev_sample_limit or len(dev), len(dev)))
         if not dev_sets[name]:
             raise InputError(f"--dev_file {source if isinstance(source, str) else name} holds no row to evaluate on.")
-    by_prompt = attrgetter("key")
     if args.sanity_overfit:
         found = [example for example in examples if not is_empty(parse_answer(example.answer))]
         examples = dev_sets[""] = (found or examples)[: args.sanity_overfit]
     elif not dev_sets:
-        examples, dev_sets = utils.hold_out(examples, by_prompt, args, "prompt", 0.2)
+        examples, dev_sets = utils.hold_out(examples, attrgetter("opening"), args, "prompt", 0.2)
     if not args.sanity_overfit:
-        in_dev = {example.key for dev in dev_sets.values() for example in dev}
-        examples = utils.leave_out(examples, by_prompt, in_dev, dropped, "prompt")[: args.train_sample_limit]
+        examples = without_leaks(examples, dev_sets, dropped)[: args.train_sample_limit]
     if not examples and not (args.eval_only and dev_sets):
         raise InputError("no row is left to train on. Look at what was dropped, above.")
     sizes = {name or "dev": len(dev) for name, dev in dev_sets.items()}

@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import nullcontext
 from datetime import datetime
 from functools import partial
@@ -400,35 +400,46 @@ def say_drops(drops):
     return {reason: len(places) for reason, places in drops.items()}
 
 
-def hold_out(examples, key, args, by, share, most=math.inf):
+def hold_out(examples, key, args, by, share, unit=None, most=math.inf):
     """Hold examples out of training, all of one key(example) together: (rest, {"": held}).
 
-    --dev_sample_limit or --dev_size say how many; else it is `share` of them, of at most `most` keys.
+    --dev_sample_limit or --dev_size say how many; else it is `share` of them, with at most `most` unit(example) values.
+    A group larger than a fifth of what is wanted stays in training, since a dev set of a few groups tells little; where
+    all are larger, the smallest size may be held out.
     """
     if args.dev_sample_limit or args.dev_size is not None:
         most = math.inf
     wanted = args.dev_sample_limit or math.ceil((share if args.dev_size is None else args.dev_size) * len(examples))
     if not wanted or len(examples) <= 3 or args.eval_strategy == "no":
         return examples, {}
-    by_key, held, keys = defaultdict(list), [], 0
+    by_key = defaultdict(list)
     for example in examples:
         by_key[key(example)].append(example)
-    groups = iter(by_key.values())
-    while len(held) < wanted and keys < most and (group := next(groups, None)):
-        held += group
-        keys += 1
+    smallest = min(map(len, by_key.values()))
+    largest_held = max(min(wanted, most) / 5, smallest if smallest <= wanted else 0)
+    held, rest, units, too_large = [], [], 0, []
+    for group in by_key.values():
+        fits = len(group) <= largest_held
+        if not fits:
+            too_large.append(len(group))
+        side = held if fits and len(held) < wanted and units < most else rest
+        side.extend(group)
+        if side is held:
+            units += len(set(map(unit or key, group)))
+    if too_large:
+        say(f"note      {len(too_large)} groups of rows with one {by} are never held out: each has more than a fifth "
+            f"of the {min(wanted, most)} rows wanted (the largest: {max(too_large)} rows)")
     say(f"dev       {len(held)} rows held out of the training set, by {by}")
-    return [example for group in groups for example in group], {"": held}
+    return rest, {"": held} if held else {}
 
 
-def leave_out(examples, key, in_dev, dropped, what):
-    """Return the examples whose key is not in a dev set; counts the others in `dropped`."""
-    kept = [example for example in examples if key(example) not in in_dev]
-    if len(kept) < len(examples):
-        reason = f"training rows whose {what} is in a dev set"
-        dropped[reason] = len(examples) - len(kept)
-        say(f"dropped   {dropped[reason]} {reason}")
-    return kept
+def leave_out(examples, leak, dropped):
+    """Return the examples of which leak(example), the reason to leave it out, is None; counts others in `dropped`."""
+    reasons = [leak(example) for example in examples]
+    for reason, count in Counter(filter(None, reasons)).items():
+        dropped[reason] = count
+        say(f"dropped   {count} {reason}")
+    return [example for example, reason in zip(examples, reasons, strict=True) if not reason]
 
 
 def named(dev_name, metric):
@@ -839,6 +850,9 @@ def make_plan(args, rows, has_dev, metric, greater_is_better, drop_last, notes):
     else:
         plan.eval_steps = args.eval_every or (max(1, args.logging_steps) if args.eval_strategy == "steps" else tenth)
     plan.has_dev = has_dev and args.eval_strategy != "no"
+    if not plan.has_dev and (args.save_best or args.early_stopping_patience):
+        raise InputError("--save_best and --early_stopping_patience need an evaluation, and no rows could be held out "
+                         "for one. Pass --dev_file.")
     plan.save_best = bool(plan.has_dev and args.save_best != 0 and args.checkpoint_strategy != "no")
     by_epoch = args.checkpoint_strategy == "epoch" or args.save_on_epoch_end
     plan.save_steps = plan.eval_steps if plan.save_best else args.checkpoint_steps or (epoch if by_epoch else tenth)

@@ -141,6 +141,44 @@ def test_training_queries_in_the_dev_set_are_dropped(tmp_path):
     assert counts["dropped"] == {"training rows whose query is in a dev set": 1}
 
 
+def pairs_of(dev):
+    return {(dev.queries[q][0], dev.corpus[d]) for q, documents in dev.relevant.items() for d in documents}
+
+
+def test_a_pair_and_its_mirror_image_are_held_out_together(tmp_path):
+    pairs = [(f"how {i}", f"in which way {i}") for i in range(30)]
+    pairs += [(f"in which way {i}", f"so {i}") for i in range(5)]
+    rows = [{"query": a, "pos": [b]} for a, b in pairs + [(b.upper(), a) for a, b in pairs]]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    examples, dev_sets, _ = read_data(parse_args(["--train_file", path, "--dev_size", "0.5"]))
+    held = {frozenset(map(utils.text_id, pair)) for pair in pairs_of(dev_sets[""])}
+    trained = {frozenset(map(utils.text_id, (e.query, e.pos[0]))) for e in examples}
+    assert len(held) >= 15 and len(held) + len(trained) == len(pairs) and not held & trained
+
+
+def test_a_pair_of_the_dev_file_is_not_trained_the_other_way_round(tmp_path):
+    rows = [{"query": "b ", "pos": ["x", "A"]}, {"query": "b", "pos": ["c"]}, {"query": "c", "pos": ["n"]}]
+    rows += [{"query": "d", "pos": ["a"]}]
+    train = write_jsonl(tmp_path / "train.jsonl", rows)
+    dev = write_jsonl(tmp_path / "dev.jsonl", [{"query": "a", "pos": ["b"], "neg": ["d", "n"]}])
+    examples, _, counts = read_data(parse_args(["--train_file", train, "--dev_file", dev]))
+    assert {(e.query, *e.pos) for e in examples} == {("b", "c"), ("c", "n"), ("d", "a")}
+    assert counts["dropped"] == {"training rows that are a pair of a dev set turned round": 1}
+
+
+def test_a_query_with_many_rows_is_never_held_out(tmp_path, capsys):
+    rows = [{"query": "q", "pos": [f"p{i}"]} for i in range(60)]
+    rows += [{"query": f"q{i}", "pos": [f"p{i}"]} for i in range(40)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    for seed in range(5):
+        flags = ["--dev_size", "0.2", "--seed", str(seed)]
+        examples, dev_sets, _ = read_data(parse_args(["--train_file", path, *flags]))
+        assert len(dev_sets[""].queries) == 20 and "q" not in {query for query, _ in dev_sets[""].queries.values()}
+        assert len(examples) == 80
+    said = "1 groups of rows with one query are never held out: each has more than a fifth of the 20 rows wanted"
+    assert f"{said} (the largest: 60 rows)" in capsys.readouterr().out
+
+
 def test_dev_pool_is_every_positive_and_negative_once():
     dev = dev_from_examples([Example("q", ["a", "b"], ["c"]), Example("q", ["d"], ["a"]), Example("r", ["c"], [])])
     assert sorted(dev.corpus.values()) == ["a", "b", "c", "d"]

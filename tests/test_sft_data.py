@@ -255,6 +255,82 @@ def test_dev_rows_are_held_out_by_prompt(tmp_path):
     assert not {e.messages[0]["content"] for e in examples} & {e.messages[0]["content"] for e in dev_sets[""]}
 
 
+def say_turns(*texts):
+    """A row of user and assistant turns in alternation; a leading "system: " makes a system turn."""
+    messages = [{"role": "system", "content": texts[0]}] if texts[0].startswith("system: ") else []
+    rest = texts[len(messages) :]
+    return {"messages": messages + [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(rest)]}
+
+
+def read_split(tmp_path, rows, *flags):
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    return train_sft_lora.read_data(train_sft_lora.parse_args(["--train_file", data, *flags]))
+
+
+def test_conversations_that_begin_alike_are_held_out_together(tmp_path):
+    rows = [say_turns(f"question {i % 20}", "yes", f"and {i}?", f"no {i}") for i in range(40)]
+    rows += [say_turns(f"Question  {i}", "perhaps") for i in range(20)]
+    examples, dev_sets, _ = read_split(tmp_path, rows, "--dev_size", "0.3")
+    openings = [{utils.text_id(e.messages[0]["content"]) for e in part} for part in (examples, dev_sets[""])]
+    assert [len(part) for part in (examples, dev_sets[""])] == [42, 18] and not openings[0] & openings[1]
+
+
+def test_what_precedes_the_first_answer_is_system_and_question_and_no_greeting(tmp_path):
+    hello = {"role": "assistant", "content": "Hello!"}
+    greeted = [{"messages": [hello, *say_turns(f"question {i}", f"no {i}")["messages"]]} for i in range(20)]
+    by_system = [say_turns(f"system: {i}", "Begin.", f"yes {i}") for i in range(20)]
+    for rows in (greeted, by_system):
+        examples, dev_sets, _ = read_split(tmp_path, rows, "--dev_size", "0.25")
+        assert (len(examples), len(dev_sets[""])) == (15, 5)
+    dev = write_jsonl(tmp_path / "dev.jsonl", greeted[:2])
+    examples, _, _ = read_split(tmp_path, greeted, "--dev_file", dev)
+    assert len(examples) == 18  # the greeting is no answer of the dev set
+
+
+def test_a_prompt_with_many_rows_is_never_held_out(tmp_path, capsys):
+    rows = [say_turns("Tell a joke.", f"joke {i}") for i in range(60)]
+    rows += [say_turns(f"question {i}", f"answer {i}") for i in range(40)]
+    for seed in range(5):
+        examples, dev_sets, _ = read_split(tmp_path, rows, "--dev_size", "0.1", "--seed", str(seed))
+        assert len(dev_sets[""]) == 10 and "Tell a joke." not in {e.messages[0]["content"] for e in dev_sets[""]}
+        assert len(examples) == 90
+    said = "1 groups of rows with one prompt are never held out: each has more than a fifth of the 10 rows wanted"
+    assert f"{said} (the largest: 60 rows)" in capsys.readouterr().out
+    examples, dev_sets, _ = read_split(tmp_path, rows[:60])
+    assert len(examples) == 60 and not dev_sets
+
+
+@pytest.mark.parametrize("flags", [["--save_best", "1"], ["--early_stopping_patience", "2"]])
+def test_a_best_state_needs_rows_that_could_be_held_out(flags, tmp_path, run_sft):
+    data = write_jsonl(tmp_path / "rows.jsonl", [say_turns("Tell a joke.", f"joke {i}") for i in range(20)])
+    with pytest.raises(utils.InputError, match="need an evaluation, and no rows could be held out"):
+        run_sft("--dry_run", *flags, data=data)
+
+
+def test_rows_that_give_a_dev_row_away_are_not_trained(tmp_path):
+    dev = [say_turns("a", "b", "c", "d")]
+    rows = {
+        "whole prompt": say_turns("A", "b", "c", "other"),
+        "prompt of its first answer": say_turns("a", "other"),
+        "an answer, then another question": say_turns("a", "B ", "other", "other"),
+        "an answer that is not the last": say_turns("a", "b", "c", "d", "e", "f"),
+    }
+    kept = [
+        say_turns("a", "other", "c", "d"),
+        say_turns("c", "d"),
+        say_turns("other", "b"),
+        say_turns("system: brief", "a", "b"),
+    ]
+    path = write_jsonl(tmp_path / "dev.jsonl", dev)
+    examples, _, counts = read_split(tmp_path, [*rows.values(), *kept], "--dev_file", path)
+    turns = [[message["content"] for message in row["messages"]] for row in kept]
+    assert sorted([message["content"] for message in e.messages] for e in examples) == sorted(turns)
+    assert counts["dropped"] == {
+        "training rows whose prompt is in a dev set": 2,
+        "training rows with an answer of a dev set behind the same turns": 2,
+    }
+
+
 def test_sanity_rows_are_those_with_something_to_find(tmp_path):
     data = write_jsonl(tmp_path / "rows.jsonl", make_chats(60))
     args = train_sft_lora.parse_args(["--train_file", data, "--sanity_overfit", "10"])
