@@ -13,6 +13,7 @@ Shapes: B sequences, T tokens, N supervised tokens, V vocabulary, P pairs; (P, 2
 import argparse
 import contextlib
 import http.client
+import itertools
 import json
 import marshal
 import math
@@ -126,8 +127,15 @@ def parse_args(argv=None):
 
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "observation": "tool"}
 ROLES |= {"developer": "system"} | {role: role for role in ("user", "assistant", "system", "tool")}
+CALLS = ("function_call", "tool_call")  # roles whose content is a call: {"name": ..., "arguments": ...}
+ROLES |= dict.fromkeys(CALLS, "assistant")
+ROLES |= dict.fromkeys(("function", "function_response", "tool_response"), "tool")
 PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("query", "response"),
          ("instruction", "output"), ("instruction", "response"), ("input", "output"))
+EXCHANGES = (("input", "output"), ("human", "assistant"), ("user", "assistant"))  # in a list: xtuner's, MOSS'
+TURN_LISTS = ("messages", "conversations", "conversation")
+LISTS = (*TURN_LISTS, "tools", "functions", "history")  # may be written as JSON in a text
+MEDIA = ("images", "videos", "audios", "image", "video", "audio", "image_url", "input_audio")
 KNOWN = "messages, conversations, " + ", ".join("/".join(pair) for pair in PAIRS)
 TAG_RESIDUE = re.compile(
     r"<\|[^|<>]*\|>|</?[A-Za-z][\w:-]*/?>|\[/?INST\]|^\s*(###|Human:|User:|Assistant:)|&(amp|lt|gt);")
@@ -137,6 +145,14 @@ TOO_LONG = "answers that do not fit into --max_length with their prompt"
 
 class Drop(Exception):
     """A row cannot be learnt from; the message is the reason that is counted."""
+
+
+class UnknownRole(InputError):
+    """A turn's role is none of ROLES. Such rows are dropped, unless more than half of them are."""
+
+    def __init__(self, where, role):
+        super().__init__(f"{where}: unknown role {role}. Known roles: {', '.join(ROLES)}.")
+        self.drop = f"rows with the unknown role {role}"
 
 
 @dataclass
@@ -188,75 +204,270 @@ def answer_of(text):
     return text.rpartition("</think>")[2].strip()
 
 
+def is_filled(value):
+    """Tell whether a cell holds anything: tables write nothing as null, "", [] or [null]."""
+    if isinstance(value, str):
+        return value.strip() not in ("", "[]", "null")
+    if isinstance(value, list):
+        return any(map(is_filled, value))
+    return bool(value)
+
+
+def is_list_of_objects(value):
+    """Tell whether a cell is a list of JSON objects, or a text that begins as one."""
+    if isinstance(value, str):
+        return bool(re.match(r"\s*\[\s*\{", value))
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
+def cleaned(where, row):
+    """Return the cells of a row: "" for null, no empty lists, lists written in a text parsed.
+
+    Raises InputError for images and the like, and for a list that is no JSON.
+    """
+    if media := [name for name in MEDIA if is_filled(row.get(name))]:
+        raise InputError(f'{where}: "{media[0]}" is not empty, and only text can be trained on here. '
+                         "Leave such rows out; if their text says all, delete the field.")
+    cells = {}
+    for name, value in row.items():
+        if name in ("conversation", "functions") and not is_list_of_objects(value):
+            continue  # a word that other data uses otherwise
+        if name in LISTS and isinstance(value, str) and is_filled(value):
+            value = utils.parse_json(value, f"{where}, {name}")
+        if name not in LISTS or is_filled(value):
+            cells[name] = "" if value is None else value
+    return cells
+
+
+def kind_of(turn):
+    """Return the role of a turn as it is written, OpenAI's or ShareGPT's, in lower case."""
+    role = turn.get("role") or turn.get("from")
+    return role.strip().lower() if isinstance(role, str) else None
+
+
 def turns_of(value, where, name, role):
-    """Return a list of messages from a list of them or from one text, which is a turn of `role`."""
+    """Return a list of messages from one of messages or exchanges, or from a text: a turn of `role`."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
         raise InputError(f"{where}: {name} is the {type(value).__name__} {str(value)[:60]}, not a text or a list of "
                          'messages. Write [{"role": "user", "content": "..."}, ...].')
+    if any("role" in turn or "from" in turn for turn in value):
+        return value
+    for pair in EXCHANGES:
+        if all(pair[0] in exchange or pair[1] in exchange for exchange in value):
+            return [turn for exchange in value for turn in exchange_turns(exchange, *pair)]
     return value
+
+
+def exchange_turns(exchange, question, answer):
+    """Return the turns of one exchange, {"input", "output"} say, whose keys are `question` and `answer`."""
+    learnt = exchange.get("output_with_loss", True)  # xtuner's
+    found = [("system", exchange.get("system") or None), ("user", exchange.get(question)),
+             ("assistant", exchange.get(answer))]
+    return [{"role": role, "content": text, "train": learnt} for role, text in found if text is not None]
+
+
+def text_of(content, where, kind):
+    """Return the text of a turn, which may come in parts; raises InputError for what is no text."""
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+        return "".join(text_of_part(part, where, kind) for part in content)
+    if not isinstance(content, str):
+        raise InputError(f"{where}: the content of a {kind} turn is a {type(content).__name__}, not a text. Write "
+                         "JSON answers as text, with json.dumps; images cannot be trained on here.")
+    return content.encode(errors="replace").decode()
+
+
+def text_of_part(part, where, kind):
+    """Return the text of {"type": "text", "text" or "value": ...}; raises InputError for images and the like."""
+    part_type = part.get("type", "text")
+    has_media = any(is_filled(part.get(name)) for name in MEDIA)
+    if part_type not in ("text", "input_text", "output_text") or has_media:
+        raise InputError(f"{where}: a {kind} turn holds a part of type {part_type}. Write it as text, or "
+                         "leave the row out; images cannot be trained on here.")
+    written = [part[name] for name in ("text", "value") if part.get(name) not in (None, "")]
+    return text_of(written[0] if written else "", where, kind)
+
+
+def weight_of(turn, where):
+    """Return 0 for a turn that is context alone, 1 for one to learn from; raises InputError for others."""
+    if turn.get("train_detail") or turn.get("training_detail"):
+        raise InputError(f"{where}: a turn is learnt from in part (train_detail). Give the whole turn a "
+                         "weight of 0 or 1.")
+    weights = [1]
+    for name in ("weight", "loss_weight", "train", "training"):
+        value = turn.get(name)
+        if value is not None and value not in (0, 1, "0", "1"):  # false and true are 0 and 1
+            raise InputError(f"{where}: the {name} of a turn is {json.dumps(value)[:60]}. Write 1 to learn "
+                             "from the turn, 0 for context alone.")
+        weights.append(1 if value is None else int(value))
+    return min(weights)
+
+
+def calls_of(value):
+    """Return OpenAI's tool calls of {"name", "arguments"}, of a list of such, or of JSON; None if it is neither."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+    calls = []
+    for call in value if isinstance(value, list) else [value]:
+        inner = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+            return None
+        arguments = inner.get("arguments", inner.get("parameters", {}))
+        calls.append({"type": "function", "function": {"name": inner["name"], "arguments": arguments}})
+    return calls or None
+
+
+def with_calls(turn):
+    """Return a turn whose text, or OpenAI's old "function_call", is a call with it as tool_calls; raises Drop."""
+    kind, text = kind_of(turn), turn.get("content") or turn.get("value")
+    moved = {"role": "assistant", "content": "", "value": ""}
+    if ROLES.get(kind) == "assistant" and turn.get("function_call"):
+        calls, moved = calls_of(turn["function_call"]), {}
+    elif kind in CALLS and not turn.get("tool_calls"):
+        calls = calls_of(text)
+    elif kind == "function" and '"arguments"' in str(text) and calls_of(text):  # else it is a result
+        calls = calls_of(text)
+    else:
+        return turn
+    if not calls:
+        raise Drop('rows with a function call that is no JSON {"name", "arguments"}')
+    return {**turn, **moved, "tool_calls": calls}
 
 
 def read_message(turn, where):
     """Return one turn, OpenAI's or ShareGPT's, as {"role", "content", ...}; raises InputError for what is neither."""
-    role = turn.get("role") or turn.get("from")
-    if not isinstance(role, str) or role not in ROLES:
-        raise InputError(f"{where}: unknown role {json.dumps(role)}. Known roles: {', '.join(ROLES)}.")
-    content = turn.get("content") or turn.get("value") or ""
-    if isinstance(content, list) and all(isinstance(p, dict) and p.get("type", "text") == "text" for p in content):
-        content = "".join(part.get("text", "") for part in content)
+    kind = kind_of(turn)
+    if kind not in ROLES:
+        role = json.dumps(turn.get("role") or turn.get("from"), ensure_ascii=False)
+        raise UnknownRole(where, role[:60])
+    if media := [name for name in MEDIA if is_filled(turn.get(name))]:
+        raise InputError(f'{where}: a {kind} turn has "{media[0]}", and only text can be trained on here. '
+                         "Leave such rows out.")
+    written = [turn[name] for name in ("content", "value", "text") if turn.get(name) not in (None, "")]
+    content = text_of(written[0] if written else "", where, kind)
     reasoning = next((turn[name] for name in ("reasoning_content", "reasoning", "thinking") if turn.get(name)), "")
-    for text in (content, reasoning):
+    reasoning = text_of(reasoning, where, kind)
+    message = {"role": ROLES[kind], "content": content}
+    message |= {name: turn[name] for name in ("name", "tool_calls", "tool_call_id") if turn.get(name) is not None}
+    if reasoning:
+        message |= {"reasoning_content": reasoning, "thinking": reasoning}  # the second is gpt-oss's name
+    if message["role"] == "assistant" and not weight_of(turn, where):
+        message["weight"] = 0
+    return message
+
+
+def read_turns(turns, where):
+    """Return the messages of turns; raises as read_message and with_calls do.
+
+    A call joins the answer right before it, as in one message of OpenAI's. It gets an id of nine
+    characters, which Mistral's templates ask for, and so does the result behind it.
+    """
+    messages, waiting = [], []
+    ids = (f"call{i:05}" for i in itertools.count(1))
+    for turn in turns:
+        called = with_calls(turn)
+        message = read_message(called, where)
+        before = messages[-1] if messages else {"role": None}
+        joins = before["role"] == "assistant" and before.get("weight") == message.get("weight")
+        if called is not turn:
+            message["tool_calls"] = [{"id": next(ids), **call} for call in message["tool_calls"]]
+            waiting += [call["id"] for call in message["tool_calls"]]
+        elif message["role"] == "tool" and waiting:
+            message.setdefault("tool_call_id", waiting.pop(0))
+        if called is not turn and joins and not message["content"]:
+            before["tool_calls"] = [*before.get("tool_calls", []), *message["tool_calls"]]
+        else:
+            messages.append(message)
+    return messages
+
+
+def alpaca_prompt(row, where):
+    """Return alpaca's instruction and input, or dolly's and its context, as one text; one of them may be empty."""
+    extra = next((row[name] for name in ("input", "context") if row.get(name) not in (None, "")), "")
+    for text in (row["instruction"], extra):
         if not isinstance(text, str):
-            raise InputError(f"{where}: the content of a {role} turn is a {type(text).__name__}, not a text. Write "
-                             "JSON answers as text, with json.dumps; images cannot be trained on here.")
-    kept = {name: turn[name] for name in ("name", "tool_calls", "tool_call_id", "weight") if turn.get(name) is not None}
-    kept |= {"reasoning_content": reasoning, "thinking": reasoning} if reasoning else {}  # the second is gpt-oss's name
-    return {"role": ROLES[role], "content": content.encode(errors="replace").decode(), **kept}
+            raise InputError(f"{where}: the {type(text).__name__} {str(text)[:60]} is not a text. Write "
+                             "instruction and input as texts.")
+    return "\n\n".join(text for text in (row["instruction"], extra) if text.strip())
+
+
+def prompt_turns(where, row, name):
+    """Return the turns before the answer of a row whose prompt is called `name`, LLaMA-Factory's history included."""
+    if name == "instruction" and isinstance(row[name], str):
+        turns = [{"role": "user", "content": alpaca_prompt(row, where)}]
+    else:
+        turns = turns_of(row[name], where, name, "user")
+    history = row.get("history", [])  # [[user, assistant], ...]
+    if not isinstance(history, list) or not all(isinstance(past, list) and len(past) == 2 for past in history):
+        raise InputError(f"{where}: history is no list of [question, answer] pairs.")
+    past = [[{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            for question, answer in history]
+    return [*itertools.chain(*past), *turns]
+
+
+def pair_of(row, sides=2):
+    """Return the names of a row's prompt and answer, preferably of cells that hold something; None without any.
+
+    With sides=1 only the prompt is looked for.
+    """
+    there = [pair for pair in PAIRS if all(name in row for name in pair[:sides])]
+    filled = [pair for pair in there if all(row[name] not in ("", []) for name in pair[:sides])]
+    return next(iter(filled + there), None)
+
+
+def raw_turns(where, row, fields):
+    """Return the turns of a cleaned row of any known format as they are written; raises Drop, InputError.
+
+    fields: the names of all its cells, those of empty lists included.
+    """
+    name = next((name for name in TURN_LISTS if name in row), None)
+    if name:
+        return turns_of(row[name], where, name, "user")
+    if pair := pair_of(row):
+        return prompt_turns(where, row, pair[0]) + turns_of(row[pair[1]], where, pair[1], "assistant")
+    if "messages" in fields or "conversations" in fields or not any(map(is_filled, row.values())):
+        raise Drop("rows without a turn")
+    if "text" in row:
+        raise InputError(f'{where}: "text" alone does not say which part is the response. Write the row as '
+                         '{"messages": [{"role": "user", ...}, {"role": "assistant", ...}]} or prompt/completion.')
+    hint = " For chosen/rejected pass --pref_loss." if "chosen" in row else ""
+    raise InputError(f"{where}: none of the known formats (fields: {', '.join(fields)}). Known: {KNOWN}.{hint}")
+
+
+def tools_of(row):
+    """Return the tool definitions of a cleaned row as a list, OpenAI's old "functions" too; None without any."""
+    functions = [each for each in row.get("functions", []) if "name" in each]
+    tools = row.get("tools") or [{"type": "function", "function": each} for each in functions]
+    return (tools if isinstance(tools, list) else [tools]) or None
 
 
 def read_example(where, row, system_prompt):
     """Turn a row of any known format into an Example; raises Drop, or InputError for an unknown format."""
-    lists = ("messages", "conversations", "tools", "history")
-    row = {name: value for name, value in row.items() if value is not None and (value or name not in lists)}
-    for name in lists:
-        if isinstance(row.get(name), str):
-            row[name] = utils.parse_json(row[name], f"{where}, {name}")
-    pair = next((pair for pair in PAIRS if all(name in row for name in pair)), None)
-    name = next((name for name in ("messages", "conversations") if name in row), None)
-    if name:
-        turns = turns_of(row[name], where, name, "user")
-    elif pair:
-        prompt, answer = (turns_of(row[name], where, name, role)
-                          for name, role in zip(pair, ("user", "assistant"), strict=True))
-        extra = row.get("input") or row.get("context")  # alpaca's, dolly's
-        if pair[0] == "instruction" and str(extra or "").strip():
-            prompt = [{"role": "user", "content": f"{row['instruction']}\n\n{extra}"}]
-        for past in reversed(row.get("history", [])):  # LLaMA-Factory's [[user, assistant], ...]
-            if len(past) != 2:
-                raise InputError(f"{where}: history is no list of [question, answer] pairs.")
-            prompt = [{"role": "user", "content": past[0]}, {"role": "assistant", "content": past[1]}, *prompt]
-        turns = prompt + answer
-    elif "text" in row:
-        raise InputError(f"{where}: \"text\" alone does not say which part is the response. Write the row as "
-                         '{"messages": [{"role": "user", ...}, {"role": "assistant", ...}]} or prompt/completion.')
-    else:
-        hint = " For chosen/rejected pass --pref_loss." if "chosen" in row else ""
-        raise InputError(f"{where}: none of the known formats (fields: {', '.join(row)}). Known: {KNOWN}.{hint}")
+    fields = list(row)
+    row = cleaned(where, row)
+    if row.get("label") is False or row.get("kto_tag") is False:
+        raise Drop("rows whose label or kto_tag is false (KTO: answers to unlearn)")
+    turns = raw_turns(where, row, fields)
     system = row.get("system") or row.get("system_prompt") or system_prompt
-    if system and not any((turn.get("role") or turn.get("from")) in ("system", "developer") for turn in turns[:1]):
+    if system and not (turns and ROLES.get(kind_of(turns[0])) == "system"):
         turns = [{"role": "system", "content": system}, *turns]
-    messages = [read_message(turn, where) for turn in turns]
+    messages = read_turns(turns, where)
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()  # nobody answers
+    answers = [message for message in messages if message["role"] == "assistant"]
     if not messages:
         raise Drop("rows without an assistant turn")
-    if any(m["role"] == "assistant" and not m["content"].strip() and not m.get("tool_calls") for m in messages):
+    if any(not answer["content"].strip() and not answer.get("tool_calls") for answer in answers):
         raise Drop("rows with an empty response")
     if not any(message["role"] in ("user", "tool") and message["content"].strip() for message in messages[:-1]):
         raise Drop("rows with an empty prompt")
-    return Example(where, messages, row.get("tools"))
+    if all(answer.get("weight") == 0 for answer in answers):
+        raise Drop("rows whose answers all have weight 0")
+    return Example(where, messages, tools_of(row))
 
 
 def read_pair(where, row, system_prompt):
@@ -266,9 +477,10 @@ def read_pair(where, row, system_prompt):
     row has before its answer.
     """
     sides = []
-    rest = {key: value for key, value in row.items() if key not in ("chosen", "rejected") and value is not None}
-    history = next((key for key in ("messages", "conversations") if rest.get(key)), None)
-    pair = next((pair for pair in PAIRS if pair[0] in rest), None)
+    own = ("chosen", "rejected", "label", "kto_tag")
+    rest = cleaned(where, {key: value for key, value in row.items() if key not in own})
+    history = next((key for key in TURN_LISTS if key in rest), None)
+    pair = pair_of(rest, sides=1)
     for name in ("chosen", "rejected"):
         if not row.get(name):
             raise Drop(f"pairs without a {name} answer") if name in row else InputError(
@@ -277,12 +489,11 @@ def read_pair(where, row, system_prompt):
         if isinstance(value, str) and value.lstrip().startswith(("[{", '{"role"', '{"from"')):  # messages in a CSV cell
             value = utils.parse_json(value, f"{where}, {name}")
         turns = turns_of([value] if isinstance(value, dict) else value, where, name, "assistant")
-        if not turns or (turns[0].get("role") or turns[0].get("from")) not in ("assistant", "gpt", "model", "bot"):
-            known = {key: rest[key] for key in ("system", "system_prompt", "tools") if key in rest}
+        if not turns or ROLES.get(kind_of(turns[0])) != "assistant":
+            known = {key: rest[key] for key in ("system", "system_prompt", "tools", "functions") if key in rest}
             side = {"messages": turns, **known}
         elif history:
-            past = utils.parse_json(rest[history], where) if isinstance(rest[history], str) else rest[history]
-            side = {**rest, history: [*turns_of(past, where, history, "user"), *turns]}
+            side = {**rest, history: [*turns_of(rest[history], where, history, "user"), *turns]}
         elif pair:
             side = {**rest, pair[1]: turns}
         else:
@@ -304,7 +515,7 @@ def read_pair(where, row, system_prompt):
 
 def read_examples(rows, args):
     """Turn [(where, row)] into Examples; counts, and says, what cannot be learnt from. Returns (examples, counts)."""
-    examples, seen, drops = [], set(), defaultdict(list)
+    examples, seen, drops, unknown = [], set(), defaultdict(list), []
     for where, row in rows:
         try:
             example = (read_pair if args.pref_loss else read_example)(where, row, args.system_prompt)
@@ -317,8 +528,14 @@ def read_examples(rows, args):
         except Drop as drop:
             drops[str(drop)].append(where)
             continue
+        except UnknownRole as error:
+            unknown.append(error)
+            drops[error.drop].append(where)
+            continue
         seen.add(key)
         examples.append(example)
+    if 2 * len(unknown) > len(rows):
+        raise unknown[0]
     return examples, utils.say_drops(drops)
 
 

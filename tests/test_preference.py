@@ -335,6 +335,18 @@ def test_system_text_and_json_cells_are_read():
     assert (example.messages[-1]["content"], example.rejected["content"]) == ("behind the door", "no")
 
 
+def test_calls_empty_cells_and_labels_beside_pairs_are_read_as_beside_answers():
+    row = {"messages": "[]", "prompt": "where is the lamp?", "tools": "[]", "label": False}
+    call = {"from": "function_call", "value": '{"name": "look", "arguments": {}}'}
+    example = train_sft_lora.read_pair("x", {**row, "chosen": call, "rejected": "no"}, None)
+    assert example.messages[0]["content"] == "where is the lamp?" and example.tools is None
+    assert example.messages[1]["tool_calls"][0]["function"]["name"] == "look"
+    row = {"instruction": "", "input": "where is the lamp?", "chosen": "behind the door", "rejected": "no"}
+    assert train_sft_lora.read_pair("x", row, None).messages[0]["content"] == "where is the lamp?"
+    with pytest.raises(utils.InputError, match='"images" is not empty'):
+        train_sft_lora.read_pair("x", {**row, "images": ["a.png"]}, None)
+
+
 def test_length_accuracy_counts_ties_as_halves(trainer_of):
     trainer = trainer_of()
     short, long, other = ({"input_ids": ids, "supervised": torch.tensor([False, *[True] * (len(ids) - 1)]).numpy()}

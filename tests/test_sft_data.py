@@ -1,6 +1,7 @@
 """Rows of every known format, and what is said about rows, files and flags that are wrong."""
 
 import json
+import math
 import shutil
 
 import train_sft_lora
@@ -44,6 +45,20 @@ def messages_of(row, system_prompt=None):
         {"input": "2+2?", "output": "4"},
         {"messages": [{**USER, "id": 7}, ANSWER], "tools": "", "system": None},
         {"messages": "", "prompt": "2+2?", "completion": "4"},
+        {"messages": "[]", "prompt": "2+2?", "completion": "4"},
+        {"messages": [{"role": "USER", "text": "2+2?"}, {"role": "Assistant", "content": "", "value": "4"}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "value": "2+2?"}]}, ANSWER]},
+        {"messages": [USER, {"role": "assistant", "content": [{"type": "output_text", "text": "4"}]}]},
+        {"messages": [USER, {**ANSWER, "weight": 1}], "images": [], "videos": None, "audio": "[]", "label": True},
+        {"messages": [USER, {**ANSWER, "loss_weight": "1", "train": True}], "label": "false", "kto_tag": 0},
+        {"conversation": [{"input": "2+2?", "output": "4"}]},
+        {"conversation": [USER, ANSWER]},
+        {"conversations": [{"human": "2+2?", "assistant": "4"}]},
+        {"conversation": "of two", "prompt": "2+2?", "completion": "4"},
+        {"instruction": "", "input": "2+2?", "output": "4"},
+        {"instruction": None, "input": "2+2?", "output": "4"},
+        {"instruction": " ", "context": "2+2?", "response": "4"},
+        {"prompt": None, "completion": None, "question": "2+2?", "answer": "4"},
     ],
 )
 def test_known_formats_give_the_same_messages(row):
@@ -81,16 +96,127 @@ def test_tools_and_reasoning_are_kept():
     assert example.messages[2]["role"] == "tool" and example.messages[3]["reasoning_content"] == "2 and 2"
 
 
+@pytest.mark.parametrize("tools", ["[]", "null", '""', " ", "{}", [], None, "[null]"])
+def test_no_tools_are_none_however_they_are_written(tools):
+    assert train_sft_lora.read_example("x", {"messages": [USER, ANSWER], "tools": tools}, None).tools is None
+
+
+def test_tools_of_any_spelling_are_a_list():
+    add = {"type": "function", "function": {"name": "add"}}
+    for row in ({"tools": json.dumps(add)}, {"tools": [add]}, {"functions": [{"name": "add"}]}):
+        assert train_sft_lora.read_example("x", {"messages": [USER, ANSWER], **row}, None).tools == [add]
+    row = {"messages": [USER, ANSWER], "functions": "prose, as other data has it"}
+    assert train_sft_lora.read_example("x", row, None).tools is None
+
+
+def test_exchanges_keep_their_system_turn_and_their_loss_flag():
+    row = {
+        "conversation": [
+            {"system": "Be brief.", "input": "1+1?", "output": "2", "output_with_loss": False},
+            {"input": "2+2?", "output": "4"},
+            {"input": "unanswered"},
+        ]
+    }
+    assert messages_of(row) == [
+        SYSTEM,
+        {"role": "user", "content": "1+1?"},
+        {"role": "assistant", "content": "2", "weight": 0},
+        USER,
+        ANSWER,
+    ]
+
+
+CALL = {"name": "add", "arguments": {"a": 2, "b": 2}}
+
+
+@pytest.mark.parametrize(
+    "caller, result",
+    [
+        ({"from": "function_call", "value": json.dumps(CALL)}, {"from": "observation", "value": "4"}),
+        ({"from": "function_call", "value": json.dumps([CALL])}, {"from": "function_response", "value": "4"}),
+        ({"role": "tool_call", "content": json.dumps({"function": CALL})}, {"role": "tool_response", "content": "4"}),
+        ({"from": "function", "value": json.dumps(CALL)}, {"from": "function", "value": "4"}),
+        ({"role": "assistant", "content": None, "function_call": CALL}, {"role": "function", "content": "4"}),
+    ],
+)
+def test_calls_and_results_of_any_spelling_are_those_of_openai(caller, result):
+    call = {"id": "call00001", "type": "function", "function": CALL}
+    assert messages_of({"conversations": [USER, caller, result, ANSWER]}) == [
+        USER,
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "4", "tool_call_id": "call00001"},
+        ANSWER,
+    ]
+
+
+def test_a_call_joins_the_answer_before_it():
+    calls = [{"role": "tool_call", "content": json.dumps({**CALL, "name": name})} for name in ("add", "sub")]
+    results = [{"role": "tool_response", "content": text} for text in ("4", "0")]
+    found = messages_of({"messages": [USER, {**ANSWER, "content": "Let me see."}, *calls, *results, ANSWER]})
+    assert [message["role"] for message in found] == ["user", "assistant", "tool", "tool", "assistant"]
+    assert found[1]["content"] == "Let me see."
+    assert [call["function"]["name"] for call in found[1]["tool_calls"]] == ["add", "sub"]
+    assert [call["id"] for call in found[1]["tool_calls"]] == [message["tool_call_id"] for message in found[2:4]]
+
+
+@pytest.mark.parametrize(
+    "turn, learnt",
+    [
+        ({"weight": 0}, False),
+        ({"weight": "0"}, False),
+        ({"loss_weight": 0.0}, False),
+        ({"train": False}, False),
+        ({"training": False, "weight": 1}, False),
+        ({"weight": "1"}, True),
+        ({"weight": None, "train": True}, True),
+    ],
+)
+def test_a_turn_of_weight_zero_in_any_spelling_is_context(turn, learnt):
+    found = messages_of({"messages": [USER, {**ANSWER, **turn}, USER, ANSWER]})
+    assert found[1] == (ANSWER if learnt else {**ANSWER, "weight": 0})
+
+
+# reason, rows that are dropped for it
+DROPS = {
+    "rows whose label or kto_tag is false (KTO: answers to unlearn)": [
+        {"prompt": "2+2?", "completion": "5", "label": False},
+        {"messages": [USER, {"role": "assistant", "content": "5"}], "kto_tag": False},
+    ],
+    "rows whose answers all have weight 0": [{"messages": [USER, {**ANSWER, "weight": 0}]}],
+    "rows without a turn": [{}, {"messages": []}, {"messages": None, "id": 7}, {"prompt": None, "text": ""}],
+    "rows with an empty response": [{"prompt": "2+2?", "completion": None}],
+    "rows with an empty prompt": [{"instruction": "", "input": "", "output": "4"}],
+    'rows with a function call that is no JSON {"name", "arguments"}': [
+        {"conversations": [USER, {"from": "function_call", "value": "add(2, 2)"}]}
+    ],
+    'rows with the unknown role "robot"': [{"messages": [{"role": "robot", "content": "x"}, ANSWER]}],
+    "rows with the unknown role null": [{"messages": [{"content": "x"}, ANSWER]}],
+}
+
+
+@pytest.mark.parametrize("reason", DROPS)
+def test_rows_of_no_use_are_dropped_by_reason(reason, capsys):
+    rows = [(f"f, line {i}", row) for i, row in enumerate(DROPS[reason])]
+    good = [(f"f, line {7 + i}", {"prompt": f"{i}+2?", "completion": "[]"}) for i in range(len(rows))]
+    args = train_sft_lora.parse_args(["--train_file", "x"])
+    examples, counts = train_sft_lora.read_examples(rows + good, args)
+    assert [example.answer for example in examples] == ["[]"] * len(rows)  # an answer like any other
+    assert counts == {reason: len(rows)}
+    assert f"{reason} (first: f, line 0)" in capsys.readouterr().out
+
+
+def test_unknown_roles_in_more_than_half_of_the_rows_refuse_the_file():
+    bad = [(f"f, line {i}", {"messages": [{"role": "robot", "content": "x"}, ANSWER]}) for i in (1, 2)]
+    args = train_sft_lora.parse_args(["--train_file", "x"])
+    with pytest.raises(utils.InputError, match='f, line 1: unknown role "robot". Known roles: human'):
+        train_sft_lora.read_examples([*bad, ("f, line 3", {"messages": [USER, ANSWER]})], args)
+
+
 # what is wrong, the row, what is said
 BAD_ROWS = {
     "text alone": ({"text": "2+2? 4"}, 'line 2: "text" alone does not say which part is the response'),
     "no known field": ({"a": "2+2?", "b": "4"}, r"line 2: none of the known formats \(fields: a, b\)"),
     "half a pair": ({"prompt": "2+2?"}, r"none of the known formats \(fields: prompt\)"),
-    "unknown role": (
-        {"messages": [{"role": "robot", "content": "x"}, ANSWER]},
-        'line 2: unknown role "robot". Known roles',
-    ),
-    "no role": ({"messages": [{"content": "x"}, ANSWER]}, "unknown role null"),
     "answer is an object": ({"prompt": "2+2?", "completion": {"sum": 4}}, "line 2: completion is the dict"),
     "content is an object": (
         {"messages": [USER, {"role": "assistant", "content": {"sum": 4}}]},
@@ -100,6 +226,19 @@ BAD_ROWS = {
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, ANSWER]},
         "images cannot be trained on",
     ),
+    "a part is a thought": (
+        {"messages": [{"role": "user", "content": [{"type": "thinking", "text": "x"}]}, ANSWER]},
+        "holds a part of type thinking",
+    ),
+    "a part is a number": ({"messages": [{"role": "user", "content": [{"text": 4}]}, ANSWER]}, "is a int, not a text"),
+    "images": ({"prompt": "<image>What?", "completion": "A cat", "images": ["cat.png"]}, 'line 2: "images" is not'),
+    "a video in a text": ({"messages": [USER, ANSWER], "videos": '["a.mp4"]'}, '"videos" is not empty, and only text'),
+    "an image of a turn": ({"messages": [{**USER, "images": ["cat.png"]}, ANSWER]}, 'a user turn has "images"'),
+    "half a weight": ({"messages": [USER, {**ANSWER, "weight": 0.5}]}, "line 2: the weight of a turn is 0.5"),
+    "no weight": ({"messages": [USER, {**ANSWER, "weight": math.nan}]}, "the weight of a turn is NaN"),
+    "a weight in words": ({"messages": [USER, {**ANSWER, "train": "no"}]}, 'the train of a turn is "no"'),
+    "half a turn": ({"messages": [USER, {**ANSWER, "train_detail": [{}]}]}, "learnt from in part"),
+    "input is a list": ({"instruction": "Add", "input": [2, 2], "output": "4"}, r"the list \[2, 2\] is not a text"),
     "messages are a number": ({"messages": 7}, "messages is the int 7, not a text or a list"),
     "messages are texts": ({"messages": ["2+2?", "4"]}, "messages is the list"),
     "messages are broken JSON": ({"messages": '[{"role": "user", "content": "x"'}, "line 2, messages: no valid JSON"),
@@ -364,6 +503,8 @@ def test_a_null_in_a_call_is_kept_and_one_that_a_table_filled_in_is_not(tmp_path
         ({"messages": [USER, {**ANSWER, "thinking": ["a"]}]}, "is a list, not a text"),
         ({"instruction": "x", "output": "y", "history": "abc"}, "history: no valid JSON"),
         ({"instruction": "x", "output": "y", "history": [["a"]]}, "no list of .question, answer. pairs"),
+        ({"instruction": "x", "output": "y", "history": [1, 2]}, "no list of .question, answer. pairs"),
+        ({"instruction": "x", "output": "y", "history": {"a": "b"}}, "no list of .question, answer. pairs"),
         ({"messages": [USER, ANSWER], "system": {"a": 1}}, "content of a system turn is a dict"),
     ],
 )
