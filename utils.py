@@ -286,49 +286,86 @@ def write_json(path, content):
 def read_rows(path):
     """Read one file into [(where, row)], where naming the file and the line; raises InputError on what is no row."""
     path, kind = Path(path), Path(path).suffix.lower()
+    repeats = {}
     if kind == ".parquet":
         import pyarrow.parquet
 
         try:
+            refuse_repeats(pyarrow.parquet.read_schema(path).names, path)
             table = pyarrow.parquet.read_table(path).to_pylist()
             rows = [(f"{path}, row {i}", without_none(row)) for i, row in enumerate(table, 1)]
         except pyarrow.ArrowInvalid as error:
             raise InputError(f"{path} is no parquet file ({reason(error)}). Write it again.") from None
     elif kind not in {".jsonl", ".ndjson", ".json", ".csv", ".tsv"}:
         raise InputError(f"{path} is none of .jsonl, .json, .csv, .tsv, .parquet. Convert it to JSON Lines.")
+    elif kind in {".csv", ".tsv"}:
+        (where, names), *lines = read_table(path) or [(path, [])]
+        refuse_repeats(names, where)
+        for where, cells in lines:
+            if len(cells) != len(names):
+                raise InputError(f"{where}: not the {len(names)} columns of the first line. Quote the text.")
+        rows = [(where, dict(zip(names, cells, strict=True))) for where, cells in lines]
     else:
-        try:
-            text = path.read_text(encoding="utf-8-sig")  # -sig: Excel starts a CSV with a byte order mark
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path} is not UTF-8 (byte {error.start}). Save it as UTF-8.") from None
-        if kind in {".csv", ".tsv"}:
-            csv.field_size_limit(2**31 - 1)
-            header = text.partition("\n")[0]
-            delimiter = "\t" if kind == ".tsv" else ";" if ";" in header and "," not in header else ","  # Excel's
-            reader = csv.DictReader(io.StringIO(text), delimiter=delimiter, strict=True)
-            try:
-                rows = [(f"{path}, line {reader.line_num}", row) for row in reader]
-            except csv.Error as error:
-                raise InputError(f"{path}, line {reader.line_num + 1}: {error}. Double the quotes.") from None
-        elif kind == ".json" and text.lstrip().startswith("["):
-            rows = [(f"{path}, row {i}", row) for i, row in enumerate(parse_json(text, path), 1)]
+        text = read_text(path)
+        if kind == ".json" and text.lstrip().startswith("["):
+            rows = [(f"{path}, row {i}", row) for i, row in enumerate(parse_json(text, path, repeats), 1)]
         else:
             lines = [(f"{path}, line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-            rows = [(where, parse_json(line, where)) for where, line in lines]
+            rows = [(where, parse_json(line, where, repeats)) for where, line in lines]
     for where, row in rows:
         if not isinstance(row, dict):
             raise InputError(f"{where}: a {type(row).__name__}, not a JSON object. Write one {{...}} a row.")
-        if kind in {".csv", ".tsv"} and (None in row or None in row.values()):
-            raise InputError(f"{where}: not the {len(reader.fieldnames)} columns of the first line. Quote the text.")
+        if id(row) in repeats:
+            refuse_repeats(repeats[id(row)][1], where)
     if not rows:
         raise InputError(f"{path} holds no rows. Write one JSON object a line.")
     return rows
 
 
-def parse_json(text, where):
-    """Parse JSON; raises InputError naming `where`."""
+def read_text(path):
+    """Return the text of a UTF-8 file; raises InputError where it is none."""
     try:
-        return json.loads(text)
+        return path.read_text(encoding="utf-8-sig")  # -sig: Excel starts a CSV with a byte order mark
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 (byte {error.start}). Save it as UTF-8.") from None
+
+
+def read_table(path):
+    """Read a .csv or .tsv file into [(where, [cell, ...])], the line of the column names first."""
+    text = read_text(path)
+    csv.field_size_limit(2**31 - 1)
+    header = text.partition("\n")[0]
+    semicolons = ";" in header and "," not in header  # Excel's
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ";" if semicolons else ","
+    reader, lines, end = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True), [], 0
+    try:
+        for cells in reader:
+            end = reader.line_num
+            if cells:
+                lines.append((f"{path}, line {end}", cells))
+    except csv.Error as error:
+        raise InputError(f"{path}, line {end + 1}: {error}. Double the quotes.") from None
+    return lines
+
+
+def refuse_repeats(names, where):
+    """Raise InputError for a name that a row or a table has more than once: one of the two would be lost unseen."""
+    for name, count in Counter(names).items():
+        if count > 1 and name:  # Excel writes empty columns without a name
+            raise InputError(f'{where}: {count} columns or keys are called "{name}". Rename or delete all but one.')
+
+
+def parse_json(text, where, repeats=None):
+    """Parse JSON; raises InputError naming `where`. Objects with a key twice: `repeats` gets {id: (object, keys)}."""
+
+    def read_object(pairs):
+        row = dict(pairs)
+        if len(row) < len(pairs):
+            repeats[id(row)] = row, [key for key, _ in pairs]  # kept there, so that no other object gets its id
+        return row
+
+    try:
+        return json.loads(text, object_pairs_hook=None if repeats is None else read_object)
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: no valid JSON ({error.msg}, column {error.colno}). Mend or delete it.") from None
 

@@ -81,6 +81,18 @@ def test_file_types_and_globs(tmp_path):
     assert len(read(tmp_path / "[ab].jsonl")[0]) == 4
 
 
+def test_a_name_twice_is_refused_where_a_text_would_be_lost(tmp_path):
+    columns = [pa.array(["q"]), pa.array(["p"]), pa.array(["other"])]
+    table = pa.Table.from_arrays(columns, names=["query", "positive", "positive"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(InputError, match='a.parquet: 2 columns or keys are called "positive". Rename'):
+        utils.read_rows(tmp_path / "a.parquet")
+    (tmp_path / "excel.csv").write_text("query,positive,,\nq,p,,\n")  # empty columns to the right
+    (tmp_path / "deeper.jsonl").write_text('{"query": "q", "positive": "p", "meta": {"a": 1, "a": 2}}\n')
+    for name in ("excel.csv", "deeper.jsonl"):
+        assert read(tmp_path / name)[0] == [Example("q", ["p"], [])]
+
+
 def test_columns_may_be_named(tmp_path, capsys):
     path = write_jsonl(
         tmp_path / "rows.jsonl", [{"frage": "q", "answer": "no", "positive": "p", "schlecht": "n", "id": "1"}]
@@ -328,6 +340,9 @@ BROKEN_FILES = {  # name: (content, what the message says)
     "o.parquet": ("not parquet", "o.parquet is no parquet file"),
     "p.txt": ("q\tp\n", "p.txt is none of .jsonl, .json, .csv, .tsv, .parquet"),
     "r.jsonl": (b'{"query": "\xff\xfe"}\n', "r.jsonl is not UTF-8 (byte 11)"),
+    "r2.csv": ("query,positive,query\nq,p,other\n", 'r2.csv, line 1: 2 columns or keys are called "query"'),
+    "r3.jsonl": (two('{"query": "q", "pos": "p", "pos": "r"}'), 'r3.jsonl, line 2: 2 columns or keys are called "pos"'),
+    "r4.json": ('[{"query": "q", "pos": "p"}, {"query": "q", "query": "r"}]', 'r4.json, row 2: 2 columns or keys are'),
     "s.jsonl": (two({"query": ["q", "r"], "pos": ["p"]}), "s.jsonl, line 2: 2 queries in one row"),
 }
 
