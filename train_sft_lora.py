@@ -604,6 +604,7 @@ PLAIN_TEMPLATE = """{{ BOS }}{% for message in messages %}{% if message.role == 
 
 
 QUESTION, ANSWER, FOLLOW_UP = "QUESTION-ONE", "ANSWER-ONE", "QUESTION-TWO"  # of trial conversations
+THOUGHT = "THOUGHT-ONE"
 
 
 def as_message(role, content, **more):
@@ -705,10 +706,11 @@ class Chat:
         except (Drop, ValueError) as error:
             raise InputError("the chat template cannot render a simple conversation: "
                              f"{utils.reason(error)}. Pass another with --chat_template.") from None
-        self.find_stops(alone, before, after, base_stops)
+        shared = os.path.commonprefix([prompt, alone])
+        opening, _, tail = alone[len(shared) :].partition(ANSWER)
+        self.find_stops(opening, tail, before, after, base_stops)
         ended = self.ended(alone, ANSWER)
         self.emits = next((stop for stop in self.stops if ended.endswith(stop)), None)
-        shared = os.path.commonprefix([prompt, alone])
         self.scaffold = prompt[len(shared) :]  # what only the prompt of an answer has ("<think>\n", say)
         self.own_system = self.find_own_system(before, after)
         system = self.rendered([as_message("system", "SYSTEM"), user], True)
@@ -716,17 +718,19 @@ class Chat:
         call = {"function": {"name": "f", "arguments": {"x": 1}}}
         calling = self.rendered([user, as_message("assistant", "", tool_calls=[call])], False)
         self.takes_objects = bool(calling)
+        self.frame = find_frame(self)
 
-    def find_stops(self, alone, before, after, base_stops):
+    def find_stops(self, opening, tail, before, after, base_stops):
         """Set `stops`, the tokens that end an answer, and `end`, to append where none is written."""
         eos = self.tokenizer.eos_token
         known = [eos, *base_stops] if eos else base_stops
-        tail = alone.partition(ANSWER)[2]
         after = after.lstrip()
         following = next((token for token in self.special if after.startswith(token)), None)
         ends_otherwise = any(stop in tail for stop in known)
         if following and following not in tail and ends_otherwise:
             following = None  # gpt-oss: <|end|> closes a channel, <|return|> the answer
+        if following and following in opening:
+            following = None  # Kimi K3: <|close|> closes the thinking, too
         self.stops = list(dict.fromkeys([*known, following] if following else known))
         if not self.stops:
             raise InputError("neither the tokenizer nor the template has a token that ends an answer. Choose a base "
@@ -911,6 +915,61 @@ class Chat:
         if prompt != other or chosen == worse:
             raise Drop("pairs that the template renders with equal answers or different prompts")
         return [(prompt + answer, [(len(prompt), len(prompt + answer))]) for answer in (chosen, worse)], [], shortened
+
+
+@dataclass
+class Frame:
+    """What a template writes around an answer: one of `marks`, or `prefix` at the very start, and behind it `end`."""
+
+    marks: list
+    prefix: str
+    end: str
+
+
+def trial_answers(chat):
+    """Yield (ids, (text before it, ANSWER, text behind it)) of answers with and without reasoning.
+
+    The ids are what a model has to generate, without the stop token; forms that the template refuses are left out.
+    """
+    plain = as_message("assistant", ANSWER)
+    reasoned = as_message("assistant", ANSWER, reasoning_content=THOUGHT, thinking=THOUGHT)
+    inline = as_message("assistant", f"<think>\n{THOUGHT}\n</think>\n\n{ANSWER}")
+    for answer in (plain, reasoned, inline):
+        with contextlib.suppress(Drop):
+            _, ids = chat.turn([as_message("user", QUESTION), answer], 1)
+            ids = ids[: next((t for t, token in enumerate(ids) if token in chat.stop_ids), None)]
+            text = chat.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+            if ANSWER in text:  # else the tokenizer changes texts, as those do that make them lower case
+                yield ids, text.partition(ANSWER)
+
+
+def find_frame(chat):
+    """Return the Frame around the answers of a template; None where decoding without special tokens takes it away."""
+    trials = list(trial_answers(chat))
+    if all(answer_of(decode_answer(chat.tokenizer, ids, None)) == ANSWER for ids, _ in trials):
+        return None
+    marks, prefix = [], ""
+    for _, (before, _, _) in trials:
+        _, thought, mark = before.rpartition(THOUGHT)
+        if thought or any(token in mark for token in chat.special):
+            marks.append(mark.strip())
+        else:  # plain words (functionary's "all\n"), which an answer may hold as well
+            prefix = mark
+    end = trials[0][1][2].strip()
+    return Frame([mark for mark in dict.fromkeys(marks) if mark], prefix, end)
+
+
+def decode_answer(tokenizer, ids, frame):
+    """Decode generated ids, their stop token left out; of a template with a Frame what stands in it.
+
+    That is what follows the last of its marks and precedes its end. Text without a mark is returned as it is.
+    """
+    text = tokenizer.decode(ids, skip_special_tokens=frame is None, clean_up_tokenization_spaces=False)
+    if frame is None:
+        return text
+    starts = [text.rfind(mark) + len(mark) for mark in frame.marks if mark in text]
+    text = text[max(starts) :] if starts else text.removeprefix(frame.prefix)
+    return text.partition(frame.end)[0] if frame.end else text
 
 
 def squeezed(text):
@@ -1223,24 +1282,18 @@ class SftTrainer(utils.StepTrainer):
 
     def generate(self, prompts):
         """Answer prompts (token ids) greedily, shared out over the processes: [(text, whether it stopped)]."""
-        world, stops = self.accelerator.num_processes, self.chat.stop_ids
+        world = self.accelerator.num_processes
         own = sorted(range(self.accelerator.process_index, len(prompts), world), key=lambda i: -len(prompts[i]))
 
         def answer_own():
             answers, size = {}, max(1, GENERATED_AT_ONCE // 2**self.halvings)
             for part in (own[start : start + size] for start in range(0, len(own), size)):
-                longest = len(prompts[part[0]])
-                greedy = GenerationConfig(max_new_tokens=min(self.flags.max_new_tokens, self.chat.limit - longest),
-                                          do_sample=False, use_cache=True, eos_token_id=stops, pad_token_id=stops[0])
-                self.model.generation_config = greedy  # or the base's own would fill in a repetition penalty, say
-                rows = torch.tensor([[0] * (longest - len(prompts[i])) + list(prompts[i]) for i in part])
-                mask = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in part])
+                room = self.chat.limit - len(prompts[part[0]])
                 with self.accelerator.autocast():
-                    rows = self.model.generate(input_ids=rows.to(self.args.device), generation_config=greedy,
-                                               attention_mask=mask.to(self.args.device))
-                for i, ids in zip(part, rows[:, longest:].tolist(), strict=True):
-                    end = next((t for t, token in enumerate(ids) if token in stops), None)
-                    answers[i] = self.chat.tokenizer.decode(ids[:end], skip_special_tokens=True), end is not None
+                    found = generate_greedily(self.model, [prompts[i] for i in part], self.chat.stop_ids,
+                                              min(self.flags.max_new_tokens, room))
+                for i, (ids, stopped) in zip(part, found, strict=True):
+                    answers[i] = decode_answer(self.chat.tokenizer, ids, self.chat.frame), stopped
             return answers
 
         answers = self.evaluated(answer_own)
@@ -1412,6 +1465,23 @@ class PreferenceTrainer(SftTrainer):
         return self.pair_means(self.evaluated(score_own)) | {"length_accuracy": max(longer, 1 - longer)}
 
 
+def generate_greedily(model, prompts, stop_ids, max_new_tokens):
+    """Continue prompts (token ids) in one batch: [(ids before the first stop token, whether there was one)]."""
+    longest = max(map(len, prompts))
+    greedy = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, eos_token_id=stop_ids,
+                              pad_token_id=stop_ids[0])
+    model.generation_config = greedy  # or the base's own would fill in a repetition penalty, say
+    rows = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    with torch.no_grad():
+        rows = model.generate(input_ids=rows, generation_config=greedy, attention_mask=mask)
+    found = []
+    for ids in rows[:, longest:].tolist():
+        end = next((t for t, token in enumerate(ids) if token in stop_ids), None)
+        found.append((ids[:end], end is not None))
+    return found
+
+
 def measure(args, dev_sets, trainer=None):
     """Return {metric: value} over all dev sets, their names in front; without a trainer --endpoint answers."""
     metrics = {}
@@ -1475,9 +1545,7 @@ def settle_chat(args, examples, dev_sets, config, tokenizer, notes):
             raise InputError(f"--chat_template {args.chat_template} cannot be read: {utils.reason(error)}") from None
     own_template = bool(tokenizer.chat_template)
     settle_thinking(args, examples or sum(dev_sets.values(), []))
-    stored = utils.base_json(args, "generation_config.json") or {}
-    ids = stored.get("eos_token_id") or []
-    stops = tokenizer.convert_ids_to_tokens(ids if isinstance(ids, list) else [ids])
+    stops = stored_stops(args, tokenizer)
     chat = Chat(tokenizer, args.enable_thinking == "true", stops)
     chat.limit = limit = utils.position_limit(config, tokenizer)
     if args.max_length > limit:
@@ -1500,6 +1568,12 @@ def settle_chat(args, examples, dev_sets, config, tokenizer, notes):
         if present:
             notes.append(note)
     return chat
+
+
+def stored_stops(args, tokenizer):
+    """Return the tokens at which the generation_config of the adapter or base stops."""
+    ids = (utils.base_json(args, "generation_config.json") or {}).get("eos_token_id") or []
+    return tokenizer.convert_ids_to_tokens(ids if isinstance(ids, list) else [ids])
 
 
 def settle_thinking(args, examples):
