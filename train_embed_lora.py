@@ -411,13 +411,14 @@ def excluded_columns(document_ids, target, known):
 
 
 def contrastive_loss(query_emb, doc_emb, target, excluded, temperature, margin=None, dims=None):
-    """InfoNCE over one step (van den Oord et al. 2018, eq. 4), averaged over `dims` (Matryoshka, Kusupati et al. 2022).
+    """InfoNCE over one step (van den Oord et al. 2018, eq. 4), averaged over D and `dims`.
 
+    dims: prefixes of the vector (Matryoshka, Kusupati et al. 2022); without D the rest of it would get no gradient.
     query_emb (Q, D) and doc_emb (N, D) have unit length; target (Q,) is each query's column; excluded (Q, N) columns
     are left out, and with a margin those whose cosine exceeds the positive's by more.
     """
     losses = []
-    for dim in dims or [query_emb.shape[1]]:
+    for dim in sorted({query_emb.shape[1], *(dims or ())}):
         scores = F.normalize(query_emb[:, :dim], dim=1) @ F.normalize(doc_emb[:, :dim], dim=1).T  # (Q, N)
         skip = excluded
         if margin is not None:
@@ -444,6 +445,25 @@ METRICS = [f"{kind}@{k}" for kind in ("accuracy", "precision", "recall") for k i
 METRICS += ["mrr@10", "ndcg@10", "map@100"]
 
 
+def best_columns(scores, count):
+    """Return the columns of the `count` highest scores (Q, C) of each row, best first, ties by ascending column.
+
+    As scores.sort(descending=True, stable=True), without sorting all columns: topk leaves the order of ties open.
+    """
+    if count >= scores.shape[1]:
+        return scores.sort(dim=1, descending=True, stable=True).indices
+    values, columns = scores.topk(count + 1, dim=1)
+    for row in (values[:, count] == values[:, count - 1]).nonzero().flatten().tolist():
+        # a tie across the border: of the columns at the last value, the first ones belong in
+        last = values[row, count - 1]
+        above = (scores[row] > last).nonzero().flatten()
+        equal = (scores[row] == last).nonzero().flatten()
+        columns[row, :count] = torch.cat([above, equal[: count - len(above)]])
+    columns = columns[:, :count].sort(dim=1).values
+    order = scores.gather(1, columns).sort(dim=1, descending=True, stable=True).indices
+    return columns.gather(1, order)
+
+
 def retrieval_metrics(query_emb, corpus_emb, relevant, chunk=2**25):
     """Rank the corpus by cosine for each query, ties by ascending index, and score the ranks.
 
@@ -455,7 +475,9 @@ def retrieval_metrics(query_emb, corpus_emb, relevant, chunk=2**25):
     rows = max(1, chunk // len(corpus_emb))
     for start in range(0, len(query_emb), rows):
         scores = query_emb[start : start + rows] @ corpus_emb.T
-        ranked = scores.sort(dim=1, descending=True, stable=True).indices[:, :100].tolist()
+        if scores.sum().isnan():
+            scores.nan_to_num_(nan=torch.inf)  # comes first, as in a sort, and equals itself
+        ranked = best_columns(scores, 100).tolist()
         for row, gold in zip(ranked, relevant[start : start + rows], strict=True):
             if gold:
                 hits.append(np.pad([index in gold for index in row], (0, 100 - len(row))))

@@ -4,7 +4,8 @@ import math
 import random
 from unittest.mock import Mock
 
-from train_embed_lora import contrastive_loss, excluded_columns, pool, retrieval_metrics
+import train_embed_lora
+from train_embed_lora import best_columns, contrastive_loss, excluded_columns, pool, retrieval_metrics
 from utils import text_id, worsening, write_logs
 
 import numpy as np
@@ -37,8 +38,17 @@ def test_matryoshka_loss_is_the_mean_over_the_prefixes():
     for dim in (8, 3):
         cosines = F.cosine_similarity(query_emb[:, None, :dim], doc_emb[None, :, :dim], dim=2)
         each.append(F.cross_entropy(cosines / 0.05, target))
-    loss = contrastive_loss(query_emb, doc_emb, target, excluded, 0.05, dims=[8, 3])
-    assert loss.item() == pytest.approx(sum(each).item() / 2, rel=1e-5)
+    for dims in ([8, 3], [3], [3, 3]):  # the full size is one of them, named or not
+        loss = contrastive_loss(query_emb, doc_emb, target, excluded, 0.05, dims=dims)
+        assert loss.item() == pytest.approx(sum(each).item() / 2, rel=1e-5)
+
+
+def test_matryoshka_leaves_no_part_of_the_vector_without_gradient(embed_trainer):
+    trainer = embed_trainer("--matryoshka_dims", 8, 16, "--dev_size", 0)
+    step = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
+    vectors = F.normalize(torch.randn(len(step["sequences"]), 64), dim=1).requires_grad_()
+    trainer.loss(vectors, step).backward()
+    assert (vectors.grad.abs().amax(0) > 0).all()
 
 
 def test_mask_spares_the_target_and_covers_siblings_and_the_query_itself():
@@ -111,6 +121,24 @@ def test_metrics_equal_a_naive_loop_and_do_not_depend_on_the_chunk():
     metrics = retrieval_metrics(query_emb, corpus_emb, relevant, chunk=500)
     assert metrics["ndcg@10"] == pytest.approx(np.mean(ndcg))
     assert metrics["recall@10"] == pytest.approx(np.mean(recall))
+
+
+@pytest.mark.parametrize("levels", [1, 2, 5, 40, 10**6])
+@pytest.mark.parametrize("documents", [3, 99, 100, 101, 700])
+def test_best_columns_are_those_of_a_stable_sort(levels, documents):
+    generator = torch.Generator().manual_seed(levels + documents)
+    scores = torch.randint(levels, (30, documents), generator=generator) / levels
+    expected = scores.sort(dim=1, descending=True, stable=True).indices[:, :100]
+    assert torch.equal(best_columns(scores, 100), expected)
+
+
+def test_vectors_that_are_not_numbers_rank_as_in_a_stable_sort(monkeypatch):
+    query_emb, corpus_emb, relevant = retrieval_case(ties=True, documents=400)
+    corpus_emb[::3], query_emb[7] = torch.nan, torch.nan
+    found = retrieval_metrics(query_emb, corpus_emb, relevant)
+    stable = lambda scores, count: scores.sort(dim=1, descending=True, stable=True).indices[:, :count]  # noqa: E731
+    monkeypatch.setattr(train_embed_lora, "best_columns", stable)
+    assert retrieval_metrics(query_emb, corpus_emb, relevant) == found
 
 
 def test_collapsed_embeddings_score_like_chance():
