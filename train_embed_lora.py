@@ -851,8 +851,7 @@ def plan_run(args, train_set, dev_sets, notes):
     first, metric = next(iter(dev_sets), ""), args.metric_for_best
     dims = [f"ndcg@10_dim{dim}" for dim in args.matryoshka_dims or []]
     known = [utils.named(name, key) for name in dev_sets for key in METRICS + dims]
-    if metric and dev_sets and metric not in known:
-        raise InputError(f"--metric_for_best {metric} is not measured. Choose one of {', '.join(known)}.")
+    metric = utils.measured(metric, known) if metric and dev_sets else metric
     metric = metric or utils.named(first, "ndcg@10")
     plan = utils.make_plan(args, len(train_set), bool(dev_sets), metric, True, drop_last=True, notes=notes)
     shown = [utils.named(name, key) for name in dev_sets for key in ("ndcg@10", "recall@10")]

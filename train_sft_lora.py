@@ -1161,8 +1161,9 @@ def is_empty(value):
 def generation_metrics(references, predictions, stopped):
     """Score generated answers: stop_rate, exact_match and, over the rows whose reference is JSON, extraction metrics.
 
-    json_valid; false_positive_rate (the reference is empty, the prediction not), empty_rate (the other way round; what
-    is no JSON counts as empty); micro precision, recall and f1 over (path, value) leaves as multisets, also by path.
+    json_valid; false_positive_rate (the reference is empty, the prediction not, or no JSON), empty_rate
+    (the reference is not empty, the prediction is, or no JSON); micro precision, recall and f1 over
+    (path, value) leaves as multisets, also by path.
     """
     found = {"stop_rate": mean(stopped),
              "exact_match": mean([a == b for a, b in zip(references, predictions, strict=True)])}
@@ -1171,7 +1172,7 @@ def generation_metrics(references, predictions, stopped):
     if not pairs:
         return found
     found["json_valid"] = mean([predicted is not None for _, predicted in pairs])
-    on_empty = [not is_empty(predicted) for gold, predicted in pairs if is_empty(gold)]
+    on_empty = [predicted is None or not is_empty(predicted) for gold, predicted in pairs if is_empty(gold)]
     on_full = [is_empty(predicted) for gold, predicted in pairs if not is_empty(gold)]
     found |= {"false_positive_rate": mean(on_empty)} if on_empty else {}
     found |= {"empty_rate": mean(on_full)} if on_full else {}
@@ -1670,18 +1671,18 @@ def plan_run(args, train_set, dev_sets, notes):
         scores = ["loss", "accuracy", "margin", "length_accuracy"] if args.pref_loss else ["loss", "token_accuracy"]
         keys[name] = [*scores, *(generation_metrics(gold, gold, [True]) if gold else ())]
     known = [named(name, key) for name in keys for key in keys[name] if key != "length_accuracy"]
-    if metric and dev_sets and metric not in known:
-        hint = "" if args.eval_generate else " More are with --eval_generate N."
-        raise InputError(f"--metric_for_best {metric} is not measured. Choose one of {', '.join(known)}.{hint}")
+    if metric and dev_sets:
+        metric = utils.measured(metric, known, "" if args.eval_generate else " More are with --eval_generate N.")
     metric = metric or named(first, "accuracy" if args.pref_loss else "loss")
     lower = [named(name, key) for name in keys for key in ("loss", "false_positive_rate", "empty_rate")]
     greater_is_better = metric not in [*lower, "loss"]
     plan = utils.make_plan(args, len(train_set), bool(dev_sets), metric, greater_is_better, False, notes)
     plan.watched = [[named(name, key), key == "recall"] for name in keys for key in keys[name]
                     if key in ("loss", "recall")]
-    best = {name: next((key for key in ("margin", "f1", "exact_match") if key in keys[name]), "loss") for name in keys}
-    also = ("accuracy", "length_accuracy") if args.pref_loss else ()
-    shown = [named(name, key) for name in keys for key in ("loss", best[name], *also)]
+    # exact_match says something new where answers are no JSON alone
+    wanted = ("loss", "f1", "recall", "false_positive_rate", "json_valid", "margin", "accuracy", "length_accuracy")
+    shown = [named(name, key) for name, measured in keys.items() for key in measured
+             if key in wanted or key == "exact_match" and "f1" not in measured]
     plan.shown = list(dict.fromkeys([metric, *shown] if dev_sets else []))
     if args.pref_loss == "simpo" and args.pref_beta < 1:
         notes.append(f"simpo is nearly flat at --pref_beta {args.pref_beta:g}: take 2.5 to 10, and a quarter to a half "

@@ -484,6 +484,14 @@ def named(dev_name, metric):
     return f"{dev_name}_{metric}" if dev_name else metric
 
 
+def measured(metric, known, hint=""):
+    """Return which `known` metric is meant by a name, Trainer's eval_loss say; raises InputError for none."""
+    for name in (metric, metric.removeprefix("eval_")):  # a dev set may be called eval
+        if name in known:
+            return name
+    raise InputError(f"--metric_for_best {metric} is not measured. Choose one of {', '.join(known)}.{hint}")
+
+
 def cached_map(columns, encode, key, workers, features=None):
     """Return a Dataset of `columns` with encode(batch) applied, cached by `datasets` under a hash of `key`."""
     folder, name = Path(datasets.config.HF_DATASETS_CACHE) / "lora_tokens", Hasher.hash(key)

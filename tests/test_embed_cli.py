@@ -436,6 +436,11 @@ def test_several_named_dev_sets(run_embed, tmp_path, capsys):
     assert "result    second_recall@10" in capsys.readouterr().out
 
 
+def test_trainers_name_of_a_metric_means_ours(run_embed):
+    plan = run_embed("--dry_run", "--metric_for_best_model", "eval_recall@10")["plan"]
+    assert plan["metric"] == "recall@10"
+
+
 def test_a_base_that_cannot_be_quantised_is_loaded_without_and_said_so(run_embed, monkeypatch):
     def fail(**kwargs):
         raise ImportError("no bitsandbytes here")

@@ -2,7 +2,18 @@
 
 import json
 
-from train_sft_lora import answer_of, generation_metrics, is_empty, leaves
+from train_sft_lora import (
+    DevSet,
+    Example,
+    TrainSet,
+    answer_of,
+    generation_metrics,
+    is_empty,
+    leaves,
+    parse_args,
+    plan_run,
+)
+from utils import InputError
 
 import pytest
 
@@ -12,7 +23,7 @@ TABLE = [
     (EMPTY, EMPTY, 0, 0, 0),
     (EMPTY, "{}", 0, 0, 0),  # a missing key is empty too
     (EMPTY, ONE, 0, 1, 0),  # false positive
-    (EMPTY, "none", 0, 0, 0),  # no JSON: invalid, but nothing was found where nothing is
+    (EMPTY, "none", 0, 0, 0),  # no JSON: claims no leaf, but does not say that nothing is there
     (ONE, ONE, 1, 1, 1),
     (ONE, EMPTY, 0, 0, 1),  # missed
     (ONE, "{}", 0, 0, 1),  # missing key
@@ -34,7 +45,7 @@ def test_extraction_metrics_of_the_table():
     assert found["stop_rate"] == pytest.approx(12 / 15)
     assert found["exact_match"] == pytest.approx(2 / 15)
     assert found["json_valid"] == pytest.approx(12 / 15)
-    assert found["false_positive_rate"] == pytest.approx(1 / 4)
+    assert found["false_positive_rate"] == pytest.approx(2 / 4)
     assert found["empty_rate"] == pytest.approx(4 / 11)  # two empty, two that are no JSON
     assert (hits, claimed, gold) == (5, 10, 15)
     assert found["precision"] == pytest.approx(5 / 10)
@@ -92,6 +103,49 @@ def test_perfect_answers_score_one():
     ones = {"stop_rate", "exact_match", "json_valid", "precision", "recall", "f1", "f1.persons"}
     assert all(found[name] == 1 for name in ones)
     assert found["false_positive_rate"] == found["empty_rate"] == 0
+
+
+def test_a_model_that_never_answers_in_json_is_always_wrong_where_nothing_is():
+    found = generation_metrics([EMPTY] * 4, ["none", "null", '{"persons": [', EMPTY], [True] * 4)
+    assert found["false_positive_rate"] == pytest.approx(3 / 4)
+    assert found["json_valid"] == pytest.approx(1 / 4)
+
+
+def plan_of(dev_names, *flags):
+    """The plan of a run with dev sets whose references are JSON, half of them empty."""
+    examples = [Example("x", [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}])
+                for text in (EMPTY, ONE)]  # fmt: skip
+    dev_sets = {name: DevSet([], [(None, example) for example in examples]) for name in dev_names}
+    args = parse_args(["--train_file", "x", *flags])
+    return plan_run(args, TrainSet([{"input_ids": [1], "supervised": [True]}] * 40), dev_sets, [])
+
+
+def test_what_two_stages_are_for_is_shown_of_each_dev_set():
+    shown = plan_of(["all", "pos"], "--metric_for_best", "all_f1").shown
+    wanted = ("loss", "f1", "recall", "false_positive_rate", "json_valid")
+    assert shown[0] == "all_f1"
+    assert set(shown) == {f"{name}_{key}" for name in ("all", "pos") for key in wanted}
+
+
+@pytest.mark.parametrize(
+    "dev_names, asked, meant, greater_is_better",
+    [
+        ([""], "eval_loss", "loss", False),
+        ([""], "eval_f1", "f1", True),
+        (["all"], "eval_all_false_positive_rate", "all_false_positive_rate", False),
+        (["eval"], "eval_loss", "eval_loss", False),
+        (["eval"], "eval_eval_f1", "eval_f1", True),
+        ([""], "f1", "f1", True),
+    ],
+)
+def test_trainers_name_of_a_metric_means_ours(dev_names, asked, meant, greater_is_better):
+    plan = plan_of(dev_names, "--metric_for_best_model", asked)
+    assert plan.metric == meant and plan.greater_is_better == greater_is_better
+
+
+def test_a_metric_that_is_not_measured_is_refused_under_trainers_name_too():
+    with pytest.raises(InputError, match="--metric_for_best eval_f2 is not measured. Choose one of loss"):
+        plan_of([""], "--metric_for_best", "eval_f2")
 
 
 def test_thinking_is_no_part_of_an_answer():
