@@ -651,6 +651,12 @@ def append_eos(tokenizer):
     tokenizer.backend_tokenizer.post_processor = processors.Sequence([old, new]) if old else new
 
 
+def hidden_states(model, precision, last):
+    """Return the hidden states (1, T, D) of four tokens of which the fourth is `last`, in float32."""
+    with torch.autocast(model.device.type, dtype=utils.DTYPES[precision], enabled=precision != "none"):
+        return model(torch.tensor([[5, 6, 7, last]], device=model.device)).last_hidden_state.float()
+
+
 def probe(model, precision):
     """Run a forward pass: (whether attention is causal, D, the linear layers that the hidden states do not need)."""
     outputs, hooks, thresholds = {}, [], {}
@@ -661,10 +667,7 @@ def probe(model, precision):
         if hasattr(getattr(layer, "state", None), "threshold"):  # LLM.int8: outlier columns depend on every token
             thresholds[layer], layer.state.threshold = layer.state.threshold, 0.0
     model.eval()
-    with torch.autocast(model.device.type, dtype=utils.DTYPES[precision], enabled=precision != "none"):
-        first, changed = (
-            model(torch.tensor([[5, 6, 7, last]], device=model.device)).last_hidden_state.float() for last in (8, 9)
-        )
+    first, changed = (hidden_states(model, precision, last) for last in (8, 9))
     for hook in hooks:
         hook.remove()
     for layer, threshold in thresholds.items():
@@ -866,9 +869,10 @@ def plan_run(args, train_set, dev_sets, notes):
 def load_model(args, config, stored_pooling, texts, notes):
     """Load the base, look at what it does, wrap it. Returns (model, whether it is causal, D, precision)."""
     precision, in_words = utils.choose_precision(args)
-    model = utils.load_base(args, AutoModel, config, precision, notes)
+    model, absent = utils.load_base(args, AutoModel, config, precision, notes)
     say(f"model     {args.model_name}, {in_words}" + (f", {args.bits}-bit base" if args.bits else ""))
     causal, dimension, unused = probe(model, precision)
+    utils.check_loaded(model, absent, lambda: hidden_states(model, precision, 8), args, notes)
     if max(args.matryoshka_dims or [0]) > dimension:
         raise InputError(f"--matryoshka_dims {max(args.matryoshka_dims)} exceeds the model's {dimension} dimensions.")
     settle_pooling(args, stored_pooling, causal, texts, config, notes)

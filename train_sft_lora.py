@@ -1700,7 +1700,7 @@ def load_model(args, config, notes):
     Raises InputError for a model that sees the future, or cannot be asked for the logits of single positions.
     """
     precision, in_words = utils.choose_precision(args)
-    model = utils.load_base(args, AutoModelForCausalLM, config, precision, notes)
+    model, absent = utils.load_base(args, AutoModelForCausalLM, config, precision, notes)
     say(f"model     {args.model_name}, {in_words}" + (f", {args.bits}-bit base" if args.bits else ""))
     model.eval()
     head, caught = model.get_output_embeddings(), []
@@ -1712,19 +1712,24 @@ def load_model(args, config, notes):
         tower = ".".join(name.split(".")[:2])  # a vision tower beside the language model, say
         hooks.append(layer.register_forward_hook(lambda *_, tower=tower: ran.add(tower)))
     keep = torch.tensor([[False, True, True, False]], device=model.device)
-    with torch.no_grad(), torch.autocast(model.device.type, utils.DTYPES[precision], enabled=precision != "none"):
-        try:
-            first, changed = (model(torch.tensor([[5, 6, 7, last]], device=model.device), logits_to_keep=keep).logits
-                              for last in (8, 9))
-        except TypeError as error:
-            raise InputError(f"{args.model_name} takes no logits_to_keep ({utils.reason(error)}): its code is too old "
-                             "for this script.") from None
+
+    def logits(last):
+        with torch.autocast(model.device.type, utils.DTYPES[precision], enabled=precision != "none"):
+            return model(torch.tensor([[5, 6, 7, last]], device=model.device), logits_to_keep=keep).logits
+
+    try:
+        with torch.no_grad():
+            first, changed = logits(8), logits(9)
+    except TypeError as error:
+        raise InputError(f"{args.model_name} takes no logits_to_keep ({utils.reason(error)}): its code is too old "
+                         "for this script.") from None
     for hook in hooks:
         hook.remove()
     unused = [name for name in linear if ".".join(name.split(".")[:2]) not in ran]
     noise = 1e-4 if precision == "none" and not args.bits else 0.05
     if (first.float() - changed.float()).norm() > noise * first.float().norm():
         raise InputError(f"{args.model_name} sees the tokens that it is to predict. Choose a causal language model.")
+    utils.check_loaded(model, absent, lambda: logits(8), args, notes)
     plain_head = torch.equal(caught[0], first)  # no softcapping or scaling behind it
     return utils.add_adapter(model, args, "CAUSAL_LM", unused, notes), plain_head, precision
 

@@ -17,6 +17,7 @@ import logging
 import math
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -591,7 +592,10 @@ def without_dropout(config):
 
 
 def load_base(args, auto_class, config, precision, notes):
-    """Load the base in the compute dtype (float32 for full fine-tuning), quantised if asked; adds to `notes`."""
+    """Load the base in the compute dtype (float32 for full fine-tuning), quantised if asked; adds to `notes`.
+
+    Returns (model, {name: in words}) of the model and of the weights that its files do not hold.
+    """
     dtype = DTYPES[precision]
     device, attention = PartialState().device, args.attn_implementation
     if attention == "flash_attention_2":
@@ -603,7 +607,9 @@ def load_base(args, auto_class, config, precision, notes):
         without_dropout(config)
     config.use_cache = False  # a decoder would build a key-value cache in every training step
     options = {"config": config, "revision": args.model_revision, "trust_remote_code": args.trust_remote_code,
-               "dtype": torch.float32 if args.finetune_type == "full" else dtype}
+               "dtype": torch.float32 if args.finetune_type == "full" else dtype,
+               # else transformers draws such weights at random and prints a table
+               "output_loading_info": True, "ignore_mismatched_sizes": True}
     if attention != "auto":
         options["attn_implementation"] = attention
     nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
@@ -612,8 +618,11 @@ def load_base(args, auto_class, config, precision, notes):
             if bits:
                 how = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4, **nf4)
                 placed = {"quantization_config": how, "device_map": {"": device}}
-                return frozen(auto_class.from_pretrained(args.model_name, **options, **placed))
-            return auto_class.from_pretrained(args.model_name, **options).to(device)
+                model, info = auto_class.from_pretrained(args.model_name, **options, **placed)
+                absent = not_loaded(info)
+                return frozen(model, absent), absent
+            model, info = auto_class.from_pretrained(args.model_name, **options)
+            return model.to(device), not_loaded(info)
         except (OSError, ValueError, ImportError, RuntimeError) as error:
             if not bits:
                 raise InputError(f"{args.model_name} cannot be loaded: {reason(error)}") from None
@@ -621,8 +630,72 @@ def load_base(args, auto_class, config, precision, notes):
             args.bits = None
 
 
-def frozen(model):
-    """Freeze a quantised model; norms and biases become float32, embeddings and head stay small."""
+def not_loaded(info):
+    """Return {name: in words} of the weights that transformers did not load; one that is tied to another it did."""
+    found = {name: name for name in sorted(info["missing_keys"])}
+    for name, stored, wanted in info["mismatched_keys"]:
+        found[name] = f"{name}, there {tuple(stored)} in place of {tuple(wanted)}"
+    return found
+
+
+def leaves_of(output):
+    """Return the ids of the leaf tensors that require a gradient and that `output` was computed from."""
+    found, seen, waiting = set(), set(), [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        waiting += [following for following, _ in node.next_functions]
+    return found
+
+
+def without_numbers(name):
+    """Return a weight's name with # for the numbers of layers and experts."""
+    return re.sub(r"\d+", "#", name)
+
+
+def check_loaded(model, absent, outputs, args, notes):
+    """Refuse a base that would be trained on random weights.
+
+    absent: as load_base returns it; outputs(): a tensor computed with gradients. Raises InputError if one of them, or
+    its like in another layer or expert, takes part in that; adds the others to `notes`.
+    """
+    if not absent:
+        return
+    weights = dict(model.named_parameters())
+    trainable = {name: weight.requires_grad for name, weight in weights.items()}
+    for weight in weights.values():
+        weight.requires_grad_(weight.is_floating_point())  # a quantised weight has no gradient
+    reached = leaves_of(outputs())
+    for name, weight in weights.items():
+        weight.requires_grad_(trainable[name])
+    needed = {without_numbers(name) for name, weight in weights.items() if id(weight) in reached}
+    random_ones = [name for name in absent if without_numbers(name) in needed]
+    if random_ones:
+        few = "; ".join(absent[name] for name in random_ones[:3])
+        remedy = "Fetch it again, or mend its config.json"
+        if getattr(model.config, "auto_map", None) and not args.trust_remote_code:
+            remedy = "It brings Python code of its own: read that, pass --trust_remote_code"
+        raise InputError(f"{args.model_name}: {len(random_ones)} of {len(weights)} weights are not in its files and "
+                         f"would be random ({few}{'; ...' if len(random_ones) > 3 else ''}). {remedy}.")
+    notes.append(f"not in the base's files, and not needed by the outputs: {', '.join(absent)}")
+
+
+def frozen(model, absent):
+    """Freeze a quantised model; norms and biases become float32, embeddings and head stay small.
+
+    The `absent` weights, which are not in its files, were not quantised: their layers become plain ones, which run.
+    """
+    for name in absent:
+        path, _, kind = name.rpartition(".")
+        layer = model.get_submodule(path)
+        if kind == "weight" and isinstance(layer, nn.Linear):
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=False)
+            plain.weight, plain.bias = layer.weight, layer.bias
+            model.set_submodule(path, plain)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         if parameter.ndim == 1:
@@ -634,6 +707,45 @@ def frozen(model):
     return model
 
 
+def base_fingerprint(args):
+    """Return the hash by which merge.py knows the base's weights again; they are here once the base was loaded."""
+    return merge.fingerprint(Path(cached_file(args.model_name, "config.json", revision=args.model_revision)).parent)
+
+
+def with_adapter(model, folder, model_name):
+    """Return the base with the adapter of a folder, to go on training it; raises InputError unless all of it fits."""
+    fits_not = f"--init_adapter {folder} does not fit {model_name}"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of missing keys, which are an error below
+            model = PeftModel.from_pretrained(model, folder, is_trainable=True)
+        # once more: from_pretrained does not return what was missing and what was left over
+        mapping = getattr(model.get_base_model(), "_checkpoint_conversion_mapping", {})
+        loaded = model.load_adapter(folder, "default", is_trainable=True, key_mapping=mapping)
+    except KeyError as error:  # a module that adapter_config.json says is saved whole
+        raise InputError(f"{fits_not}: it lacks {error}. Copy the adapter again.") from error
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"{fits_not} ({reason(error)}). Pass the base that its adapter_config.json names.") from error
+    for keys, what in ((loaded.missing_keys, "it lacks"), (loaded.unexpected_keys, "the model has no place for")):
+        if keys:
+            few = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+            raise InputError(f"{fits_not}: {what} {len(keys)} of its weights ({few}). Pass the base that it was "
+                             "trained on, or copy the adapter again.")
+    model.peft_config["default"].base_model_name_or_path = model_name  # it may have moved
+    return model
+
+
+def check_base_of(adapter, found, model_name):
+    """Raise InputError if what a trainer recorded beside the adapter is not the base's fingerprint, `found`."""
+    trained = read_json(Path(adapter) / "training_config.json") or {}
+    recorded = trained.get("base_fingerprint")
+    if None not in (recorded, found) and recorded != found:
+        name = (trained.get("flags") or {}).get("model_name")
+        raise InputError(f"{model_name} is not the base that --init_adapter {adapter} was trained on: its weights are "
+                         f"not those of {name}. Pass that one as --model_name; if it is the same model in other files, "
+                         f"delete base_fingerprint from {adapter}/training_config.json.")
+
+
 def add_adapter(model, args, task, unused, notes):
     """Wrap the base with a new LoRA adapter or with --init_adapter's; the `unused` linear layers get none.
 
@@ -643,13 +755,8 @@ def add_adapter(model, args, task, unused, notes):
         for name in unused:
             model.get_submodule(name).requires_grad_(False)
     elif args.init_adapter:
-        try:
-            model = PeftModel.from_pretrained(model, args.init_adapter, is_trainable=True)
-        except (RuntimeError, ValueError) as error:
-            raise InputError(f"--init_adapter {args.init_adapter} does not fit {args.model_name}. Pass the base that "
-                             "its adapter_config.json names.") from error
-        if not any(p.any() for name, p in model.named_parameters() if "lora_B" in name):  # peft only warns
-            raise InputError(f"--init_adapter {args.init_adapter} holds no weights for {args.model_name}.")
+        check_base_of(args.init_adapter, base_fingerprint(args), args.model_name)
+        model = with_adapter(model, args.init_adapter, args.model_name)
         stored = model.peft_config["default"]
         if args.lora_dropout is not None:  # peft would keep the stored one
             stored.lora_dropout = args.lora_dropout
@@ -1152,7 +1259,6 @@ def describe_run(args, precision, data_fingerprint, checkpoint):
 
     Raises InputError if the run is resumed with flags, data, precision or processes other than its own.
     """
-    base = cached_file(args.model_name, "config.json", revision=args.model_revision)
     names = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
     installed = {name: importlib.metadata.version(name) for name in names if importlib.util.find_spec(name)}
     run = {
@@ -1162,7 +1268,7 @@ def describe_run(args, precision, data_fingerprint, checkpoint):
         "processes": PartialState().num_processes,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",
         "data_fingerprint": data_fingerprint,
-        "base_fingerprint": merge.fingerprint(Path(base).parent),
+        "base_fingerprint": base_fingerprint(args),
     }
     stored = read_json(Path(args.output_dir) / "training_config.json") if checkpoint else None
     if stored:
