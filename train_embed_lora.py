@@ -67,6 +67,7 @@ def parse_args(argv=None):
 QUERY_NAMES = ("query", "anchor", "question")
 POSITIVE_NAMES = ("pos", "positive", "positives", "answer", "document", "passage", "response",
                   "positive_passages", "pos_doc")
+HELD_OUT = 0.1  # of the rows, where no dev set is named
 MAX_HELD = 1000  # queries held out where no flag says how many
 MAX_POOL = 10_000  # documents that held-out queries are searched in
 SMALL_POOL = 100  # fewer documents hardly tell models apart
@@ -273,7 +274,17 @@ def without_leaks(examples, dev_sets, dropped):
 
 def read_data(args):
     """Read, check and split the data. Returns (training Examples, {name: DevSet}, counts for the report)."""
-    rows, sources = utils.read_sources(args)
+    examples, dev_sets, dropped = utils.read_enough(args, partial(split_rows, args), HELD_OUT)
+    if len(examples) < 2:
+        raise InputError(f"{len(examples)} rows are left to train on, in-batch negatives need two. Add rows.")
+    sizes = dev_sizes(dev_sets)
+    say(f"data      {len(examples)} rows to train on; " + "; ".join(
+        f"{name}: {size['queries']} queries over {size['corpus']} documents" for name, size in sizes.items()))
+    return examples, dev_sets, {"train_rows": len(examples), "dropped": dropped, "dev": sizes}
+
+
+def split_rows(args, rows, sources):
+    """Turn training rows and dev sources into (training Examples, {name: DevSet}, {reason: rows dropped})."""
     examples, dropped = read_examples(rows, args)
     rng, dev_sets = random.Random(args.seed), {}
     rng.shuffle(examples)
@@ -292,18 +303,13 @@ def read_data(args):
     if not dev_sets:
         group = mirrored_groups(examples)
         examples, held = utils.hold_out(
-            examples, lambda example: group[by_query(example)], args, "query", 0.1, by_query, MAX_HELD)
+            examples, lambda example: group[by_query(example)], args, "query", HELD_OUT, by_query, MAX_HELD)
         dev_sets = {name: dev_from_examples(rows) for name, rows in held.items()}
     rest = without_leaks(examples, dev_sets, dropped)
     examples = rest[: args.train_sample_limit]
     for name in held:
         dev_sets[name].spare = spare_documents(dev_sets[name], examples, rest, args.seed)
-    if len(examples) < 2:
-        raise InputError(f"{len(examples)} rows are left to train on, in-batch negatives need two. Add rows.")
-    sizes = dev_sizes(dev_sets)
-    say(f"data      {len(examples)} rows to train on; " + "; ".join(
-        f"{name}: {size['queries']} queries over {size['corpus']} documents" for name, size in sizes.items()))
-    return examples, dev_sets, {"train_rows": len(examples), "dropped": dropped, "dev": sizes}
+    return examples, dev_sets, dropped
 
 
 def dev_sizes(dev_sets):

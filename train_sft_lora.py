@@ -49,6 +49,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, set_seed
 
 LOGITS_AT_ONCE = 2**26  # positions x vocabulary: 256 MiB in float32
 GENERATED_AT_ONCE = 32  # rows
+HELD_OUT = 0.2  # of the rows, where no dev set is named
 SHORT_ANSWER_TOKENS = 64  # --sanity_overfit asks for an exact match up to this length
 PREFERENCE_LOSSES = ("sigmoid", "hinge", "ipo", "kto_pair", "orpo", "simpo")
 WITHOUT_REFERENCE, PER_TOKEN = ("orpo", "simpo"), ("ipo", "orpo", "simpo")
@@ -561,7 +562,17 @@ def without_leaks(examples, dev_sets, dropped):
 
 def read_data(args):
     """Read, check and split the data. Returns (training Examples, {name: dev Examples}, counts for the report)."""
-    rows, sources = utils.read_sources(args)
+    examples, dev_sets, dropped = utils.read_enough(args, partial(split_rows, args), HELD_OUT)
+    if not examples and not (args.eval_only and dev_sets):
+        raise InputError("no row is left to train on. Look at what was dropped, above.")
+    sizes = {name or "dev": len(dev) for name, dev in dev_sets.items()}
+    trained = [] if args.eval_only else [f"{len(examples)} rows to train on"]
+    say(f"data      {'; '.join(trained + [f'{name}: {n} rows' for name, n in sizes.items()])}")
+    return examples, dev_sets, {"train_rows": len(examples), "dropped": dropped, "dev": sizes}
+
+
+def split_rows(args, rows, sources):
+    """Turn training rows and dev sources into (training Examples, {name: dev Examples}, {reason: rows dropped})."""
     examples, dropped = read_examples(rows, args)
     random.Random(args.seed).shuffle(examples)
     dev_sets = {}
@@ -576,15 +587,10 @@ def read_data(args):
         found = [example for example in examples if not is_empty(parse_answer(example.answer))]
         examples = dev_sets[""] = (found or examples)[: args.sanity_overfit]
     elif not dev_sets:
-        examples, dev_sets = utils.hold_out(examples, attrgetter("opening"), args, "prompt", 0.2)
+        examples, dev_sets = utils.hold_out(examples, attrgetter("opening"), args, "prompt", HELD_OUT)
     if not args.sanity_overfit:
         examples = without_leaks(examples, dev_sets, dropped)[: args.train_sample_limit]
-    if not examples and not (args.eval_only and dev_sets):
-        raise InputError("no row is left to train on. Look at what was dropped, above.")
-    sizes = {name or "dev": len(dev) for name, dev in dev_sets.items()}
-    trained = [] if args.eval_only else [f"{len(examples)} rows to train on"]
-    say(f"data      {'; '.join(trained + [f'{name}: {n} rows' for name, n in sizes.items()])}")
-    return examples, dev_sets, {"train_rows": len(examples), "dropped": dropped, "dev": sizes}
+    return examples, dev_sets, dropped
 
 
 # ---------------------------------------------------------------- chat template and masks

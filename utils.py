@@ -39,6 +39,7 @@ import merge
 from merge import InputError
 
 import datasets
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -382,8 +383,11 @@ def expand_files(patterns):
     return files
 
 
-def read_hub_rows(args, split):
-    """Read one split of --dataset_name into [(where, row)]; None where there is no such split, which is said."""
+def read_hub_rows(args, split, count=math.inf):
+    """Read one split of --dataset_name into [(where, row)]; None where there is no such split, which is said.
+
+    Of a split with more than `count` rows that many are drawn with --seed, and no other is read.
+    """
     # datasets does not notice that a file of a local folder has changed
     fresh = {"download_mode": "force_redownload", "verification_mode": "no_checks"}
     try:
@@ -395,7 +399,12 @@ def read_hub_rows(args, split):
                             **fresh if os.path.isdir(args.dataset_name) else {})
     except (ValueError, OSError, DatasetsError) as error:  # no such data set, subset or revision; no network
         raise InputError(f"--dataset_name {args.dataset_name} cannot be read: {reason(error)}") from None
-    return [(f"{args.dataset_name}[{split}], row {i}", without_none(row)) for i, row in enumerate(data, 1)]
+    order = range(len(data))
+    if count < len(data):
+        order = np.random.default_rng(args.seed).permutation(len(data))[:count]  # as data.shuffle(args.seed)
+        data = data.select(order, keep_in_memory=True)
+    return [(f"{args.dataset_name}[{split}], row {i + 1}", without_none(row))
+            for i, row in zip(order, data, strict=True)]
 
 
 def without_none(value):
@@ -405,8 +414,36 @@ def without_none(value):
     return [without_none(item) for item in value] if isinstance(value, list) else value
 
 
-def read_sources(args):
-    """Read the training rows, and name the dev sets: ([(where, row)], {name: path or [(where, row)]})."""
+def read_enough(args, split_rows, share):
+    """Return split_rows(rows, dev sources), what the data make; with --train_sample_limit N of no more than are needed.
+
+    Of a data set on the hub 2 (N + what is held out) + 1000 rows are drawn; if that leaves fewer than N, all are read.
+    """
+    dev, limit = dev_sources(args), args.train_sample_limit
+    if not args.dataset_name:
+        return split_rows([pair for file in expand_files(args.train_file or []) for pair in read_rows(file)], dev)
+    if args.dataset_dev_split and (dev_rows := read_hub_rows(args, args.dataset_dev_split)):
+        dev[""] = dev_rows
+    held_out = 0 if dev else dev_wanted(args, limit or 0, share)
+    count = 2 * (limit + held_out) + 1000 if limit and not getattr(args, "sanity_overfit", None) else math.inf
+    rows = read_hub_rows(args, args.dataset_split, count)
+    if rows is None:
+        raise InputError(f"--dataset_split {args.dataset_split} does not exist. Pass one of the splits named above.")
+    found = split_rows(rows, dict(dev))
+    if len(rows) == count and len(found[0]) < limit:
+        say(f"data      {len(rows)} rows, drawn with --seed, leave {len(found[0])} of {limit} to train on: reading all")
+        found = split_rows(read_hub_rows(args, args.dataset_split), dict(dev))
+    return found
+
+
+def dev_wanted(args, rows, share):
+    """Return how many of `rows` to hold out: --dev_sample_limit, or a share of those that are trained on."""
+    share = share if args.dev_size is None else args.dev_size
+    return args.dev_sample_limit or math.ceil(share * min(rows, args.train_sample_limit or rows))
+
+
+def dev_sources(args):
+    """Name the dev sets of --dev_file: {name: path}."""
     dev = {}
     for source in args.dev_file or []:
         name, _, path = ("", "", source) if "=" not in source or os.path.exists(source) else source.partition("=")
@@ -415,14 +452,7 @@ def read_sources(args):
         dev[name] = expand_files([path])[0]
     if len(dev) > 1 and "" in dev:
         dev["dev"] = dev.pop("")
-    if not args.dataset_name:
-        return [pair for file in expand_files(args.train_file or []) for pair in read_rows(file)], dev
-    rows = read_hub_rows(args, args.dataset_split)
-    if rows is None:
-        raise InputError(f"--dataset_split {args.dataset_split} does not exist. Pass one of the splits named above.")
-    if args.dataset_dev_split and (dev_rows := read_hub_rows(args, args.dataset_dev_split)):
-        dev[""] = dev_rows
-    return rows, dev
+    return dev
 
 
 def text_id(text):
@@ -447,7 +477,7 @@ def hold_out(examples, key, args, by, share, unit=None, most=math.inf):
     """
     if args.dev_sample_limit or args.dev_size is not None:
         most = math.inf
-    wanted = args.dev_sample_limit or math.ceil((share if args.dev_size is None else args.dev_size) * len(examples))
+    wanted = dev_wanted(args, len(examples), share)
     if not wanted or len(examples) <= 3 or args.eval_strategy == "no":
         return examples, {}
     by_key = defaultdict(list)
