@@ -84,11 +84,12 @@ def parse_args(argv=None):
     add("--lora_adapter_path", required=True, metavar="DIR", help="adapter folder, or the .safetensors file in it")
     add("--output_path", required=True, metavar="DIR", help="where the merged model goes")
     add("--base_model_path", metavar="ID", help="local folder or hub id [what adapter_config.json names]")
-    add("--training_precision", "--output_dtype", default="auto", choices=["auto", *DTYPES],
+    add("--training_precision", "--output_dtype", default="auto", type=str.lower, choices=["auto", *DTYPES],
         help="of the merged weights [auto: the base's where the fine-tune survives it, else float32]")
-    add("--qlora_base", default="original", choices=["original", "dequant"],
+    add("--qlora_base", default="original", type=str.lower, choices=["original", "dequant"],
         help="after QLoRA, merge into the 16-bit base, or into what 4 bits left of it [original]")
-    add("--verify", choices=["off", "weights", "full"], help="[full where memory allows, else weights]")
+    add("--verify", type=str.lower, choices=["off", "weights", "full"],
+        help="[full where memory allows, else weights]")
     add("--overwrite", action="store_true", help="replace an earlier merge at --output_path")
     add("--device", default="cpu", metavar="NAME", help="where outputs are computed [cpu]")
     add("--trust_remote_code", action="store_true", help="run the Python code that comes with the base model")
@@ -1055,5 +1056,5 @@ if __name__ == "__main__":
     try:
         main()
     except InputError as wrong:
-        print(f"error     {wrong}", file=sys.stderr)
+        print(f"error: {wrong}", file=sys.stderr)
         sys.exit(1)

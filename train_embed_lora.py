@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import utils
-from utils import InputError, integer, real, say
+from utils import InputError, integer, one_of, real, say
 
 import numpy as np
 import torch
@@ -43,14 +43,15 @@ def parse_args(argv=None):
     utils.add_input_flags(parser, base, dev_size="0.1, of at most 1000 queries")
     utils.add_training_flags(parser, batch=32, step=32, epochs=2, checkpointing=False, metric="ndcg@10")
     add = parser.add_argument_group("embedding").add_argument
-    add("--max_length", type=integer(4), default=512, metavar="N", help="tokens of a query or document [512]")
+    add("--max_length", "--max_sequence_length", type=integer(4), default=512, metavar="N", help="tokens of a query or document [512]")
     add("--query_max_len", type=integer(4), metavar="N", help="tokens of a query [--max_length]")
     add("--passage_max_len", type=integer(4), metavar="N", help="tokens of a document [--max_length]")
     add("--query_prefix", metavar="TEXT", help="put before every query [the base's own prompt]")
     add("--doc_prefix", metavar="TEXT", help="put before every document [the base's own prompt]")
     add("--max_negs", "--neg_nums", type=integer(0), default=1, metavar="N", help="mined negatives per query [1]")
     add("--temperature", type=real(0, 10, {0}), default=0.05, metavar="X", help="divides the cosines [0.05]")
-    add("--pooling", default="auto", choices=["auto", "mean", "cls", "last"], help="tokens to one vector [the base's]")
+    add("--pooling", default="auto", **one_of("auto", "mean", "cls", "last"),
+        help="tokens to one vector [the base's]")
     add("--append_eos", action="store_true", help="end every text with the EOS token, truncated ones too")
     add("--false_negative_margin", type=real(0, 2), metavar="X", help="mask documents so much above the positive")
     add("--negatives_cross_device", action=argparse.BooleanOptionalAction, default=True,

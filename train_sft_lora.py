@@ -33,7 +33,7 @@ from pathlib import Path
 from statistics import fmean as mean
 
 import utils
-from utils import InputError, integer, named, real, say
+from utils import InputError, integer, named, one_of, real, say
 
 import torch
 import torch.nn.functional as F
@@ -67,11 +67,12 @@ def parse_args(argv=None):
     utils.add_input_flags(parser, base, dev_size="0.2")
     utils.add_training_flags(parser, batch=2, step=16, epochs=1, checkpointing=True, metric="loss")
     add = parser.add_argument_group("SFT").add_argument
-    add("--max_length", "--max_seq_length", type=integer(8), default=2048, metavar="N", help="tokens of a row [2048]")
-    add("--overlong", default="drop", choices=["drop", "truncate_prompt", "error"],
+    add("--max_length", "--max_seq_length", "--max_sequence_length", type=integer(8), default=2048, metavar="N",
+        help="tokens of a row [2048]")
+    add("--overlong", default="drop", **one_of("drop", "truncate_prompt", "error"),
         help="rows above --max_length; a response is never cut [drop]")
-    add("--train_turns", default="all", choices=["all", "last"], help="assistant turns to learn from [all]")
-    add("--enable_thinking", default="auto", choices=["auto", "true", "false"],
+    add("--train_turns", default="all", **one_of("all", "last"), help="assistant turns to learn from [all]")
+    add("--enable_thinking", default="auto", **one_of("auto", "true", "false"),
         help="what the template is told [auto: true if a training row has reasoning]")
     add("--system_prompt", metavar="TEXT", help="system turn of the rows that have none")
     add("--chat_template", metavar="FILE", help="Jinja template in place of the tokenizer's")
@@ -83,7 +84,8 @@ def parse_args(argv=None):
     add("--endpoint", metavar="URL", help="with --eval_only: ask this OpenAI-compatible server instead")
     add("--endpoint_model", default="default", metavar="NAME", help="the model's name there [default]")
     add = parser.add_argument_group("preferences").add_argument
-    add("--pref_loss", choices=PREFERENCE_LOSSES, help="learn which answer is better, from chosen/rejected rows [off]")
+    add("--pref_loss", **one_of(*PREFERENCE_LOSSES),
+        help="learn which answer is better, from chosen/rejected rows [off]")
     add("--pref_beta", type=real(0, without={0}), metavar="X", help="strength of the preference loss [0.1]")
     add("--pref_ftx", type=real(0, 10), metavar="X", help="weight of an SFT loss on the chosen answers beside it [0]")
     add("--dpo_label_smoothing", type=real(0, 0.5), metavar="X", help="share of wrong labels, for sigmoid [0]")

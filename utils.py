@@ -101,19 +101,31 @@ def bounded(kind, low, high=math.inf, without=()):
 integer, real = partial(bounded, int), partial(bounded, float)
 
 
+def one_of(*names):
+    """Keyword arguments of a flag that takes one of `names`, typed in any case: Bf16, AdamW, None."""
+    return {"type": str.lower, "choices": list(names)}
+
+
+def add_switch(add, name, flag, value, meaning):
+    """Declare a switch of other trainers that sets `flag` to `value`."""
+    add(name, dest=flag, action="store_const", const=value, default=argparse.SUPPRESS, help=f"the same as {meaning}")
+
+
 def add_input_flags(parser, model, dev_size):
     """Declare what both trainers read: base model, data, adapters; `model` and `dev_size`, in words, are defaults."""
     add = parser.add_argument_group("model").add_argument
     add("--model_name", "--model_name_or_path", metavar="ID", help=f"hub id or local folder [{model}]")
     add("--model_revision", metavar="REV", help="branch, tag or commit of a hub model [main]")
     add("--trust_remote_code", action="store_true", help="run the Python code that comes with the base model")
-    add("--attn_implementation", default="auto", choices="auto eager sdpa flash_attention_2".split(),
+    add("--attn_implementation", default="auto", **one_of("auto", "eager", "sdpa", "flash_attention_2"),
         help="how attention is computed [auto: as the model prefers]")
-    add("--finetune_type", "--training_type", default="lora", choices="lora qlora full".split(),
+    add_switch(add, "--flash_attention_v2", "attn_implementation", "flash_attention_2",
+               "--attn_implementation flash_attention_2")
+    add("--finetune_type", "--training_type", default="lora", **one_of("lora", "qlora", "full"),
         help="train adapters, adapters on a quantised base (qlora), or all weights (full) [lora]")
     add("--load_in_8bit", action="store_true", help="quantise the base to 8 bits (bitsandbytes)")
     add("--load_in_4bit", action="store_true", help="quantise the base to 4 bits (bitsandbytes NF4)")
-    add("--quantization_bits", type=int, choices=[4, 8], help="the same as a number [qlora alone means 4]")
+    add("--quantization_bits", "--quantization_bit", type=int, choices=[4, 8], help="the same as a number [qlora alone means 4]")
     add("--init_adapter", metavar="DIR", help="go on training an adapter, with a fresh optimizer and its own rank")
 
     add = parser.add_argument_group("data").add_argument
@@ -130,7 +142,7 @@ def add_input_flags(parser, model, dev_size):
     add("--num_workers", type=integer(0), default=0, metavar="N", help="extra processes that tokenise and load [0]")
 
     add = parser.add_argument_group("LoRA").add_argument
-    add("--lora_r", type=integer(1), metavar="N", help="rank [16]")
+    add("--lora_r", "--lora_rank", type=integer(1), metavar="N", help="rank [16]")
     add("--lora_alpha", type=integer(1), metavar="N", help="scale is alpha/r: larger is stronger [32]")
     add("--lora_dropout", type=real(0, 1), metavar="P", help="dropout on the adapters' inputs [0]")
     add("--target_modules", metavar="NAMES", help="comma-separated names of linear layers [all-linear]")
@@ -142,26 +154,28 @@ def add_input_flags(parser, model, dev_size):
 def add_training_flags(parser, batch, step, epochs, checkpointing, metric):
     """Declare how both trainers train, evaluate and save; the arguments are the defaults in which they differ."""
     add = parser.add_argument_group("training").add_argument
-    add("--batch_size", type=integer(1), default=batch, metavar="N", help=f"examples in memory, per process [{batch}]")
+    add("--batch_size", "--per_device_train_batch_size", type=integer(1), default=batch, metavar="N",
+        help=f"examples in memory, per process [{batch}]")
     add("--gradient_accumulation", "--gradient_accumulation_steps", type=integer(1), metavar="N",
         help=f"pieces that make one exact step of batch_size x N examples [a step of {step} examples]")
     add("--epochs", "--num_train_epochs", type=real(0, without={0}), default=epochs, metavar="X",
         help=f"passes over the training rows; fractions are fine [{epochs}]")
     add("--max_steps", type=integer(1), metavar="N", help="optimizer steps, in place of --epochs")
     add("--lr", "--learning_rate", type=real(0, 1, {0, 1}), metavar="X", help="peak [2e-4; full fine-tuning 2e-5]")
-    add("--lr_scheduler", "--lr_scheduler_type", default="cosine", choices=["linear", "cosine", "constant"],
+    add("--lr_scheduler", "--lr_scheduler_type", default="cosine", **one_of("linear", "cosine", "constant"),
         help="after the warm-up [cosine]")
-    add("--warmup_steps", type=integer(0), metavar="N", help="steps of linear warm-up; beats --warmup_ratio")
-    add("--warmup_ratio", "--warmup_proportion", type=real(0, 1, {1}), default=0.05, metavar="X",
-        help="share of the steps that warm up [0.05]")
-    add("--optimizer", "--optim", default="adamw", choices="adamw adamw_8bit sgd".split(), help="optimizer [adamw]")
+    add("--warmup_steps", "--lr_warmup_steps", type=integer(0), metavar="N", help="steps of linear warm-up; beats --warmup_ratio")
+    add("--warmup_ratio", "--warmup_proportion", "--lr_warmup_ratio", type=real(0, 1, {1}), default=0.05,
+        metavar="X", help="share of the steps that warm up [0.05]")
+    add("--optimizer", "--optim", default="adamw", **one_of("adamw", "adamw_8bit", "sgd"), help="optimizer [adamw]")
     add("--weight_decay", type=real(0), default=0.01, metavar="X", help="decoupled weight decay [0.01]")
     add("--max_grad_norm", type=real(0), default=1.0, metavar="X", help="clip the gradient's norm; 0 = off [1.0]")
     add("--fp16", action="store_true", help="float16 with loss scaling")
     add("--bf16", action="store_true", help="bfloat16, on GPUs of compute capability 8.0 and newer")
-    add("--mixed_precision", choices=["bf16", "fp16", "none"], help="the same as a name [what the GPU is made for]")
+    add("--mixed_precision", **one_of("bf16", "fp16", "none"), help="the same as a name [what the GPU is made for]")
     add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=checkpointing,
         help=f"recompute activations to save memory [{'on' if checkpointing else 'off'}]")
+    add_switch(add, "--disable_gradient_checkpointing", "gradient_checkpointing", False, "--no-gradient_checkpointing")
     add("--seed", type=integer(0), default=42, metavar="N", help="of rows, adapters and dropout [42]")
     add("--full_determinism", action="store_true", help="bit-for-bit repeatable kernels on a GPU (slower)")
     add("--resume_from_checkpoint", nargs="?", const="last", metavar="DIR", help="go on where --output_dir stopped")
@@ -171,16 +185,18 @@ def add_training_flags(parser, batch, step, epochs, checkpointing, metric):
     add("--overwrite", action="store_true", help="delete what an earlier run left in --output_dir")
     add("--save_best", type=int, choices=[0, 1], help="final/ is the best state, not the last [1 with a dev set]")
     add("--eval_every", "--eval_steps", type=integer(0), metavar="N", help="steps; 0 = each epoch [a tenth of the run]")
-    add("--eval_strategy", choices=["no", "epoch", "steps"], help="steps without --eval_every: every --logging_steps")
+    add("--eval_strategy", **one_of("no", "epoch", "steps"), help="steps without --eval_every: every --logging_steps")
     add("--early_stopping_patience", type=integer(1), metavar="N", help="evaluations without a new best, 3-5 [off]")
     add("--metric_for_best", "--metric_for_best_model", metavar="NAME", help=f"what best means [{metric}]")
-    add("--checkpoint_strategy", default="steps", choices=["no", "epoch", "steps"],
+    add("--checkpoint_strategy", default="steps", **one_of("no", "epoch", "steps"),
         help="when checkpoints are written; with a dev set they follow the evaluations [steps]")
-    add("--save_on_epoch_end", type=int, choices=[0, 1], default=0, help="checkpoint every epoch and keep them all [0]")
+    add("--save_on_epoch_end", type=integer(0), default=0, metavar="N",
+        help="checkpoint every N epochs and keep them all; 0 = off [0]")
     add("--checkpoint_steps", "--save_steps", type=integer(1), metavar="N", help="in steps [a tenth of the run]")
-    add("--save_total_limit", type=integer(1), metavar="N", help="checkpoints kept [2; all with --save_on_epoch_end 1]")
+    add("--save_total_limit", type=integer(1), metavar="N", help="checkpoints kept [2; all with --save_on_epoch_end]")
     add("--logging_steps", type=integer(-1), default=10, metavar="N", help="in steps; -1 = every step, 0 = off [10]")
-    add("--report_to", choices="none tensorboard mlflow wandb".split(), help="logs go to [tensorboard, if installed]")
+    add("--report_to", "--log_with", **one_of("none", "tensorboard", "mlflow", "wandb"),
+        help="logs go to [tensorboard, if installed]")
     add("--dry_run", action="store_true", help="check everything, train nothing")
 
 
@@ -974,7 +990,8 @@ class RunCallback(ProgressCallback):
             self.signal = self.signal or signal.SIGTERM  # it may have reached another process
             args.save_total_limit = None  # at 1, Trainer would delete the checkpoint that we stop with
         epoch_ends = state.global_step % self.plan.steps_per_epoch == 0
-        if stop or epoch_ends and self.args.save_on_epoch_end:
+        every = self.plan.epoch_save_steps
+        if stop or every and state.global_step % every == 0:
             control.should_save = True
             control.should_training_stop |= stop
             control.should_evaluate |= self.plan.save_best and not stop
@@ -1027,8 +1044,11 @@ def make_plan(args, rows, has_dev, metric, greater_is_better, drop_last, notes):
     plan.total_steps = args.max_steps or math.ceil(args.epochs * plan.steps_per_epoch)
     plan.warmup_steps = int(args.warmup_ratio * plan.total_steps) if args.warmup_steps is None else args.warmup_steps
     tenth, epoch = max(1, round(plan.total_steps / 10)), plan.steps_per_epoch
-    if args.eval_strategy == "epoch" or args.eval_every == 0 or (args.save_on_epoch_end and not args.eval_every):
+    plan.epoch_save_steps = epoch * args.save_on_epoch_end  # 0 = off
+    if args.eval_strategy == "epoch" or args.eval_every == 0:
         plan.eval_steps = epoch
+    elif args.save_on_epoch_end and not args.eval_every:
+        plan.eval_steps = plan.epoch_save_steps
     else:
         plan.eval_steps = args.eval_every or (max(1, args.logging_steps) if args.eval_strategy == "steps" else tenth)
     plan.has_dev = has_dev and args.eval_strategy != "no"
@@ -1036,8 +1056,10 @@ def make_plan(args, rows, has_dev, metric, greater_is_better, drop_last, notes):
         raise InputError("--save_best and --early_stopping_patience need an evaluation, and no rows could be held out "
                          "for one. Pass --dev_file.")
     plan.save_best = bool(plan.has_dev and args.save_best != 0 and args.checkpoint_strategy != "no")
-    by_epoch = args.checkpoint_strategy == "epoch" or args.save_on_epoch_end
-    plan.save_steps = plan.eval_steps if plan.save_best else args.checkpoint_steps or (epoch if by_epoch else tenth)
+    by_epoch = epoch if args.checkpoint_strategy == "epoch" else None
+    plan.save_steps = args.checkpoint_steps or plan.epoch_save_steps or by_epoch or tenth
+    if plan.save_best:
+        plan.save_steps = plan.eval_steps
     plan.lora_scale = args.lora_alpha / (math.sqrt(args.lora_r) if args.use_rslora else args.lora_r)
     left = rows - epoch * plan.examples_per_step
     if drop_last and left:

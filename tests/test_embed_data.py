@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import train_embed_lora
+import train_sft_lora
 import utils
 from conftest import make_rows, write_jsonl
 from train_embed_lora import (
@@ -270,8 +271,8 @@ def two(row):
 BROKEN_FLAGS = {
     "--bacth_size 4": "unrecognized arguments: --bacth_size 4",
     "--batch 4": "unrecognized arguments: --batch 4",
-    "--batch_size 0": "argument --batch_size: 0 is outside [1, inf)",
-    "--batch_size two": "argument --batch_size: invalid int value: 'two'",
+    "--batch_size 0": "argument --batch_size/--per_device_train_batch_size: 0 is outside [1, inf)",
+    "--batch_size two": "--per_device_train_batch_size: invalid int value: 'two'",
     "--lr 1": "argument --lr/--learning_rate: 1 is outside (0, 1)",
     "--lr nan": "argument --lr/--learning_rate: nan is outside",
     "--epochs 0": "argument --epochs/--num_train_epochs: 0 is outside (0, inf)",
@@ -298,6 +299,40 @@ def test_broken_flags_exit_2_with_a_sentence(flags, capsys):
         train_embed_lora.main(["--train_file", "x.jsonl", *flags.split()])
     assert stop.value.code == 2
     assert BROKEN_FLAGS[flags] in capsys.readouterr().err
+
+
+ALIASES = {
+    "--lora_rank 3": ("lora_r", 3),
+    "--quantization_bit 8 --finetune_type QLoRA": ("bits", 8),
+    "--per_device_train_batch_size 5": ("batch_size", 5),
+    "--max_sequence_length 99": ("max_length", 99),
+    "--lr_warmup_steps 7": ("warmup_steps", 7),
+    "--lr_warmup_ratio 0.2": ("warmup_ratio", 0.2),
+    "--log_with wandb": ("report_to", "wandb"),
+    "--flash_attention_v2": ("attn_implementation", "flash_attention_2"),
+    "--disable_gradient_checkpointing": ("gradient_checkpointing", False),
+    "--mixed_precision Bf16": ("mixed_precision", "bf16"),
+    "--report_to None": ("report_to", "none"),
+    "--optimizer AdamW": ("optimizer", "adamw"),
+    "--lr_scheduler_type Cosine": ("lr_scheduler", "cosine"),
+    "--finetune_type LoRA": ("finetune_type", "lora"),
+    "--training_type Full": ("finetune_type", "full"),
+    "--eval_strategy Epoch": ("eval_strategy", "epoch"),
+    "--save_on_epoch_end 3": ("save_on_epoch_end", 3),
+}
+
+
+@pytest.mark.parametrize("script", [train_embed_lora, train_sft_lora])
+@pytest.mark.parametrize("flags", ALIASES)
+def test_names_and_values_of_other_trainers_are_understood(flags, script):
+    name, value = ALIASES[flags]
+    args = script.parse_args(["--train_file", "x.jsonl", "--gradient_checkpointing", *flags.split()])
+    assert getattr(args, name) == value
+
+
+def test_a_switch_of_another_trainer_changes_nothing_where_it_is_not_given():
+    args = train_sft_lora.parse_args(["--train_file", "x.jsonl"])
+    assert (args.attn_implementation, args.gradient_checkpointing) == ("auto", True)
 
 
 def test_no_data_and_resume_without_a_folder_exit_2(capsys):
