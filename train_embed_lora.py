@@ -43,7 +43,8 @@ def parse_args(argv=None):
     utils.add_input_flags(parser, base, dev_size="0.1, of at most 1000 queries")
     utils.add_training_flags(parser, batch=32, step=32, epochs=2, checkpointing=False, metric="ndcg@10")
     add = parser.add_argument_group("embedding").add_argument
-    add("--max_length", "--max_sequence_length", type=integer(4), default=512, metavar="N", help="tokens of a query or document [512]")
+    add("--max_length", "--max_sequence_length", type=integer(4), default=512, metavar="N",
+        help="tokens of a query or document [512]")
     add("--query_max_len", type=integer(4), metavar="N", help="tokens of a query [--max_length]")
     add("--passage_max_len", type=integer(4), metavar="N", help="tokens of a document [--max_length]")
     add("--query_prefix", metavar="TEXT", help="put before every query [the base's own prompt]")
@@ -279,8 +280,10 @@ def read_data(args):
     if len(examples) < 2:
         raise InputError(f"{len(examples)} rows are left to train on, in-batch negatives need two. Add rows.")
     sizes = dev_sizes(dev_sets)
-    say(f"data      {len(examples)} rows to train on; " + "; ".join(
-        f"{name}: {size['queries']} queries over {size['corpus']} documents" for name, size in sizes.items()))
+    parts = [f"{len(examples)} rows to train on"]
+    for name, size in sizes.items():
+        parts.append(f"{name}: {size['queries']} queries over {size['corpus']} documents")
+    say(f"data      {'; '.join(parts)}")
     return examples, dev_sets, {"train_rows": len(examples), "dropped": dropped, "dev": sizes}
 
 

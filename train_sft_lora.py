@@ -1320,7 +1320,7 @@ class PreferenceTrainer(SftTrainer):
 
     def __init__(self, *, pair_sets, **kwargs):
         super().__init__(**kwargs)
-        self.pair_sets, self.window = pair_sets, []
+        self.pair_sets = pair_sets
         self.shares = self.can_share(max((pair for pairs in pair_sets for pair in pairs), key=longest_side))
         self.data_collator = partial(collate_pairs, self.shares)
 
@@ -1402,8 +1402,12 @@ class PreferenceTrainer(SftTrainer):
                 self.accelerator.backward(loss)
             total += loss.detach()
             seen += self.pair_sums(logps.detach(), reference, lengths, losses.detach(), counted[piece])
-        self.window.append(seen)
+        self.seen = seen
         return total
+
+    def figures_of_step(self, loss):
+        """Return the loss of the step, and what it did to rewards and log-probabilities."""
+        return self.pair_means(self.seen) | super().figures_of_step(loss)
 
     def pair_sums(self, logps, reference, lengths, losses, counted):
         """Return sums over pairs: count, accurate, loss, and rewards, log-probabilities, lengths of both sides (9,)."""
@@ -1422,13 +1426,6 @@ class PreferenceTrainer(SftTrainer):
         return {"loss": loss / count, "accuracy": accurate / count,
                 "margin": means["reward_chosen"] - means["reward_rejected"], **means}
 
-    def log(self, logs, *args, **kwargs):
-        """Add to each logged training loss what the steps since the last one did to rewards and log-probabilities."""
-        if "loss" in logs and self.window:
-            logs |= self.pair_means(sum(self.window)) | {"loss": logs["loss"]}
-            self.window = []
-        super().log(logs, *args, **kwargs)
-
     def each_pair(self, samples):
         """Yield (rows of `samples`, their logps, lengths, reference) of this process' share, piece by piece."""
         own = list(range(self.accelerator.process_index, len(samples), self.accelerator.num_processes))
@@ -1439,7 +1436,6 @@ class PreferenceTrainer(SftTrainer):
 
     def before_training(self):
         """Compute the reference log-probabilities of all pairs, once."""
-        self.window = []  # which the rehearsal has begun
         if self.flags.pref_loss in WITHOUT_REFERENCE:
             return
         shared = "once a pair" if self.shares else "with each answer"

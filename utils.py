@@ -30,6 +30,7 @@ from contextlib import nullcontext
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # names an optional CPU kernel at every import
@@ -48,19 +49,22 @@ from datasets.exceptions import DatasetsError
 from datasets.fingerprint import Hasher
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoTokenizer,
     BitsAndBytesConfig,
     EarlyStoppingCallback,
     PreTrainedConfig,
+    PrinterCallback,
     ProgressCallback,
     Trainer,
     TrainerState,
     TrainingArguments,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.utils import cached_file
+from transformers.utils import cached_file, is_in_notebook
+from transformers.utils import logging as transformers_logging
 
 PIECE_TOKENS = {"cpu": 448, "cuda": 32768}  # padded tokens of one forward pass at which a device is fastest
 MAX_SKIPPED_STEPS = 20  # fp16: the loss scale falls from 65536 to below 1 in 17 skipped steps
@@ -125,7 +129,8 @@ def add_input_flags(parser, model, dev_size):
         help="train adapters, adapters on a quantised base (qlora), or all weights (full) [lora]")
     add("--load_in_8bit", action="store_true", help="quantise the base to 8 bits (bitsandbytes)")
     add("--load_in_4bit", action="store_true", help="quantise the base to 4 bits (bitsandbytes NF4)")
-    add("--quantization_bits", "--quantization_bit", type=int, choices=[4, 8], help="the same as a number [qlora alone means 4]")
+    add("--quantization_bits", "--quantization_bit", type=int, choices=[4, 8],
+        help="the same as a number [qlora alone means 4]")
     add("--init_adapter", metavar="DIR", help="go on training an adapter, with a fresh optimizer and its own rank")
 
     add = parser.add_argument_group("data").add_argument
@@ -164,7 +169,8 @@ def add_training_flags(parser, batch, step, epochs, checkpointing, metric):
     add("--lr", "--learning_rate", type=real(0, 1, {0, 1}), metavar="X", help="peak [2e-4; full fine-tuning 2e-5]")
     add("--lr_scheduler", "--lr_scheduler_type", default="cosine", **one_of("linear", "cosine", "constant"),
         help="after the warm-up [cosine]")
-    add("--warmup_steps", "--lr_warmup_steps", type=integer(0), metavar="N", help="steps of linear warm-up; beats --warmup_ratio")
+    add("--warmup_steps", "--lr_warmup_steps", type=integer(0), metavar="N",
+        help="steps of linear warm-up; beats --warmup_ratio")
     add("--warmup_ratio", "--warmup_proportion", "--lr_warmup_ratio", type=real(0, 1, {1}), default=0.05,
         metavar="X", help="share of the steps that warm up [0.05]")
     add("--optimizer", "--optim", default="adamw", **one_of("adamw", "adamw_8bit", "sgd"), help="optimizer [adamw]")
@@ -273,8 +279,23 @@ def run(main, parse_args):
         sys.exit(130)
 
 
+def shows_bars():
+    """Tell whether somebody watches: bars would be glued to the lines of a log file."""
+    return int(os.environ.get("RANK", 0)) == 0 and (sys.stderr.isatty() or is_in_notebook())
+
+
+def quiet_libraries():
+    """Leave the terminal to this program: its checks say what matters of what transformers would note."""
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        transformers_logging.set_verbosity_error()
+    if not shows_bars():
+        transformers_logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+
+
 def start_process(args):
     """Join the process group, if there is one, and return accelerate's state of this process."""
+    quiet_libraries()
     state = PartialState(cpu=not torch.cuda.is_available() and not torch.backends.mps.is_available())
     if torch.cuda.device_count() > state.num_processes:
         say("note      several GPUs are visible and this call uses the first: start the script from a shell to use all")
@@ -871,7 +892,30 @@ class StepTrainer(Trainer):
         if not torch.isfinite(loss):
             half = ", or pass --mixed_precision none" if self.args.fp16 else ""
             raise InputError(f"the loss is {loss.item()} in step {self.state.global_step + 1}: lower --lr{half}.")
+        self.step_figures = self.figures_of_step(loss)
         return loss
+
+    def figures_of_step(self, loss):
+        """Return {name: number} of the step that was just run, over all processes."""
+        if self.accelerator.num_processes > 1:
+            loss = self.accelerator.reduce(loss, "mean")
+        return {"loss": loss.item()}
+
+    def log(self, logs, *args, **kwargs):
+        """Show training figures as means over the last --logging_steps steps, whether or not the run was resumed.
+
+        The history holds each step's own figures, which RunCallback has put there: what Trainer knows of a step beside
+        them, the gradient's norm, joins its entry.
+        """
+        history = self.state.log_history
+        is_of_training = "loss" in logs
+        if is_of_training:
+            steps = [entry for entry in history if "loss" in entry][-self.args.logging_steps :]
+            logs |= {name: sum(entry[name] for entry in steps) / len(steps) for name in self.step_figures}
+        super().log(logs, *args, **kwargs)
+        if is_of_training:
+            shown = history.pop()
+            history[-1] = shown | history[-1]
 
     def until_it_fits(self, attempt):
         """Return attempt(), called again from zero gradients with pieces half the size each time memory runs out."""
@@ -957,14 +1001,31 @@ class RunCallback(ProgressCallback):
         self.signal, self.skipped, self.warnings = None, 0, []
 
     def on_train_begin(self, args, state, control, **kwargs):
-        super().on_train_begin(args, state, control, **kwargs)
+        self.current_step = self.first_step = state.global_step
+        self.started = time.perf_counter()
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True,
+                                     disable=not shows_bars())
         if state.global_step == 0 and self.before:
             self.trainer.log(dict(self.before))
+
+    def time_left(self, state):
+        """Return how long the rest will take at the pace so far, as "02:31 left"; "" before the first step."""
+        done = state.global_step - self.first_step
+        if not done:
+            return ""
+        seconds = (time.perf_counter() - self.started) / done * (state.max_steps - state.global_step)
+        return f"{tqdm.format_interval(seconds)} left"
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        self.learning_rate = optimizer.param_groups[0]["lr"]
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         names = ["loss", "learning_rate", *(f"eval_{name}" for name in self.plan.shown)]
         labels = {"eval_loss": "dev_loss"}  # a dev set without a name, beside the training loss
         shown = [f"{labels.get(name, name.removeprefix('eval_'))} {logs[name]:.4g}" for name in names if name in logs]
+        if "loss" in logs and not shows_bars():
+            shown.append(self.time_left(state))
         if shown and state.is_world_process_zero:
             self.training_bar.write(f"step {state.global_step:6}  {'   '.join(shown)}")
 
@@ -980,6 +1041,8 @@ class RunCallback(ProgressCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         super().on_step_end(args, state, control, **kwargs)
+        state.log_history.append({**self.trainer.step_figures, "learning_rate": self.learning_rate,
+                                  "epoch": state.epoch, "step": state.global_step})
         self.skipped = self.skipped + 1 if self.trainer.accelerator.optimizer_step_was_skipped else 0
         if self.skipped == MAX_SKIPPED_STEPS:
             raise InputError(f"fp16 gradients overflowed in {self.skipped} steps running: pass --mixed_precision none.")
@@ -989,15 +1052,11 @@ class RunCallback(ProgressCallback):
         if stop:
             self.signal = self.signal or signal.SIGTERM  # it may have reached another process
             args.save_total_limit = None  # at 1, Trainer would delete the checkpoint that we stop with
-        epoch_ends = state.global_step % self.plan.steps_per_epoch == 0
         every = self.plan.epoch_save_steps
         if stop or every and state.global_step % every == 0:
             control.should_save = True
             control.should_training_stop |= stop
             control.should_evaluate |= self.plan.save_best and not stop
-        # a resumed run begins a new window of losses where its checkpoint is: let every run do so
-        if self.args.logging_steps and (control.should_save or epoch_ends):
-            control.should_log = True
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         super().on_evaluate(args, state, control, **kwargs)
@@ -1017,10 +1076,13 @@ def worsening(log, metric, greater_is_better):
     if len(points) < 3:
         return None
     values = [value if greater_is_better else -value for _, value in points]
-    losses = [entry["loss"] for entry in log if "loss" in entry and entry["step"] >= points[0][0]]
+    first, middle, _ = (step for step, _ in points)
+    trained = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry and entry["step"] >= first]
+    early = [loss for step, loss in trained if step <= middle]
+    late = [loss for step, loss in trained if step > middle]
     worse = values[0] > values[1] > values[2] and values[0] - values[2] > 0.01 * abs(values[0])
-    if worse and len(losses) > 1 and losses[-1] < losses[0]:
-        return (f"the loss fell from {losses[0]:.3f} to {losses[-1]:.3f} while {metric} worsened from "
+    if worse and early and late and fmean(late) < fmean(early):
+        return (f"the loss fell from {fmean(early):.3f} to {fmean(late):.3f} while {metric} worsened from "
                 f"{points[0][1]:.4f} to {points[2][1]:.4f}: overfitting. Fewer epochs, or a lower --lr.")
     return None
 
@@ -1116,6 +1178,7 @@ def training_arguments(args, plan, precision, drop_last):
         logging_steps=abs(args.logging_steps) or 1,
         logging_nan_inf_filter=False,  # it shows a NaN run as loss 0
         report_to=[] if report_to == "none" else [report_to],
+        disable_tqdm=True,  # the bar is RunCallback's; a notebook would get transformers' table beside it
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,
@@ -1198,7 +1261,7 @@ def train(trainer, args, plan, checkpoint):
     else:
         before = trainer.measure_dev_sets() if plan.has_dev else {}
     callback = RunCallback(trainer, args, plan, before)
-    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)  # what disable_tqdm leaves
     trainer.add_callback(callback)
     if args.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
@@ -1220,7 +1283,7 @@ def train(trainer, args, plan, checkpoint):
     evaluated = [entry for entry in state.log_history if name in entry and entry["step"] == (
         state.best_global_step if plan.save_best else state.global_step)]
     after = {key: value for key, value in evaluated[-1].items() if key.startswith("eval_")} if evaluated else {}
-    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+    losses = running_mean([entry["loss"] for entry in state.log_history if "loss" in entry])
     final = trainer.warnings_about(after)
     if after and (before[name] - after[name]) * (1 if plan.greater_is_better else -1) > 0:
         final.append(f"{plan.metric} is worse than before training: lower --lr, and look at the data")
@@ -1314,7 +1377,8 @@ def describe_run(args, precision, data_fingerprint, checkpoint):
     names = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
     installed = {name: importlib.metadata.version(name) for name in names if importlib.util.find_spec(name)}
     run = {
-        "flags": vars(args),
+        # the base is not quantised where nothing says how many bits
+        "flags": {name: value for name, value in vars(args).items() if (name, value) != ("bits", None)},
         "versions": {"python": sys.version.split()[0]} | installed,
         "precision": precision,
         "processes": PartialState().num_processes,
@@ -1392,24 +1456,50 @@ def write_logs(folder, log, steps_per_epoch):
     write_json(Path(folder) / "training_losses.json", losses)
 
 
+def running_mean(values):
+    """Return the mean of each value and those before it, over at most a tenth of all and 50 values."""
+    window = max(1, min(50, len(values) // 10))
+    means = []
+    for i in range(len(values)):
+        means.append(fmean(values[max(0, i + 1 - window) : i + 1]))
+    return means
+
+
+def can_be_drawn(text):
+    """Tell whether the fonts of the figure have every character: Japanese is missing from matplotlib's own."""
+    from matplotlib import rcParams
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    fonts = [get_font(findfont(FontProperties(family=[name]))) for name in rcParams["font.family"]]
+    return all(any(font.get_char_index(ord(character)) for font in fonts) for character in text)
+
+
 def draw_curves(path, log, metrics, best_step):
-    """Draw the training loss and the named metrics over the steps."""
+    """Draw the training loss of each step, its running mean, and the named metrics over the steps."""
     from matplotlib.figure import Figure  # not pyplot, whose backend belongs to the notebook
 
     figure = Figure(figsize=(8, 7), layout="constrained")
     top, bottom = figure.subplots(2, sharex=True)
-    for axes, names in ((top, ["loss"]), (bottom, [f"eval_{name}" for name in metrics])):
-        for name in names:
-            points = [(entry["step"], entry[name]) for entry in log if name in entry]
-            if points:
-                label = f"{name.removeprefix('eval_')}: {points[0][1]:.3f} to {points[-1][1]:.3f}"
-                axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=label)
+    trained = [entry for entry in log if "loss" in entry]
+    if trained:
+        steps = [entry["step"] for entry in trained]
+        losses = [entry["loss"] for entry in trained]
+        smooth = running_mean(losses)
+        top.plot(steps, losses, color="C0", alpha=0.3)
+        top.plot(steps, smooth, color="C0", label=f"loss: {smooth[0]:.3f} to {smooth[-1]:.3f} (running mean)")
+    for name in metrics:
+        points = [(entry["step"], entry[f"eval_{name}"]) for entry in log if f"eval_{name}" in entry]
+        if points:
+            label = f"{name}: {points[0][1]:.3f} to {points[-1][1]:.3f}"
+            bottom.plot(*zip(*points, strict=True), marker="o", markersize=4, label=label)
+    for axes in (top, bottom):
         if best_step:
             axes.axvline(best_step, color="grey", linestyle=":", label=f"best, step {best_step}")
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
-    top.set(ylabel="training loss", title=str(path.parent))
+    title = str(path.parent)
+    top.set(ylabel="training loss", title=title if can_be_drawn(title) else "")
     bottom.set(xlabel="optimizer step", ylabel="dev sets")
     figure.savefig(path, dpi=120)
 

@@ -52,7 +52,8 @@ def parse_args(argv=None):
     parser.add_argument("--model_path", type=Path, required=True, metavar="DIR", help="what merge.py wrote")
     parser.add_argument("--llama_cpp", type=Path, required=True, metavar="DIR", help="llama.cpp checkout, built or not")
     parser.add_argument("--output_path", type=Path, required=True, metavar="DIR", help="folder for GGUF and Modelfile")
-    parser.add_argument("--quantize", default="q4_k_m", type=str.lower, choices=QUANTIZE, help="[q4_k_m] f16: no quantisation")
+    parser.add_argument("--quantize", default="q4_k_m", type=str.lower, choices=QUANTIZE,
+                        help="[q4_k_m] f16: no quantisation")
     parser.add_argument("--samples", type=Path, metavar="FILE", help="prompts, one a line, as trained on [6 questions]")
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier call wrote")
     return parser.parse_args(argv)

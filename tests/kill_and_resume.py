@@ -30,7 +30,7 @@ rng, done = random.Random(0), 0
 
 
 def run_until(out, moment, *more):
-    """Start a run and kill it some time after its log line number `moment`; return whether it was killed."""
+    """Start a run and kill it some time after its log line number `moment`; return (was it killed, log lines)."""
     command = [sys.executable, script, *flags, "--output_dir", str(out), *more]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -43,26 +43,28 @@ def run_until(out, moment, *more):
         process.kill()
     errors = process.communicate()[1]
     assert process.returncode in (0, -9), errors
-    return process.returncode == -9
+    return process.returncode == -9, lines
 
 
 def contents(out):
     return load_file(out / "final/adapter_model.safetensors"), read_json(out / "detailed_training_logs.json")
 
 
-assert not run_until(folder / "whole", 10**6)
+was_killed, moments = run_until(folder / "whole", 10**6)
+assert not was_killed
 weights, log = contents(folder / "whole")
 for run in range(kills):
     out, attempts = folder / f"killed{run}", 0
     while (
         done < kills
         and attempts < 3
-        and run_until(out, rng.randrange(len(log) >> attempts), *["--resume_from_checkpoint"] * (attempts > 0))
+        and run_until(out, rng.randrange(moments >> attempts), *["--resume_from_checkpoint"] * (attempts > 0))[0]
     ):
         done, attempts = done + 1, attempts + 1
         state = sorted(path.name for path in out.glob("checkpoint-*"))
         print(f"kill {done}, run {run}: left {', '.join(state) or 'no checkpoint'}", flush=True)
-    assert not run_until(out, 10**6, *["--resume_from_checkpoint"] * (attempts > 0), *["--overwrite"] * (attempts == 0))
+    more = ["--resume_from_checkpoint"] if attempts else ["--overwrite"]
+    assert not run_until(out, 10**6, *more)[0]
     found_weights, found_log = contents(out)
     assert all(torch.equal(weights[key], found_weights[key]) for key in weights), f"{out}: other weights"
     assert found_log == log, f"{out}: another log\n{found_log}\n{log}"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -281,6 +282,77 @@ def test_files_of_a_run(run_embed, tmp_path):
     assert report["proof"]["relative_error"] < 1e-6 < report["proof"]["relative_change"]
 
 
+def test_the_log_has_every_step_and_the_console_has_every_few(run_embed, tmp_path, capsys):
+    run_embed("--max_steps", 7, "--logging_steps", 3, "--eval_every", 2)
+    log = utils.read_json(tmp_path / "out/detailed_training_logs.json")
+    losses = {entry["step"]: entry["loss"] for entry in log if "loss" in entry}
+    assert list(losses) == [1, 2, 3, 4, 5, 6, 7]
+    said = capsys.readouterr().out.splitlines()
+    lines = [line.split() for line in said if line.startswith("step") and " loss" in line]
+    assert [int(line[1]) for line in lines] == [3, 6]
+    shown = [float(line[line.index("loss") + 1]) for line in lines]
+    means = [sum(losses[step] for step in steps) / 3 for steps in ([1, 2, 3], [4, 5, 6])]
+    assert shown == pytest.approx(means, rel=1e-3)  # four digits are printed
+    assert all(re.fullmatch(r"\d\d:\d\d", line[-2]) and line[-1] == "left" for line in lines)
+
+
+def test_a_resumed_run_shows_and_stores_what_the_whole_run_does(run_embed, tmp_path, capsys):
+    flags = ["--max_steps", 6, "--logging_steps", 4, "--checkpoint_steps", 3, "--save_best", 0]
+    run_embed(*flags)
+    whole = utils.read_json(tmp_path / "out/detailed_training_logs.json")
+    shown = [line.split("  left")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    shutil.rmtree(tmp_path / "out/checkpoint-6")
+    (tmp_path / "out/training_summary_report.json").unlink()
+    run_embed(*flags, "--resume_from_checkpoint")
+    assert utils.read_json(tmp_path / "out/detailed_training_logs.json") == whole
+    again = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert [line.split()[:6] for line in again] == [line.split()[:6] for line in shown[-len(again) :]]
+
+
+def test_without_log_lines_every_step_is_stored_all_the_same(run_embed, tmp_path, capsys):
+    run_embed("--max_steps", 3, "--logging_steps", 0)
+    log = utils.read_json(tmp_path / "out/detailed_training_logs.json")
+    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3]
+    assert not re.search(r"^step.* loss ", capsys.readouterr().out, re.M)
+
+
+def test_a_log_file_gets_lines_and_no_bars(run_embed, capfd):
+    run_embed("--max_steps", 2, "--logging_steps", 1)
+    said = capfd.readouterr()
+    assert "\r" not in said.out + said.err
+    assert not said.err.strip()
+
+
+def test_a_notebook_shows_one_bar(run_embed, monkeypatch, capfd):
+    import transformers
+
+    class SecondTable(transformers.TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            raise AssertionError("transformers' own table is shown too")
+
+    monkeypatch.setattr(transformers.trainer, "DEFAULT_PROGRESS_CALLBACK", SecondTable)
+    monkeypatch.setattr(utils, "is_in_notebook", lambda: True)
+    run_embed("--max_steps", 2)
+    assert capfd.readouterr().err.count("2/2") >= 1
+
+
+def test_a_curve_names_its_folder_only_where_the_font_can(run_embed, tmp_path, recwarn):
+    assert utils.can_be_drawn("runs/first, ndcg@10")
+    assert not utils.can_be_drawn("runs/日本語")
+    run_embed("--max_steps", 2, out=tmp_path / "日本語")
+    assert not [str(warning.message) for warning in recwarn if "Glyph" in str(warning.message)]
+
+
+def test_a_run_without_dev_set_counts_its_rows_alone(run_embed, capsys):
+    run_embed("--dev_size", 0, "--dry_run")
+    assert "rows to train on\n" in capsys.readouterr().out
+
+
+def test_flags_of_a_run_hold_bits_only_where_the_base_is_quantised(run_embed):
+    assert "bits" not in run_embed("--dry_run")["flags"]
+    assert run_embed("--dry_run", "--load_in_8bit")["flags"]["bits"] == 8
+
+
 def test_final_is_the_best_state_not_the_last(run_embed, tmp_path, monkeypatch):
     scores = iter([0.1, 0.5, 0.9, 0.3, 0.2, 0.1, 0.1])
     monkeypatch.setattr(train_embed_lora, "retrieval_metrics", lambda *_: {"ndcg@10": next(scores), "recall@10": 0.5})
@@ -447,7 +519,7 @@ def test_a_base_that_cannot_be_quantised_is_loaded_without_and_said_so(run_embed
 
     monkeypatch.setattr(utils, "BitsAndBytesConfig", fail)
     report = run_embed("--max_steps", 2, "--load_in_4bit")
-    assert report["flags"]["bits"] is None
+    assert report["flags"].get("bits") is None
     assert "4-bit loading failed, so the base is not quantised: no bitsandbytes here" in report["plan"]["notes"]
 
 
