@@ -10,10 +10,11 @@ Shapes: B sequences, T tokens, D embedding, Q queries and N documents of a step,
 """
 
 import argparse
+import contextlib
 import itertools
+import json
 import random
 import re
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -73,7 +74,10 @@ HELD_OUT = 0.1  # of the rows, where no dev set is named
 MAX_HELD = 1000  # queries held out where no flag says how many
 MAX_POOL = 10_000  # documents that held-out queries are searched in
 SMALL_POOL = 100  # fewer documents hardly tell models apart
-NEGATIVE_NAMES = re.compile(r"neg|negatives?|negative_\d+|negative_passages|neg_doc|hard_negatives?")
+NEGATIVE_NAMES = re.compile(r"(hard_?)?neg(ative)?s?_?\d*|negative_passages|neg_docs?|rejected_responses?")
+LABEL_NAMES = ("label", "relevance", "score")
+TABLE_LINE = re.compile(r"\.[ct]sv, line \d+", re.IGNORECASE)  # part of where a row of a table stands
+NO_TEXT = {"", "nan", "NaN", "NULL", "None", "null"}  # what programs write into a table's cell that holds nothing
 
 
 @dataclass
@@ -125,51 +129,185 @@ def find_columns(rows, args):
 
 
 def texts_of(value, where, name):
-    """Return the non-empty texts of a cell: a text, a {title, text} passage, or a list of them."""
-    if value is None:
-        return []
+    """Return the non-empty texts of a cell: a text, a {title, text} passage, a list of them, a JSON list of texts."""
+    return [text.strip() for text in passages_of(unpacked(value, where, name), where, name)]
+
+
+def unpacked(value, where, name):
+    """Return a cell as it is meant: a JSON list of texts as that list, a table's word for nothing as None."""
+    if not isinstance(value, str):
+        return value
+    text, is_table = value.strip(), TABLE_LINE.search(where)
+    if is_table and text in NO_TEXT:
+        return None
+    if not (text.startswith("[") and text.endswith("]")):
+        return value
+    with contextlib.suppress(ValueError, RecursionError):
+        items = json.loads(text)
+        if all(isinstance(item, str) for item in items):
+            return items
+    if is_table and text.startswith("['"):
+        raise InputError(f"{where}: {name} is {text[:60]}, a list as Python prints it. Write it with json.dumps.")
+    return value
+
+
+def passages_of(value, where, name):
+    """Return the texts in a value or a list of values, white space around them and all; without blank ones."""
     if isinstance(value, list | tuple):
-        return [text for item in value for text in texts_of(item, where, name)]
+        return [text for item in value for text in passages_of(item, where, name)]
     if isinstance(value, dict):
-        value = f"{value.get('title') or ''} {value.get('text') or ''}"
+        value = text_of_passage(value, where, name)
+    if value is None or value != value:  # NaN is what a table has for nothing
+        return []
     if not isinstance(value, str):
         raise InputError(f"{where}: {name} is the {type(value).__name__} {value}, an id rather than a text. "
                          "Look the texts up first.")
-    value = value.strip().encode(errors="replace").decode()  # half an emoji cannot be encoded
-    return [value] if value else []
+    return [value.encode(errors="replace").decode()] if value.strip() else []  # half an emoji cannot be encoded
+
+
+def text_of_passage(passage, where, name):
+    """Return title and text of a {title, text} passage, whose text may be called content."""
+    body = passage.get("content") if passage.get("text") is None else passage["text"]
+    parts = [part for part in (passage.get("title"), body) if part is not None]
+    if passage and not parts:
+        raise InputError(f'{where}: {name} is {str(passage)[:60]}, an id rather than a text, or its text is not '
+                         'called "text". Look the texts up first.')
+    for part in parts:
+        if not isinstance(part, str):
+            raise InputError(f"{where}: {name} has the {type(part).__name__} {str(part)[:60]} where a text belongs.")
+    return " ".join(filter(None, parts))
+
+
+def prompt_of(value, where):
+    """Return a row's own prompt with the white space it ends in, or None."""
+    prompts = passages_of(unpacked(value, where, "prompt"), where, "prompt")
+    if len(prompts) > 1:
+        raise InputError(f"{where}: {len(prompts)} prompts in one row. Write the one that its query gets.")
+    return prompts[0] if prompts else None
+
+
+def number_of(value):
+    """Return a cell as a number, which a text ("0", "true") may hold too; None where it is none."""
+    if isinstance(value, str):
+        value = {"true": 1, "false": 0}.get(value.strip().lower(), value)
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def label_of(value):
+    """Return the number in a cell of labels, None where the cell is empty; raises ValueError for a class name."""
+    if value is None or value != value or isinstance(value, str) and value.strip() in NO_TEXT:
+        return None
+    number = number_of(value)
+    if number is None:
+        raise ValueError
+    return number
+
+
+def find_label(rows, names):
+    """Return the column in `names` that says of each row's document whether it is a match, 1 or 0; None without one.
+
+    Raises InputError where it holds other numbers: which of them are matches is not known here.
+    """
+    labels, others = {}, []  # column -> its numbers, and what is said of the columns with other numbers
+    for name in sorted(names, key=lambda name: name.lower()):  # label, relevance, score
+        if name.lower() not in LABEL_NAMES:
+            continue
+        places = {}  # number -> where it stands first
+        try:
+            for where, row in rows:
+                cell = row.get(name)
+                for value in cell if isinstance(cell, list) else [cell]:
+                    places.setdefault(label_of(value), where)
+        except ValueError:
+            continue
+        has_lists = any(isinstance(row.get(name), list) for _, row in rows)
+        places.pop(None, None)
+        if places and places.keys() <= {0, 1} and not has_lists:
+            labels[name] = places
+        elif len(places) > 1:
+            number, where = next((pair for pair in places.items() if pair[0] not in (0, 1)), next(iter(places.items())))
+            what = "a list of labels" if has_lists else f"{number:g}, one of {len(places)} different numbers"
+            others.append(f"{where}: {name} is {what}")
+    telling = [name for name in labels if len(labels[name]) == 2]
+    if len(telling) > 1:
+        raise InputError(f"{rows[0][0]}: {len(telling)} columns could be the label: {', '.join(telling)}. Rename one.")
+    if others and not telling:
+        raise InputError(f"{others[0]}. Write 1 (the document matches the query) or 0 into each row, or rename the "
+                         "column: it is then unused and every row a match.")
+    return next(iter(telling or labels), None)
+
+
+def join_labelled(found, drops):
+    """Join the rows [(where, Example)] of a query into one; a query without a positive goes to `drops`."""
+    by_prompt = {}
+    for where, example in found:
+        key = by_query(example), example.prompt
+        _, joined = by_prompt.setdefault(key, (where, Example(example.query, [], [], example.prompt)))
+        joined.pos += example.pos
+        joined.neg += example.neg
+    for where, joined in by_prompt.values():
+        joined.pos, joined.neg = list(dict.fromkeys(joined.pos)), list(dict.fromkeys(joined.neg))
+        if not joined.pos:
+            drops.setdefault("queries without a document of label 1", []).append(where)
+    return [(where, joined) for where, joined in by_prompt.values() if joined.pos]
 
 
 def read_examples(rows, args):
     """Turn [(where, row)] into Examples; counts, and says, what cannot be learnt from. Returns (examples, counts)."""
     query_name, positive_name, negative_names, unused = find_columns(rows, args)
     has_prompt = any("prompt" in row for _, row in rows) and "prompt" not in (query_name, positive_name)
+    has_negatives = args.negative_column or any(
+        unpacked(row.get(name), where, name) not in (None, "", []) for where, row in rows for name in negative_names)
+    label_name = None if has_negatives else find_label(rows, unused)
+    unused = [name for name in unused if name != label_name]
     say(f"columns   query = {query_name}, positive = {positive_name}, negatives = {', '.join(negative_names) or 'none'}"
-        + ", query prefix = prompt" * has_prompt + (f" (unused: {', '.join(unused)})" if unused else ""))
-    examples, seen, drops = [], set(), {}
+        + (f", label = {label_name}" if label_name else "") + ", query prefix = prompt" * has_prompt
+        + (f" (unused: {', '.join(unused)})" if unused else ""))
+    found, drops = [], {}
     for where, row in rows:
         query = texts_of(row.get(query_name), where, query_name)
         pos = texts_of(row.get(positive_name), where, positive_name)
         neg = [text for name in negative_names for text in texts_of(row.get(name), where, name)]
+        label = label_of(row.get(label_name)) if label_name else 1
         if len(query) > 1:
             raise InputError(f"{where}: {len(query)} queries in one row. Write a row for each.")
-        if not query or not pos:
-            drops.setdefault(f"rows with an empty {'positive' if query else 'query'}", []).append(where)
+        if not query or not pos or label is None:
+            what = "an empty query" if not query else "an empty positive" if not pos else f"an empty {label_name}"
+            drops.setdefault(f"rows with {what}", []).append(where)
             continue
-        known = {utils.text_id(text) for text in pos}
-        true_neg = [text for text in neg if utils.text_id(text) not in known]
-        if len(true_neg) < len(neg):
-            drops.setdefault("negatives equal to a positive", []).extend([where] * (len(neg) - len(true_neg)))
-        key = (utils.text_id(query[0]), *sorted(known), *sorted(map(utils.text_id, true_neg)))
-        if key in seen:
-            drops.setdefault("duplicate rows", []).append(where)
-            continue
-        seen.add(key)
-        prompt = texts_of(row.get("prompt"), where, "prompt") and row["prompt"] if has_prompt else None
-        examples.append(Example(query[0], pos, true_neg, prompt or None))
+        prompt = prompt_of(row.get("prompt"), where) if has_prompt else None
+        found.append((where, Example(query[0], pos, neg, prompt) if label else Example(query[0], [], pos, prompt)))
+    if label_name:
+        found = join_labelled(found, drops)
+    examples = distinct(found, drops)
+    if args.query_prefix is not None and examples and all(example.prompt for example in examples):
+        raise InputError(f"{found[0][0]}: every row has a prompt of its own, {found[0][1].prompt!r}, which "
+                         f"--query_prefix {args.query_prefix!r} does not replace. Drop the flag, or rename the column.")
     for name, values in ((query_name, [e.query for e in examples]), (positive_name, [e.pos[0] for e in examples])):
         if len(values) > 1 and all(value.isdecimal() for value in values):
             raise InputError(f"{rows[0][0]}: every {name} is a number, ids rather than texts. Look the texts up first.")
     return examples, utils.say_drops(drops)
+
+
+def distinct(found, drops):
+    """Return each Example of [(where, Example)] once, without negatives that are positives; adds to `drops`."""
+    examples, seen = [], set()
+    for where, example in found:
+        known = {utils.text_id(text) for text in example.pos}
+        true_neg = [text for text in example.neg if utils.text_id(text) not in known]
+        if len(true_neg) < len(example.neg):
+            drops.setdefault("negatives equal to a positive", []).extend([where] * (len(example.neg) - len(true_neg)))
+        example.neg = true_neg
+        key = (by_query(example), *sorted(known), *sorted(map(utils.text_id, true_neg)))
+        if key in seen:
+            drops.setdefault("duplicate rows", []).append(where)
+            continue
+        seen.add(key)
+        examples.append(example)
+    return examples
 
 
 def dev_from_examples(examples):
@@ -221,15 +359,33 @@ def dev_from_beir(folder):
         for where, row in utils.read_rows(folder / name):
             if "_id" not in row or "text" not in row:
                 raise InputError(f"{where}: no _id or no text. A line is {{\"_id\": \"7\", \"text\": \"...\"}}.")
-            by_id[str(row["_id"])] = next(iter(texts_of(row, where, name)), "-")  # an empty document counts too
+            passage = {"title": row.get("title"), "text": row["text"] or ""}
+            by_id[str(row["_id"])] = next(iter(texts_of(passage, where, name)), "-")  # an empty document counts too
     corpus, queries, relevant = texts["corpus.jsonl"], texts["queries.jsonl"], {}
-    for where, row in utils.read_rows(qrels[0]):
-        query, document, score = (*row.values(), None, "1")[:3]
+    for where, query, document, score in read_qrels(qrels[0], queries):
         if query not in queries or document not in corpus:
             raise InputError(f"{where}: {query if query not in queries else document} is in no file of {folder}.")
-        if score not in ("0", "-1"):
+        if score > 0:
             relevant.setdefault(query, set()).add(document)
     return DevSet({name: (queries[name], None) for name in relevant}, corpus, relevant)
+
+
+def read_qrels(path, queries):
+    """Read judgements into [(where, query id, document id, score)]; the first line may hold column names."""
+    lines = utils.read_table(path)
+    width = len(lines[0][1]) if lines else 0
+    if width not in (2, 3):
+        raise InputError(f"{path} has lines of {width} columns. Write query id, document id and score, tab-separated.")
+    first = lines[0][1]
+    if first[0] not in queries and (width == 2 or number_of(first[2]) is None):
+        lines = lines[1:]
+    judgements = []
+    for where, cells in lines:
+        score = 1.0 if width == 2 else number_of(cells[-1])
+        if len(cells) != width or score is None:
+            raise InputError(f"{where}: not the {width} columns of the first line, or a score that is no number.")
+        judgements.append((where, cells[0], cells[1], score))
+    return judgements
 
 
 def by_query(example):
@@ -612,7 +768,7 @@ def get_rng_state():
     return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
 
 
-@contextmanager
+@contextlib.contextmanager
 def replayed(state):
     """Run a block with an earlier random state, and go on with the present one after it."""
     cpu, gpu = state
@@ -627,7 +783,7 @@ def replayed(state):
 
 
 def st_files(args):
-    """Read what the base's sentence-transformers files say: (pooling or None, {"query": ..., "document": ...} prompts).
+    """Read what the base's sentence-transformers files say: (pooling or None, {name: prompt}).
 
     Raises InputError where they hold a layer that would be missing from what is trained here.
     """
@@ -645,8 +801,7 @@ def st_files(args):
         if args.pooling == "auto" and pooling not in modes.values():
             raise InputError(f"{args.model_name} pools by {pooling}, which is not known here. Pass --pooling.")
     prompts = (utils.base_json(args, "config_sentence_transformers.json") or {}).get("prompts") or {}
-    document = prompts.get("document") or prompts.get("passage") or ""
-    return pooling, {"query": prompts.get("query") or "", "document": document}
+    return pooling, prompts
 
 
 def append_eos(tokenizer):
@@ -688,7 +843,7 @@ def probe(model, precision):
     return causal, first.shape[-1], unused
 
 
-def save_st_files(folder, args, dimension):
+def save_st_files(folder, args, dimension, prompts):
     """Write the files that make `folder` a SentenceTransformer, in the names that old versions, vLLM and TEI read."""
     kinds = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
     modules = [{"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
@@ -699,7 +854,6 @@ def save_st_files(folder, args, dimension):
     for path, _ in kinds:
         (folder / path).mkdir(exist_ok=True)
     length = max(args.query_max_len, args.passage_max_len)
-    prompts = {"query": args.query_prefix, "document": args.doc_prefix}
     utils.write_json(folder / "modules.json", modules)
     pooling = {"word_embedding_dimension": dimension, **modes, "include_prompt": True}
     utils.write_json(folder / "1_Pooling/config.json", pooling)
@@ -712,7 +866,10 @@ def save_st_files(folder, args, dimension):
 
 
 def settle_texts(args, examples, config, tokenizer, notes):
-    """Fill in lengths, prefixes and EOS where no flag gives them; returns the base's own pooling, or None."""
+    """Fill in lengths, prefixes and EOS where no flag gives them.
+
+    Returns (the base's own pooling or None, the prompts to save: the base's with those that are trained).
+    """
     limit = utils.position_limit(config, tokenizer)
     for name in ("query_max_len", "passage_max_len"):
         wanted = getattr(args, name) or args.max_length
@@ -720,9 +877,22 @@ def settle_texts(args, examples, config, tokenizer, notes):
             notes.append(f"{name} {wanted} is above the {limit} positions of the base model: lowered to {limit}")
         setattr(args, name, int(min(wanted, limit)))
     pooling, prompts = st_files(args)
-    args.query_prefix = prompts["query"] if args.query_prefix is None else args.query_prefix
-    args.doc_prefix = prompts["document"] if args.doc_prefix is None else args.doc_prefix
+    if args.query_prefix is None:
+        args.query_prefix = prompts.get("query") or ""
+    if args.doc_prefix is None:
+        args.doc_prefix = prompts.get("document") or prompts.get("passage") or ""
+    others = [name for name in prompts if name not in ("query", "document", "passage")]
+    if others:
+        example = next((name for name in others if "query" in name.lower()), others[0])
+        notes.append(f"the base has prompts under other names, {', '.join(others)} ({example}: "
+                     f"{json.dumps(prompts[example], ensure_ascii=False)}): to train with one of them pass it as "
+                     "--query_prefix or --doc_prefix; final/ keeps all")
     own = {example.prompt for example in examples}
+    if own != {None}:
+        first = next(example for example in examples if example.prompt)
+        joined = json.dumps(first.prompt + first.query[:40], ensure_ascii=False)
+        notes.append(f"a row's prompt stands before its query as it is: {joined}; for a base that was trained with "
+                     r"'Instruct: ...\nQuery: ' write all of that into the column, line break included")
     if len(own) == 1 and own != {None}:
         args.query_prefix = own.pop()  # the rows' own prompt is the one to save
     elif len(own) > 1:
@@ -730,7 +900,10 @@ def settle_texts(args, examples, config, tokenizer, notes):
                      "query's own prompt before it when you encode it")
     if args.append_eos:
         append_eos(tokenizer)
-    return pooling
+    trained = {"query": args.query_prefix, "document": args.doc_prefix}
+    if "passage" in prompts:  # the same under the name that e5 uses
+        trained["passage"] = args.doc_prefix
+    return pooling, prompts | trained
 
 
 def settle_pooling(args, stored, causal, texts, config, notes):
@@ -899,7 +1072,7 @@ def main(argv=None):
         examples, dev_sets, counts = read_data(args)
 
     config, tokenizer = utils.load_config(args), utils.load_tokenizer(args)
-    stored_pooling = settle_texts(args, examples, config, tokenizer, notes)
+    stored_pooling, prompts = settle_texts(args, examples, config, tokenizer, notes)
     texts = Texts()
     train_set = TrainSet(examples, texts, args)
     for dev in dev_sets.values():
@@ -922,7 +1095,7 @@ def main(argv=None):
     show_examples(train_set, texts, tokenizer, notes)
     outputs = partial(trainer.embed, [texts[i] for i in range(min(8, len(texts.index)))])
     return utils.carry_out(trainer, args, plan, run, checkpoint, tokens, outputs, AutoModel,
-                           write_files=partial(save_st_files, args=args, dimension=dimension))
+                           write_files=partial(save_st_files, args=args, dimension=dimension, prompts=prompts))
 
 
 if __name__ == "__main__":

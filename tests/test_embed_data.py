@@ -59,6 +59,15 @@ def read(path, *flags):
             },
             Example("q", ["T p"], ["n"]),
         ),
+        (
+            {"query": "q", "positive_passages": [{"docid": "1", "title": "T", "content": "p"}], "neg": '["a", "b"]'},
+            Example("q", ["T p"], ["a", "b"]),
+        ),
+        ({"query": "q", "pos": '["p"]', "neg": "[]"}, Example("q", ["p"], [])),
+        ({"query": "q", "pos": "[1] p", "neg": "[1]"}, Example("q", ["[1] p"], ["[1]"])),
+        ({"query": "None", "pos": "nan", "neg": float("nan")}, Example("None", ["nan"], [])),  # no cells of a table
+        ({"query": "q", "pos": "p", "prompt": [" Find: "]}, Example("q", ["p"], [], " Find: ")),
+        ({"query": "q", "pos": "p", "neg_scores": [1], "neg_ids": [2], "label": "faq"}, Example("q", ["p"], [])),
     ],
 )
 def test_formats(tmp_path, row, expected):
@@ -106,6 +115,68 @@ def test_columns_may_be_named(tmp_path, capsys):
 def test_scores_are_reported_as_unused(tmp_path, capsys):
     read(write_jsonl(tmp_path / "rows.jsonl", [BGE]))
     assert "unused: pos_scores, neg_scores" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", "negative1 neg_2 hard_neg hard_negative_1 Hard_Negatives rejected_response".split())
+def test_names_of_negatives(tmp_path, name):
+    assert read(write_jsonl(tmp_path / "rows.jsonl", [{"query": "q", "response": "p", name: "n"}]))[0][0].neg == ["n"]
+
+
+def test_an_empty_cell_of_a_table_is_no_text_and_a_list_is_a_list(tmp_path):
+    cells = ["[]", "nan", "NaN", "NULL", "None", "null", "", '["a", "b"]', "No null"]
+    for name, separator in (("a.csv", ","), ("A.TSV", "\t")):
+        lines = [["query", "positive", "negative"], *([f"q{i}", f"p{i}", cell] for i, cell in enumerate(cells))]
+        lines += [["nan", "p", "n"], ["q", "null", "n"]]
+        quoted = [separator.join('"' + cell.replace('"', '""') + '"' for cell in line) for line in lines]
+        (tmp_path / name).write_text("\n".join(quoted))
+        examples, drops = read(tmp_path / name)
+        assert [example.neg for example in examples] == [[]] * 7 + [["a", "b"], ["No null"]]
+        assert drops == {"rows with an empty query": 1, "rows with an empty positive": 1}
+
+
+LABELS = [[1, 0, 1, 0, 0], ["1", "0", "1", "0", "0"], [1.0, 0.0, 1.0, 0.0, 0.0], [True, False, True, False, False]]
+LABELS += [["True", "false", " 1.0", "0", "FALSE"]]
+
+
+@pytest.mark.parametrize("labels", LABELS)
+@pytest.mark.parametrize("name", ["label", "Score", "relevance"])
+def test_label_0_makes_a_document_a_negative_of_its_query(tmp_path, capsys, name, labels):
+    pairs = [("q", "a"), ("q", "b"), ("Q", "c"), ("r", "d"), ("q", "e")]
+    rows = [{"query": q, "document": d, name: label} for (q, d), label in zip(pairs, labels, strict=True)]
+    rows += [{"query": "q", "document": "x", name: None}]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    examples, drops = read(path)
+    assert examples == [Example("q", ["a", "c"], ["b", "e"])]
+    assert drops == {"queries without a document of label 1": 1, f"rows with an empty {name}": 1}
+    said = capsys.readouterr().out
+    assert f"negatives = none, label = {name}" in said and f"label 1 (first: {path}, line 4)" in said
+
+
+def test_labels_are_read_from_tables_and_tell_dev_documents_apart(tmp_path):
+    (tmp_path / "dev.csv").write_text("query,document,label\n" + "q,a,0\nq,b,1\nr,a,1\nr,c,\n")
+    train = write_jsonl(tmp_path / "train.jsonl", make_rows(8))
+    args = parse_args(["--train_file", train, "--dev_file", str(tmp_path / "dev.csv")])
+    dev = read_data(args)[1][""]
+    assert pairs_of(dev) == {("q", "b"), ("r", "a")} and sorted(dev.corpus.values()) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"query": "q", "pos": "p", "neg": "n", "label": 0}, {"query": "r", "pos": "s", "neg": "", "label": 3}],
+        [{"query": "q", "pos": "p", "label": "wrong"}, {"query": "r", "pos": "s", "label": "0"}],
+        [{"query": "q", "pos": "p", "score": 5}, {"query": "r", "pos": "s", "score": 5.0}],
+        [{"query": "q", "pos": "p", "score": [0.5]}, {"query": "r", "pos": "s", "score": None}],
+        [{"query": "q", "pos": "p", "labels": 0}, {"query": "r", "pos": "s", "labels": 1}],
+    ],
+)
+def test_other_labels_are_unused(tmp_path, rows):
+    assert [example.query for example in read(write_jsonl(tmp_path / "rows.jsonl", rows))[0]] == ["q", "r"]
+
+
+def test_a_label_decides_beside_a_teachers_score(tmp_path):
+    rows = [{"query": "q", "pos": f"p{i}", "label": i, "score": 0.3 + i, "relevance": 1} for i in (0, 1)]
+    assert read(write_jsonl(tmp_path / "rows.jsonl", rows))[0] == [Example("q", ["p1"], ["p0"])]
 
 
 def test_drops_are_counted_with_their_place(tmp_path, capsys):
@@ -214,6 +285,39 @@ def test_beir_folder(tmp_path):
     assert dev == DevSet({"1": ("first", None)}, {"10": "T x", "9": "y"}, {"1": {"10"}})
 
 
+@pytest.mark.parametrize(
+    "qrels, relevant",
+    [
+        ("query-id\tcorpus-id\tscore\n1\t10\t1.0\n1\t9\t0.0\n2\t9\t-2\n2\t10\t0.5\n", {"1": {"10"}, "2": {"10"}}),
+        ("1\t10\t1\n1\t9\t0\n2\t9\t2\n", {"1": {"10"}, "2": {"9"}}),
+        ("1\t10\n2\t9\n", {"1": {"10"}, "2": {"9"}}),
+        ("q\td\n1\t10\n2\t9\n", {"1": {"10"}, "2": {"9"}}),
+    ],
+)
+def test_beir_judgements_count_above_zero_and_need_no_header(tmp_path, qrels, relevant):
+    folder = beir(tmp_path / "beir")
+    (folder / "qrels/test.tsv").write_text(qrels)
+    assert dev_from_beir(folder).relevant == relevant
+
+
+@pytest.mark.parametrize(
+    "qrels, sentence",
+    [
+        ("", "lines of 0 columns. Write query id"),
+        ("1\n", "lines of 1 columns. Write query id"),
+        ("query\tdoc\tscore\n1\t10\thigh\n", "test.tsv, line 2: .*a score that is no number"),
+        ("1\t10\t1\n1\t9\n", "test.tsv, line 2: not the 3 columns"),
+        ("7\t10\t1\n1\t9\t1\n", "test.tsv, line 1: 7 is in no file of"),
+        ("1\t11\t0\n", "test.tsv, line 1: 11 is in no file of"),
+    ],
+)
+def test_broken_judgements_are_named(tmp_path, qrels, sentence):
+    folder = beir(tmp_path / "beir")
+    (folder / "qrels/test.tsv").write_text(qrels)
+    with pytest.raises(InputError, match=sentence):
+        dev_from_beir(folder)
+
+
 def test_texts_are_tokenised_once_and_cached(tiny_bert, tmp_path, capfd):
     from transformers import AutoTokenizer
 
@@ -241,6 +345,31 @@ def test_per_row_prompt_replaces_the_query_prefix(tmp_path, embed_trainer):
     assert sum(text.startswith("Find it: where") for text in queries) == 10
     assert sum(text.startswith("Q: where") for text in queries) == 10
     assert all(text.startswith("D: ") for text, is_query in trainer.data_collator.texts.index if not is_query)
+
+
+def test_prompts_of_rows_are_joined_as_they_stand_and_shown(tmp_path, run_embed, capsys):
+    rows = [{**row, "prompt": "Find it:\n"} for row in make_rows(20)]
+    data = write_jsonl(tmp_path / "bge.jsonl", rows)
+    run_embed("--max_steps", 1, "--dev_size", 0, data=data)
+    said = capsys.readouterr().out
+    assert '"Find it:\\nwhere is ' in said and r"'Instruct: ...\nQuery: ' write all of that into the column" in said
+    prompts = json.loads((tmp_path / "out/final/config_sentence_transformers.json").read_text())["prompts"]
+    assert prompts == {"query": "Find it:\n", "document": ""}
+    other = write_jsonl(tmp_path / "other.jsonl", make_rows(20))
+    for flags in (["--train_file", data], ["--train_file", other, "--dev_file", data]):
+        with pytest.raises(InputError, match="bge.jsonl, line 1: every row has a prompt of its own.*_prefix 'Q: '"):
+            read_data(parse_args([*flags, "--query_prefix", "Q: "]))
+
+
+def test_all_prompts_of_the_base_are_kept_and_named(tmp_path, tiny_bert, run_embed, capsys):
+    base = {"passage": "passage: ", "Retrieval-query": "task: search\n", "STS": "alike: "}
+    folder = shutil.copytree(tiny_bert, str(tmp_path / "model"))
+    (Path(folder) / "config_sentence_transformers.json").write_text(json.dumps({"prompts": base}))
+    run_embed("--max_steps", 1, "--dev_size", 0, "--query_prefix", "Q: ", model=folder)
+    said = capsys.readouterr().out
+    assert 'under other names, Retrieval-query, STS (Retrieval-query: "task: search\\n")' in said
+    stored = json.loads((tmp_path / "out/final/config_sentence_transformers.json").read_text())["prompts"]
+    assert stored == base | {"query": "Q: ", "document": "passage: "}
 
 
 def test_a_language_that_the_base_cannot_read_is_noted(tmp_path, minilm, run_embed, capsys):
@@ -378,6 +507,21 @@ BROKEN_FILES = {  # name: (content, what the message says)
     "r2.csv": ("query,positive,query\nq,p,other\n", 'r2.csv, line 1: 2 columns or keys are called "query"'),
     "r3.jsonl": (two('{"query": "q", "pos": "p", "pos": "r"}'), 'r3.jsonl, line 2: 2 columns or keys are called "pos"'),
     "r4.json": ('[{"query": "q", "pos": "p"}, {"query": "q", "query": "r"}]', 'r4.json, row 2: 2 columns or keys are'),
+    "r5.jsonl": (
+        two({"query": "q2", "pos": [{"docid": "7"}]}),
+        "r5.jsonl, line 2: pos is {'docid': '7'}, an id rather than a text",
+    ),
+    "r6.jsonl": (two({"query": "q2", "pos": {"text": ["p"]}}), "r6.jsonl, line 2: pos has the list ['p'] where a text"),
+    "r7.csv": ("query,positive\nq,\"['a', 'b']\"\n", "r7.csv, line 2: positive is ['a', 'b'], a list as Python"),
+    "r8.jsonl": (two({"query": "q2", "pos": "p", "prompt": ["a", "b"]}), "r8.jsonl, line 2: 2 prompts in one row"),
+    "r9.jsonl": (two({"query": "q2", "pos": "p", "prompt": 3}), "r9.jsonl, line 2: prompt is the int 3"),
+    "ra.jsonl": (
+        '{"query": "q", "pos": "p", "score": 1}\n{"query": "q", "pos": "r", "score": 0.25}\n',
+        "ra.jsonl, line 2: score is 0.25, one of 2 different numbers. Write 1",
+    ),
+    "rb.csv": ("query,answer,label,score\nq,p,1,0\nr,s,0,1\n", "2 columns could be the label: label, score"),
+    "rc.jsonl": ('{"query": "q", "pos": ["p", "r"], "label": [1, 0]}\n', "rc.jsonl, line 1: label is a list of labels"),
+    "rd.jsonl": ('{"query": "q", "pos": "p", "label": 0}\n' * 3, "0 rows are left to train on"),
     "s.jsonl": (two({"query": ["q", "r"], "pos": ["p"]}), "s.jsonl, line 2: 2 queries in one row"),
 }
 
