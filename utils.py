@@ -47,7 +47,8 @@ from accelerate.utils import broadcast_object_list
 from datasets import get_dataset_split_names, load_dataset
 from datasets.exceptions import DatasetsError
 from datasets.fingerprint import Hasher
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, NoMatchingPeftModuleError, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
@@ -63,6 +64,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file, is_in_notebook
 from transformers.utils import logging as transformers_logging
 
@@ -813,6 +815,71 @@ def check_base_of(adapter, found, model_name):
                          f"delete base_fingerprint from {adapter}/training_config.json.")
 
 
+def with_new_adapter(model, config, unused):
+    """Return the base with LoRA on the layers that config.target_modules names; the `unused` layers get none.
+
+    Raises InputError if one of the names gets none either: peft is content as long as one does.
+    """
+    layers = [name for name, _ in model.named_modules()]
+    weights = [name for name, _ in model.named_parameters()]
+    linear = {name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    names = set() if isinstance(config.target_modules, str) else set(config.target_modules)
+    if unused:  # a list would also exclude whatever ends in one of the names
+        config.exclude_modules = "|".join(map(re.escape, unused))
+    why = ""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of names that match nothing, which are an error below
+            model = get_peft_model(model, config)
+        names &= set(config.target_modules)  # peft makes parameters of fused experts of the others
+    except NoMatchingPeftModuleError:
+        pass
+    except ValueError as error:
+        kind = re.match(r"Target module (\w+)", str(error))
+        why = f"a {kind[1]} is no layer that peft adapts" if kind else reason(error).rstrip(".")
+    for name in sorted(names):
+        why = why or untrained(name, layers, weights, unused)
+    if why or not isinstance(model, PeftModel):
+        raise InputError(f"--target_modules: {why or 'there is nothing to put an adapter on'}. "
+                         f"Linear layers here: {', '.join(sorted(linear))}.")
+    return model
+
+
+def matches(name, target):
+    """Tell whether a name of --target_modules stands for the layer called `name`, as peft sees it."""
+    return name == target or name.endswith(f".{target}")
+
+
+def untrained(target, layers, weights, unused):
+    """Return in words why a name of --target_modules gets no adapter, or "" if it does."""
+    found = [name for name in layers if matches(name, target)]
+    stored = [name for name in weights if matches(name, target)]
+    if set(found) - set(unused):
+        return ""
+    if found:
+        return f"the outputs do not depend on {', '.join(found[:3])}, which is all that {target} matches"
+    if stored:
+        return f"{target} is no layer but a parameter ({stored[0]}), as fused experts are: peft leaves it alone here"
+    return f"no layer is called {target}"
+
+
+def left_out(model, targets, unused):
+    """Return the linear layers and fused experts that peft put no adapter on although `targets` stands for them."""
+    base = model.get_base_model()
+    head, layers = base.get_output_embeddings(), dict(base.named_modules())
+    adapted = {name for name, layer in layers.items() if isinstance(layer, BaseTunerLayer)}
+    names = [name for name, m in layers.items() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    names += [name for name, weight in base.named_parameters() if weight.ndim == 3 and "experts." in name]
+    found = []
+    for name in names:
+        parts = name.split(".")
+        inside = any(".".join(parts[:i]) in adapted for i in range(1, len(parts) + 1))
+        meant = targets == "all-linear" or any(matches(name, target) for target in targets)
+        if meant and not inside and name not in unused:
+            found.append(name)
+    return found
+
+
 def add_adapter(model, args, task, unused, notes):
     """Wrap the base with a new LoRA adapter or with --init_adapter's; the `unused` linear layers get none.
 
@@ -833,13 +900,11 @@ def add_adapter(model, args, task, unused, notes):
         args.lora_dropout = stored.lora_dropout
     else:
         config = LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout or 0.0,
-                            target_modules=args.target_modules, exclude_modules=unused or None,
-                            use_rslora=args.use_rslora, task_type=task)
-        try:
-            model = get_peft_model(model, config)
-        except ValueError as error:
-            linear = sorted({name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
-            raise InputError(f"--target_modules: {reason(error)} Linear layers here: {', '.join(linear)}.") from None
+                            target_modules=args.target_modules, use_rslora=args.use_rslora, task_type=task)
+        model = with_new_adapter(model, config, unused)
+        if left := left_out(model, args.target_modules, unused):
+            few = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
+            notes.append(f"peft puts no adapter on {len(left)} of the layers that --target_modules names ({few})")
     if unused:
         notes.append(f"not trained, because the outputs do not depend on it: {', '.join(unused)}")
     for parameter in model.parameters():
