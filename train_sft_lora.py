@@ -22,10 +22,12 @@ import random
 import re
 import signal
 import threading
+import time
 import unicodedata
 import urllib.error
 import urllib.request
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
@@ -45,11 +47,15 @@ from datasets.fingerprint import Hasher
 from jinja2 import TemplateError
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recomputed
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, set_seed
 
 LOGITS_AT_ONCE = 2**26  # positions x vocabulary: 256 MiB in float32
 GENERATED_AT_ONCE = 32  # rows
 HELD_OUT = 0.2  # of the rows, where no dev set is named
+REQUESTS_AT_ONCE = 8  # to --endpoint
+ANSWER_SECONDS = 8 * 600  # a server with one slot lets the others wait
+PAUSES = (1, 2)  # seconds before the second and the third try
 SHORT_ANSWER_TOKENS = 64  # --sanity_overfit asks for an exact match up to this length
 PREFERENCE_LOSSES = ("sigmoid", "hinge", "ipo", "kto_pair", "orpo", "simpo")
 WITHOUT_REFERENCE, PER_TOKEN = ("orpo", "simpo"), ("ipo", "orpo", "simpo")
@@ -95,6 +101,8 @@ def parse_args(argv=None):
     for wrong, sentence in (
         (args.sanity_overfit and args.eval_only, "--sanity_overfit trains and --eval_only does not: pass one"),
         (args.sanity_overfit and args.eval_strategy == "no", "--sanity_overfit must measure: drop --eval_strategy no"),
+        (args.endpoint and not args.endpoint.startswith(("http://", "https://")),
+         f"--endpoint {args.endpoint} is no address of a server: write it as http://localhost:8080"),
         (args.endpoint and not args.eval_only, "--endpoint is evaluated, not trained: add --eval_only"),
         (args.sanity_overfit and (args.dev_file or args.save_best or args.early_stopping_patience),
          "--sanity_overfit measures the rows it trains on: drop --dev_file, --save_best, --early_stopping_patience"),
@@ -1494,10 +1502,11 @@ def measure(args, dev_sets, trainer=None):
         found = trainer.score(dev.samples) if trainer else {}
         if dev.generated:
             prompts, examples = zip(*dev.generated, strict=True)
-            answers = trainer.generate(prompts) if trainer else [ask(args, example) for example in examples]
+            step = trainer.state.global_step if trainer else 0
+            label = f"{name or 'dev'}-{step}"
+            answers = trainer.generate(prompts) if trainer else ask_all(args, label, examples)
             if not trainer or trainer.is_world_process_zero():
-                step = trainer.state.global_step if trainer else 0
-                write_predictions(args, f"{name or 'dev'}-{step}", examples, answers)
+                write_predictions(args, label, examples, answers)
             texts, stopped = zip(*answers, strict=True)
             predictions = [answer_of(text) for text in texts]
             found |= generation_metrics([example.answer for example in examples], predictions, stopped)
@@ -1505,37 +1514,167 @@ def measure(args, dev_sets, trainer=None):
     return metrics
 
 
-def write_predictions(args, name, examples, answers):
-    """Write predictions-<name>.jsonl: what was asked, what was expected, what came."""
-    if args.dry_run:
-        return
+def predictions_file(args, name):
+    """Return the path of predictions-<name>.jsonl, its folder made."""
     path = Path(args.output_dir) / f"predictions-{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        for example, (text, stopped) in zip(examples, answers, strict=True):
-            line = {"messages": example.messages[: example.last], "reference": example.answer,
-                    "prediction": answer_of(text), "stopped": stopped, "where": example.where}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    return path
+
+
+def prediction_line(example, text, stopped):
+    """Return a line of JSON: what was asked, what was expected, what came."""
+    line = {"messages": example.messages[: example.last], "reference": example.answer,
+            "prediction": answer_of(text), "stopped": stopped, "where": example.where}
+    return json.dumps(line, ensure_ascii=False) + "\n"
+
+
+def write_predictions(args, name, examples, answers):
+    """Write predictions-<name>.jsonl in the order of the rows, so that a reader finds all lines or those before."""
+    if args.dry_run:
+        return
+    path = predictions_file(args, name)
+    part = Path(f"{path}.part")
+    lines = [prediction_line(example, *answer) for example, answer in zip(examples, answers, strict=True)]
+    part.write_text("".join(lines), encoding="utf-8")
+    part.replace(path)
+
+
+# ---------------------------------------------------------------- a server's answers
+
+
+class NoAnswer(Exception):
+    """A server gave no answer that can be used; the message says what came. Asking again may help."""
+
+
+def as_openai(messages, thinking):
+    """Return messages as OpenAI's API takes them: arguments as text, an id in each call and in its result."""
+    asked, waiting = [], []
+    numbers = itertools.count(1)
+    for message in messages:
+        sent = {name: message[name] for name in ("role", "content", "name", "tool_call_id") if name in message}
+        if message["role"] == "assistant" and not thinking:  # as in Chat.prepare
+            sent["content"] = THINKING.sub("", message["content"])
+        if thinking and "reasoning_content" in message:
+            sent["reasoning_content"] = message["reasoning_content"]
+        if message.get("tool_calls"):
+            sent["tool_calls"] = [as_openai_call(call, f"call{next(numbers):05}") for call in message["tool_calls"]]
+            waiting += [call["id"] for call in sent["tool_calls"]]
+        if message["role"] == "tool" and waiting:
+            sent.setdefault("tool_call_id", waiting[0])
+            waiting.pop(0)
+        asked.append(sent)
+    return asked
+
+
+def as_openai_call(call, default_id):
+    """Return a tool call as OpenAI's API takes it."""
+    function = call.get("function", call)
+    arguments = function.get("arguments", {})
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    return {"id": call.get("id") or default_id, "type": "function",
+            "function": {"name": function.get("name"), "arguments": arguments}}
+
+
+def as_request(args, example):
+    """Return the body of the request for the last answer of an Example."""
+    thinking = args.enable_thinking == "true"
+    body = {"model": args.endpoint_model, "messages": as_openai(example.messages[: example.last], thinking),
+            "temperature": 0, "max_tokens": args.max_new_tokens, "chat_template_kwargs": {"enable_thinking": thinking}}
+    if example.tools:
+        body["tools"] = [tool if "function" in tool else {"type": "function", "function": tool}
+                         for tool in example.tools]
+    return body
+
+
+def post(url, body):
+    """Send JSON and return the JSON that comes back; raises NoAnswer, or InputError if the request is refused."""
+    key = os.environ.get("OPENAI_API_KEY", "-")
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+    try:
+        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+        try:
+            reply = urllib.request.urlopen(request, timeout=ANSWER_SECONDS)
+        except urllib.error.HTTPError as error:
+            reply = error
+        with reply:
+            code = reply.code
+            text = reply.read().decode(errors="replace")
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise NoAnswer(f"--endpoint {url} gives no answer: {utils.reason(error)}. Is the server up?") from None
+    if code >= 400:
+        refused = code < 500 and code not in (408, 429)  # not: too slow, too many at once
+        raise (InputError if refused else NoAnswer)(f"{url} answers {code}: {' '.join(text.split())[:200]}")
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise NoAnswer(f"{url} answers with what is no JSON: {text[:200]!r}") from None
+
+
+def read_reply(reply, url):
+    """Return (text, whether it stopped) of a chat completion; raises NoAnswer for what is none."""
+    try:
+        choice = reply["choices"][0]
+        content, finish = choice["message"].get("content"), choice.get("finish_reason")
+    except (LookupError, TypeError, AttributeError):
+        raise NoAnswer(f"{url} answers with no choices[0].message: {json.dumps(reply)[:200]}") from None
+    if content is not None and not isinstance(content, str):
+        raise NoAnswer(f"{url} answers with a content that is the {type(content).__name__} "
+                       f"{json.dumps(content)[:60]}, not a text")
+    content = content or ""  # a tool call has none
+    if content != content.encode(errors="replace").decode():
+        raise NoAnswer(f"{url} answers with half a character in {json.dumps(content)[:200]}: that is no Unicode text")
+    return content, finish in ("stop", "tool_calls", "function_call")
 
 
 def ask(args, example):
-    """Ask --endpoint for the last answer of an Example: (text, whether it stopped); raises InputError if it fails."""
+    """Ask --endpoint for the last answer of an Example: (text, whether it stopped); raises InputError after 3 tries."""
     url = args.endpoint.rstrip("/").removesuffix("/chat/completions")
     url = f"{url}/chat/completions" if url.endswith("/v1") else f"{url}/v1/chat/completions"
-    body = {"model": args.endpoint_model, "messages": example.messages[: example.last], "temperature": 0,
-            "max_tokens": args.max_new_tokens,
-            "chat_template_kwargs": {"enable_thinking": args.enable_thinking == "true"}}
-    body |= {"tools": example.tools} if example.tools else {}
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', '-')}"}
-    try:
-        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request, timeout=600) as reply:
-            choice = json.load(reply)["choices"][0]
-        return choice["message"].get("content") or "", choice.get("finish_reason") == "stop"
-    except urllib.error.HTTPError as error:
-        raise InputError(f"{url} answers {error.code}: {error.read(200).decode(errors='replace')}") from None
-    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
-        raise InputError(f"--endpoint {url} gives no answer: {utils.reason(error)}. Is the server up?") from None
+    body = as_request(args, example)
+    for seconds in (*PAUSES, None):
+        try:
+            return read_reply(post(url, body), url)
+        except NoAnswer as error:
+            if seconds is None:
+                raise InputError(f"{error} (asked {len(PAUSES) + 1} times, last for {example.where})") from None
+            time.sleep(seconds)
+
+
+def ask_all(args, name, examples):
+    """Ask --endpoint for the last answers of Examples, several at once: [(text, whether it stopped)].
+
+    Each is written to predictions-<name>.jsonl as it comes; raises InputError once those under way have come.
+    """
+    path, answers, failed = predictions_file(args, name), {}, None
+    bar = tqdm(total=len(examples), desc=f"asking {name}", unit="row", disable=None, leave=False)
+    with path.open("w", encoding="utf-8") as file, ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool, bar:
+        asked = {pool.submit(ask, args, example): i for i, example in enumerate(examples)}
+        try:
+            for done in as_completed(asked):
+                if done.cancelled():
+                    continue
+                if done.exception():
+                    failed = failed or done.exception()
+                    cancel(asked)
+                    continue
+                i = asked[done]
+                answers[i] = done.result()
+                file.write(prediction_line(examples[i], *answers[i]))
+                file.flush()
+                bar.update()
+        finally:
+            cancel(asked)
+    if failed:
+        sentence = str(failed).rstrip(".")
+        raise InputError(f"{sentence}. {len(answers)} of {len(examples)} answers are in {path}.") from None
+    return [answers[i] for i in range(len(examples))]
+
+
+def cancel(futures):
+    """Cancel what has not begun."""
+    for future in futures:
+        future.cancel()
 
 
 # ---------------------------------------------------------------- main
@@ -1794,7 +1933,8 @@ def main(argv=None):
         args.eval_generate = args.eval_generate or max(map(len, dev_examples.values()))
         settle_thinking(args, sum(dev_examples.values(), []))
         dev_sets = {name: DevSet([], choose_generated(args, name, dev, None)) for name, dev in dev_examples.items()}
-        return report_evaluation(args, {"flags": vars(args), "data": counts}, measure(args, dev_sets))
+        run = {"flags": vars(args), "data": counts}
+        return run if args.dry_run else report_evaluation(args, run, measure(args, dev_sets))
 
     config, tokenizer = utils.load_config(args), utils.load_tokenizer(args)
     chat = settle_chat(args, examples, dev_examples, config, tokenizer, notes)
