@@ -906,6 +906,22 @@ def settle_texts(args, examples, config, tokenizer, notes):
     return pooling, prompts | trained
 
 
+def note_cut_texts(args, texts, tokenizer, notes):
+    """Note how many texts are cut at the shorter of two lengths, since final/ can store the longer one alone."""
+    shorter, longer = sorted((args.query_max_len, args.passage_max_len))
+    if shorter == longer:
+        return
+    of_queries = shorter == args.query_max_len
+    full = [text for i, (text, is_query) in enumerate(texts.index)
+            if is_query == of_queries and len(texts[i]) >= shorter]
+    cut = sum(len(row) > shorter for row in tokenizer(full, verbose=False)["input_ids"]) if full else 0
+    if cut:
+        what, flag = ("queries", "--query_max_len") if of_queries else ("documents", "--passage_max_len")
+        notes.append(f"{cut} {what} are cut at {flag} {shorter}, but sentence-transformers has one length for both "
+                     f"sides and will cut them at {longer}: set model.max_seq_length = {shorter} before it encodes "
+                     f"{what}, or train with one length")
+
+
 def settle_pooling(args, stored, causal, texts, config, notes):
     """Choose the pooling, and say what about it is suspicious."""
     if args.pooling == "auto":
@@ -1079,6 +1095,7 @@ def main(argv=None):
         dev_indices(dev, texts, args)  # adds its texts, to be tokenised with the others
     with state.main_process_first():
         texts.tokenise(tokenizer, args.query_max_len, args.passage_max_len, args.num_workers)
+    note_cut_texts(args, texts, tokenizer, notes)
     plan = plan_run(args, train_set, dev_sets, notes)
     tokens = tokens_of_rows(train_set, texts)
     training = plan.total_steps * step_tokens(train_set, texts, tokens, plan.examples_per_step, args.seed)

@@ -14,6 +14,7 @@ from train_embed_lora import (
     Texts,
     dev_from_beir,
     dev_from_examples,
+    note_cut_texts,
     parse_args,
     read_data,
     read_examples,
@@ -23,6 +24,7 @@ from utils import InputError
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from transformers import AutoTokenizer
 
 BGE = {
     "query": "q1",
@@ -319,8 +321,6 @@ def test_broken_judgements_are_named(tmp_path, qrels, sentence):
 
 
 def test_texts_are_tokenised_once_and_cached(tiny_bert, tmp_path, capfd):
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
     for attempt in range(2):
         texts = Texts()
@@ -334,6 +334,28 @@ def test_texts_are_tokenised_once_and_cached(tiny_bert, tmp_path, capfd):
         assert texts[0].tolist() == tokenizer("Q: where is it")["input_ids"]
         assert len(texts[1]) == 10 and texts[1][-1] == tokenizer.sep_token_id
         assert ("tokenising" in capfd.readouterr().err) == (attempt == 0)
+
+
+@pytest.mark.parametrize(
+    "query_max_len, passage_max_len, note",
+    [
+        (6, 20, "2 queries are cut at --query_max_len 6, but"),
+        (7, 20, "1 queries are cut at --query_max_len 7, but"),
+        (8, 20, None),
+        (20, 5, "1 documents are cut at --passage_max_len 5, but"),
+        (20, 6, None),
+        (5, 5, None),
+    ],
+)
+def test_texts_cut_at_the_shorter_of_two_lengths_are_noted(tiny_bert, query_max_len, passage_max_len, note):
+    tokenizer, texts, notes = AutoTokenizer.from_pretrained(tiny_bert), Texts(), []
+    for count, is_query in ((4, True), (5, True), (6, True), (4, False)):
+        texts.add("", "?" * count, is_query)  # so many tokens, and [CLS] and [SEP]
+    args = parse_args(["--train_file", "x"])
+    args.query_max_len, args.passage_max_len = query_max_len, passage_max_len
+    texts.tokenise(tokenizer, query_max_len, passage_max_len, 0)
+    note_cut_texts(args, texts, tokenizer, notes)
+    assert not notes if note is None else notes[0].startswith(note)
 
 
 def test_per_row_prompt_replaces_the_query_prefix(tmp_path, embed_trainer):
