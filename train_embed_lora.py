@@ -489,7 +489,7 @@ class Texts:
     def tokenise(self, tokenizer, query_max_len, passage_max_len, workers):
         """Tokenise all texts, cached by `datasets` under a hash of texts, tokenizer and lengths."""
         texts, sides = zip(*self.index, strict=True)
-        rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
+        made_by = utils.tokens_key(tokenizer, Texts.tokenise)
 
         def encode(batch):
             ids = [None] * len(batch["text"])
@@ -501,7 +501,7 @@ class Texts:
                     ids[i] = row
             return {"input_ids": ids}
 
-        key = [texts, sides, rules, query_max_len, passage_max_len]
+        key = [texts, sides, made_by, query_max_len, passage_max_len]
         data = utils.cached_map({"text": texts, "is_query": sides}, encode, key, workers)
         self.values, self.offsets = utils.ragged(data, "input_ids")
         return self

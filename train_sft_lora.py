@@ -15,7 +15,6 @@ import contextlib
 import http.client
 import itertools
 import json
-import marshal
 import math
 import os
 import random
@@ -39,7 +38,6 @@ from utils import InputError, integer, named, one_of, real, say
 
 import torch
 import torch.nn.functional as F
-import transformers
 from accelerate.utils import gather_object
 from datasets import Features, Value
 from datasets import List as ListOf
@@ -1031,10 +1029,8 @@ def tokenise(examples, chat, args):
 
     texts = [json.dumps([e.messages, e.tools, e.rejected], ensure_ascii=False) for e in examples]
     tokenizer = chat.tokenizer
-    rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
-    code = [marshal.dumps(part.__code__) for part in vars(Chat).values() if callable(part)]
-    key = [texts, rules, tokenizer.chat_template, chat.thinking, chat.stops, args.max_length, args.overlong,
-           args.train_turns, transformers.__version__, code]
+    key = [texts, utils.tokens_key(tokenizer, tokenise), tokenizer.chat_template, chat.thinking, chat.stops, chat.end,
+           args.max_length, args.overlong, args.train_turns]
     columns = {"row": list(range(len(texts))), "example": texts}
     data = utils.cached_map(columns, encode, key, args.num_workers, Features(kinds))
     ids, offsets = utils.ragged(data, "input_ids")

@@ -13,6 +13,7 @@ import importlib.metadata
 import importlib.util
 import io
 import json
+import linecache
 import logging
 import math
 import os
@@ -22,11 +23,12 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 import warnings
 from collections import Counter, defaultdict
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -41,7 +43,9 @@ from merge import InputError
 
 import datasets
 import numpy as np
+import tokenizers
 import torch
+import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import get_dataset_split_names, load_dataset
@@ -68,6 +72,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file, is_in_notebook
 from transformers.utils import logging as transformers_logging
 
+TOKEN_CACHE_BYTES = 10 * 2**30
 PIECE_TOKENS = {"cpu": 448, "cuda": 32768}  # padded tokens of one forward pass at which a device is fastest
 MAX_SKIPPED_STEPS = 20  # fp16: the loss scale falls from 65536 to below 1 in 17 skipped steps
 # may differ between a run and its continuation without changing the weights
@@ -303,6 +308,8 @@ def start_process(args):
         say("note      several GPUs are visible and this call uses the first: start the script from a shell to use all")
     if state.num_processes > 1:
         args.output_dir = broadcast_object_list([args.output_dir])[0]  # the default has the time in it
+    if state.is_local_main_process:
+        trim_token_cache()
     return state
 
 
@@ -562,13 +569,56 @@ def measured(metric, known, hint=""):
     raise InputError(f"--metric_for_best {metric} is not measured. Choose one of {', '.join(known)}.{hint}")
 
 
+def token_cache():
+    """Return the folder where tokens are kept from run to run."""
+    return Path(datasets.config.HF_DATASETS_CACHE) / "lora_tokens"
+
+
+def trim_token_cache(limit=TOKEN_CACHE_BYTES):
+    """Delete the files of the token cache whose last use is longest ago, until the others have at most `limit` bytes.
+
+    A run that has one of them open keeps it until it ends.
+    """
+    files = []
+    for path in token_cache().glob("*"):
+        with suppress(OSError):  # another process may trim, too
+            files.append((path.stat().st_mtime, path.stat().st_size, path))
+    total = 0
+    for _, size, path in sorted(files, reverse=True):
+        total += size
+        if total > limit:
+            with suppress(OSError):
+                path.unlink()
+
+
 def cached_map(columns, encode, key, workers, features=None):
     """Return a Dataset of `columns` with encode(batch) applied, cached by `datasets` under a hash of `key`."""
-    folder, name = Path(datasets.config.HF_DATASETS_CACHE) / "lora_tokens", Hasher.hash(key)
+    folder, name = token_cache(), Hasher.hash(key)
     folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob(f"{name}*"):
+        with suppress(OSError):
+            path.touch()  # the time of the last use: not every disk keeps one
     return datasets.Dataset.from_dict(columns).map(
         encode, batched=True, remove_columns=list(columns), new_fingerprint=name, num_proc=workers or None,
         features=features, desc="tokenising", cache_file_name=str(folder / f"{name}.arrow"))
+
+
+def tokens_key(tokenizer, function):
+    """Return what tokens depend on beside texts and flags: the tokenizer, versions, and the file that holds `function`.
+
+    Where no source is to be seen, nothing returned here is ever the same again.
+    """
+    if tokenizer.is_fast:
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        rules["truncation"] = rules["padding"] = None  # what the last call asked for
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            rules = [(path.name, path.read_bytes()) for path in sorted(Path(folder).iterdir()) if path.is_file()]
+    file = function.__code__.co_filename
+    linecache.checkcache(file)
+    source = linecache.getlines(file) or os.urandom(16)  # linecache knows a notebook's cells, too
+    return [type(tokenizer).__name__, rules, tokenizers.__version__, transformers.__version__, source]
 
 
 def ragged(dataset, column):
