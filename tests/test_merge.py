@@ -22,14 +22,24 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 SMALL = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -42,6 +52,14 @@ BASES = {
     "gpt2": (GPT2LMHeadModel, GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64),
              ["c_attn", "c_proj"]),
 }  # fmt: skip
+MIXED = {name: value for name, value in GROUPED.items() if name != "intermediate_size"} | {"num_experts_per_tok": 2}
+EXPERTS = {
+    "qwen3_moe": (Qwen3MoeForCausalLM, Qwen3MoeConfig(**MIXED, moe_intermediate_size=24, num_experts=3), None),
+    "mixtral": (MixtralForCausalLM, MixtralConfig(**MIXED, intermediate_size=40, num_local_experts=3), None),
+    "gpt_oss": (GptOssForCausalLM, GptOssConfig(**MIXED, intermediate_size=32, num_local_experts=3), None),
+}  # fmt: skip
+BASES |= EXPERTS
+DENSE = [kind for kind in BASES if kind not in EXPERTS]
 ADAPTERS = {
     "plain": {"r": 3, "lora_alpha": 5},
     "rslora": {"use_rslora": True},
@@ -84,7 +102,7 @@ def make_adapter(base, folder, auto=AutoModelForCausalLM, targets=LINEARS, size=
         embedding = next(name for name in ("embed_tokens", "wte", "word_embeddings") if name in names)
         options["trainable_token_indices"] = {embedding: options["trainable_token_indices"]}
     task = TaskType.CAUSAL_LM if auto is AutoModelForCausalLM else TaskType.FEATURE_EXTRACTION
-    targets = [*targets, *(name for name in more if name in names)]
+    targets = [*targets, *(name for name in more if name in names)] if targets != "all-linear" else targets
     model = get_peft_model(model, LoraConfig(task_type=task, target_modules=targets, **{"r": 4} | options))
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
@@ -113,7 +131,7 @@ def error_of(found, right):
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
-@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize("kind", DENSE)
 def test_merged_logits_are_those_of_base_and_adapter(kind, adapter, tmp_path):
     if adapter == "lora_bias" and kind != "gpt2":
         pytest.skip("its linear layers have no bias to add to")
@@ -131,6 +149,32 @@ def test_merged_logits_are_those_of_base_and_adapter(kind, adapter, tmp_path):
     report, merged = merge_and_load(base, tmp_path / "adapter", tmp_path / "shards", "--verify", "weights")
     assert error_of(output(merged), right) < 1e-5 and report["verified"]
     assert (tmp_path / "shards/model.safetensors.index.json").exists()
+
+
+ALL_EXPERTS = ["gate_up_proj", "down_proj"]
+
+
+@pytest.mark.parametrize("kind, options", [
+    ("qwen3_moe", {"targets": "all-linear", "use_rslora": True}), ("mixtral", {"targets": "all-linear"}),
+    ("mixtral", {"targets": ["w1", "w3", "w2", "q_proj"], "r": 3}), ("qwen3_moe", {"target_parameters": ALL_EXPERTS}),
+    ("qwen3_moe", {"target_parameters": ["mlp.experts.down_proj"], "alpha_pattern": {"down_proj": 5}}),
+    ("gpt_oss", {"target_parameters": ["experts.gate_up_proj", "experts.down_proj", "router.weight"]}),
+])  # fmt: skip
+@pytest.mark.parametrize("shard", ["50GB", "9KB"])
+def test_experts_are_merged_as_peft_does(kind, options, shard, tmp_path):
+    base = make_base(kind, tmp_path / "base", shard=shard)
+    model = make_adapter(base, tmp_path / "adapter", **{"targets": ["q_proj"]} | options)
+    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["target_parameters"]
+    right = output(model)
+    report, merged = merge_and_load(base, tmp_path / "adapter", tmp_path / "merged")
+    assert report["verified"] and report["verification"]["outputs"]["relative_error"] < 1e-6
+    assert error_of(output(merged), right) < 1e-6
+    plain = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    moved = {name for name, weight in merged.state_dict().items() if error_of(weight, plain[name]) > 1e-3}
+    peft = model.merge_and_unload().state_dict()
+    for name, weight in merged.state_dict().items():
+        assert error_of(weight, peft[name]) < 1e-6
+    assert any("experts.down_proj" in name for name in moved)
 
 
 @pytest.mark.parametrize("verify", ["full", "weights"])
@@ -161,6 +205,28 @@ def test_new_tokens_of_the_adapters_own_embedding_are_kept(kind, tmp_path):
     assert error_of(right, output(model)) < 1e-5
     _, merged = merge_and_load(base, tmp_path / "adapter", tmp_path / "merged")
     assert error_of(output(merged), right) < 1e-5
+
+
+BOTH = ["embed_tokens", "lm_head"]
+
+
+@pytest.mark.parametrize("kind, adapter, rows", [
+    ("qwen3", {}, 112), ("qwen3", {}, 93), ("llama", {}, 112), ("llama", {}, 93), ("qwen3", {"more": BOTH[:1]}, 112),
+    ("qwen3", {"modules_to_save": BOTH}, 112), ("llama", {"modules_to_save": BOTH}, 112),
+])  # fmt: skip
+def test_a_resized_vocabulary_comes_with_the_adapter(kind, adapter, rows, tmp_path):
+    base = make_base(kind, tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(rows)
+    model.save_pretrained(tmp_path / "resized")
+    model = make_adapter(tmp_path / "resized", tmp_path / "adapter", **adapter)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=not adapter.get("modules_to_save"))
+    right = output(model)
+    for verify in ("full", "weights"):
+        flags = ["--base_model_path", base, "--verify", verify]
+        report, merged = merge_and_load(base, tmp_path / "adapter", tmp_path / verify, *flags)
+        assert error_of(output(merged), right) < 1e-5 and output(merged).shape[-1] == rows
+        assert report["verified"] and merged.config.vocab_size == rows
 
 
 def test_an_index_with_one_shard_is_kept(tmp_path):
@@ -264,8 +330,49 @@ def test_auto_leaves_bfloat16_where_the_fine_tune_would_be_lost(tmp_path, capsys
     assert (report["dtype"], report["base_dtype"], report["verified"]) == ("float32", "bfloat16", True)
     assert 0.98 < report["verification"]["outputs"]["retained"] < 1.02
     assert report["verification"]["outputs"]["residual"] < 0.05
-    assert "bfloat16 would lose part of the fine-tune" in capsys.readouterr().out
+    assert "bfloat16 would lose part of the fine-tune: once more in float32, 0.00 GB instead of 0.00. It helps only " \
+           "if it is served in float32 or float16" in capsys.readouterr().out
     assert json.loads((tmp_path / "merged/config.json").read_text())["dtype"] == "float32"
+
+
+def one_tensor_that_rounds_away(folder):
+    """A bf16 base and an adapter that moves all weights by 0.3 of their length, and one of them by 1e-4."""
+    base, adapter = small_fine_tune(folder, 0.3)
+    name = "base_model.model.model.layers.0.self_attn.k_proj.lora_B.weight"
+    change_tensors(adapter, lambda tensors: tensors | {name: tensors[name] * 3e-4})
+    return base, adapter, "model.layers.0.self_attn.k_proj.weight"
+
+
+@pytest.mark.parametrize("verify", ["full", "weights", "off"])
+def test_auto_is_decided_by_outputs_or_by_all_tensors_together(verify, tmp_path):
+    base, adapter, name = one_tensor_that_rounds_away(tmp_path)
+    report, _ = merge_and_load(base, adapter, tmp_path / "merged", "--verify", verify)
+    assert not 0.98 <= report["tensors"][name]["retained"] <= 1.02
+    assert report["dtype"] == "bfloat16" and report["verified"] == (verify != "off")
+    weights = report["verification"]["weights"]
+    if verify != "off":
+        lowest, highest = weights["tensors"]["retained"]
+        assert 0.98 < weights["retained"] < 1.02 and not (0.98 <= lowest and highest <= 1.02)
+        assert weights["tensors"]["residual"] > merge.WEIGHTS_RESIDUAL > weights["residual"]
+
+
+def test_figures_over_all_tensors_weigh_each_by_what_it_changes():
+    big, small = {"delta": 3.0, "retained": 1.0, "residual": 0.1}, {"delta": 1.0, "retained": 0.5, "residual": 0.4}
+    found = merge.over_all({"big": big, "small": small})
+    assert math.isclose(found["retained"], (9 * 1.0 + 1 * 0.5) / 10)
+    assert math.isclose(found["residual"], math.sqrt((9 * 0.01 + 1 * 0.16) / 10))
+    assert merge.over_all({"none": {"delta": 0.0, "retained": 1.0, "residual": 0.0}})["retained"] == 1
+
+
+def test_a_float32_file_that_is_served_in_bfloat16_is_the_bfloat16_merge(tmp_path):
+    base, adapter = small_fine_tune(tmp_path, 0.03)
+    stored = {}
+    for dtype in ("float32", "bfloat16"):
+        flags = ["--lora_adapter_path", str(adapter), "--output_path", str(tmp_path / dtype), "--training_precision"]
+        merge.main([*flags, dtype, "--verify", "off"])
+        stored[dtype] = load_file(tmp_path / dtype / "model.safetensors")
+    for name, tensor in stored["bfloat16"].items():
+        assert torch.equal(stored["float32"][name].bfloat16(), tensor)
 
 
 @pytest.mark.parametrize("verify", ["full", "weights", "off"])
@@ -420,6 +527,46 @@ def test_both_trainers_merge_at_the_end_or_say_how(script, request, tmp_path, ca
     assert "drop --merge_adapter" in capsys.readouterr().err
 
 
+def test_old_servers_read_the_dtype_too(tmp_path):
+    base = make_base("llama", tmp_path / "base", torch.bfloat16)
+    make_adapter(base, tmp_path / "adapter", size=0.5)
+    change_json(tmp_path / "base/config.json", torch_dtype="float32", text_config={"torch_dtype": "float32"})
+    flags = ["--lora_adapter_path", str(tmp_path / "adapter"), "--output_path", str(tmp_path / "merged")]
+    merge.main([*flags, "--verify", "weights", "--training_precision", "bfloat16"])
+    config = json.loads((tmp_path / "merged/config.json").read_text())
+    for part in (config, config["text_config"]):
+        assert part["torch_dtype"] == part["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("owner", ["base", "adapter"])
+def test_tekken_is_a_tokenizer(owner, parts):
+    base, adapter, merged = parts
+    (base if owner == "base" else adapter).joinpath("tekken.json").write_text('{"config": {}}')
+    (base / "tokenizer.model").write_bytes(b"the base's")
+    flags = ["--lora_adapter_path", str(adapter), "--output_path", str(merged), "--verify", "weights"]
+    merge.main(flags)
+    assert (merged / "tekken.json").read_text() == '{"config": {}}'
+    assert (merged / "tokenizer.model").exists() == (owner == "base")
+
+
+def test_a_containers_memory_limit_counts(tmp_path):
+    own, groups = tmp_path / "own", tmp_path / "groups"
+    machine = merge.free_memory(groups, own)
+    versions = (
+        ("", "max", "current", "inactive_file"),
+        ("memory", "limit_in_bytes", "usage_in_bytes", "total_inactive_file"),
+    )
+    for kinds, limit, used, stat in versions:
+        own.write_text(f"3:cpu:/\n1:{kinds}:/box/inner\n")
+        inner = groups / kinds / "box/inner"
+        inner.mkdir(parents=True)
+        for folder, size in ((inner, "max" if not kinds else str(2**63)), (inner.parent, "5000")):
+            (folder / f"memory.{limit}").write_text(f"{size}\n")
+            (folder / f"memory.{used}").write_text("4000\n")
+            (folder / "memory.stat").write_text(f"anon 1\n{stat} 300\n")
+        assert merge.free_memory(groups, own) == 1300 < machine
+
+
 def test_an_adapter_without_tokenizer_takes_the_bases(tiny_chat, tmp_path):
     base, merged = tmp_path / "base", tmp_path / "merged"
     shutil.copytree(tiny_chat, base)
@@ -497,6 +644,17 @@ def other_weights(base, adapter):
     (adapter / "training_config.json").write_text(json.dumps({"base_fingerprint": "0" * 64, "flags": {}}))
 
 
+def other_experts(base, adapter):
+    """The base is a mixture of three experts, the adapter for one of two."""
+    shutil.rmtree(base)
+    make_base("qwen3_moe", base)
+    make_adapter(base, adapter, targets=["q_proj"], target_parameters=["down_proj"])
+    keep = {"lora_A": lambda tensor: tensor[:8], "lora_B": lambda tensor: tensor[:, :8]}
+    name = "base_model.model.model.layers.1.mlp.experts."
+    change_tensors(adapter, lambda tensors: tensors | {
+        f"{name}{side}.weight": cut(tensors[f"{name}{side}.weight"]).contiguous() for side, cut in keep.items()})
+
+
 WRONG = {
     "another base": (another_base, "fit nothing in the base: .*q_proj.* as --base_model_path"),
     "other weights": (other_weights, "is not the base that .* was trained on"),
@@ -512,8 +670,9 @@ WRONG = {
     "not an adapter": (lambda _, adapter: (adapter / "adapter_config.json").unlink(), "is no LoRA adapter"),
     "no weights": (lambda _, adapter: (adapter / "adapter_model.safetensors").unlink(), "does not exist"),
     "pissa": (lambda _, adapter: change_json(adapter / "adapter_config.json", init_lora_weights="pissa"), "pissa"),
-    "fused experts": (lambda _, adapter: change_json(adapter / "adapter_config.json", target_parameters=["experts"]),
-                      "target_parameters"),
+    "another's experts": (other_experts, "1 of .* fit nothing .*experts"),
+    "replicated layers": (lambda _, adapter: change_json(adapter / "adapter_config.json", layer_replication=[[0, 2]]),
+                          "layer_replication"),
     "two names": (lambda _, adapter: change_tensors(adapter, double), "Copy the adapter again"),
     "empty": (lambda _, adapter: change_tensors(adapter, lambda t: {}), "holds 0 tensors"),
     "untrained": (lambda _, adapter: change_tensors(adapter, lambda t: {n: x * 0 for n, x in t.items()}), "no output"),
@@ -528,6 +687,74 @@ def test_what_cannot_be_merged_is_refused_in_one_sentence(what, parts):
     with pytest.raises(merge.InputError, match=sentence):
         merge.main(["--lora_adapter_path", str(adapter), "--output_path", str(merged)])
     assert not merged.exists() and not list(merged.parent.glob(".*partial"))
+
+
+def test_a_base_is_known_by_the_weights_that_it_loads(parts):
+    base, adapter, merged = parts
+    known = merge.fingerprint(base)
+    every_file = merge.digest_of(sorted(base.glob("*.safetensors")))
+    assert known == every_file  # as earlier trainers recorded it
+    record = adapter / "training_config.json"
+    record.write_text(json.dumps({"base_fingerprint": known}))
+    save_file({"x": torch.ones(3)}, base / "another.safetensors")
+    assert merge.fingerprint(base) == known
+    with_another = merge.digest_of(sorted(base.glob("*.safetensors")))
+    for recorded, flags in ((known, []), (with_another, ["--overwrite"]), (None, ["--overwrite"])):
+        record.write_text(json.dumps({"base_fingerprint": recorded}))
+        merge.main(["--lora_adapter_path", str(adapter), "--output_path", str(merged), "--verify", "off", *flags])
+    record.write_text(json.dumps({"base_fingerprint": merge.digest_of([base / "another.safetensors"])}))
+    with pytest.raises(merge.InputError, match="is not the base that"):
+        merge.main(["--lora_adapter_path", str(adapter), "--output_path", str(merged), "--overwrite"])
+
+
+def test_a_base_without_safetensors_is_not_compared(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"weights")
+    assert merge.fingerprint(tmp_path) is None and merge.is_base(tmp_path, "0" * 64)
+
+
+def test_one_file_is_taken_before_an_index_as_transformers_does(tmp_path):
+    base = make_base("llama", tmp_path / "base", shard="20KB")
+    make_base("llama", tmp_path / "other")
+    plain = load_file(tmp_path / "other/model.safetensors")
+    plain = {name: tensor + 1 for name, tensor in plain.items()}
+    save_file(plain, tmp_path / "base/model.safetensors", {"format": "pt"})
+    right = output(make_adapter(base, tmp_path / "adapter"))
+    _, merged = merge_and_load(base, tmp_path / "adapter", tmp_path / "merged", "--verify", "weights")
+    assert error_of(output(merged), right) < 1e-5
+
+
+def test_what_the_right_base_lacks_is_named(parts):
+    base, adapter, merged = parts
+    (adapter / "training_config.json").write_text(json.dumps({"base_fingerprint": merge.fingerprint(base)}))
+    change_tensors(adapter, rename_layer)
+    flags = ["--lora_adapter_path", str(adapter), "--output_path", str(merged)]
+    named = "layers.9.mlp.down_proj .*was trained on .*whose files hold no such"
+    with pytest.raises(merge.InputError, match=named) as found:
+        merge.main(flags)
+    assert "--base_model_path" not in str(found.value)
+    change_json(adapter / "adapter_config.json", task_type="SEQ_CLS")
+    with pytest.raises(merge.InputError, match="brings a head that a base's files do not hold"):
+        merge.main(flags)
+
+
+def tied_elsewhere(kind, folder):
+    if kind == "bert":
+        config = BertConfig(**SMALL, intermediate_size=48, max_position_embeddings=64)
+        model, targets = BertForMaskedLM(config), {"target_modules": ["query", "word_embeddings"]}
+    else:
+        config = T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+        model, targets = T5ForConditionalGeneration(config), {"target_modules": ["q"], "modules_to_save": ["shared"]}
+    model.save_pretrained(folder / "base")
+    return get_peft_model(type(model).from_pretrained(folder / "base"), LoraConfig(r=4, **targets))
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5"])
+def test_an_embedding_that_is_tied_to_more_than_a_head_is_refused(kind, tmp_path):
+    model = tied_elsewhere(kind, tmp_path)
+    model.save_pretrained(tmp_path / "adapter")
+    flags = ["--lora_adapter_path", str(tmp_path / "adapter"), "--output_path", str(tmp_path / "merged")]
+    with pytest.raises(merge.InputError, match="ties the (head of BertForMaskedLM|embeddings of encoder and decoder)"):
+        merge.main(flags)
 
 
 def test_a_second_merge_into_the_same_folder_is_refused(parts):
