@@ -120,14 +120,19 @@ def parse_args(argv=None):
 # ---------------------------------------------------------------- safetensors files
 
 
-def read_json(path):
-    """Return the parsed file, or None where there is none."""
+def read_json(path, kind=dict):
+    """Return the parsed file, or None where there is none; raises InputError if it does not hold a `kind`."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError as error:
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}). Fetch it again.") from None
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is no valid JSON: {error}. Fetch it again.") from None
+    if not isinstance(content, kind):
+        raise InputError(f"{path} holds a {type(content).__name__}, not a {kind.__name__}. Fetch it again.")
+    return content
 
 
 def write_json(path, content):
@@ -1047,7 +1052,7 @@ def complete_folder(folder, job):
     sentences_from = job.adapter_folder if (job.adapter_folder / "modules.json").is_file() else job.base_folder
     copy_files(tokenizer_from, folder, TOKENIZER_FILES)
     copy_files(sentences_from, folder, SENTENCE_FILES)
-    for module in read_json(sentences_from / "modules.json") or []:
+    for module in read_json(sentences_from / "modules.json", list) or []:
         if module["path"] and (sentences_from / module["path"]).is_dir():
             shutil.copytree(sentences_from / module["path"], folder / module["path"], copy_function=shutil.copyfile)
     stored, template = read_json(folder / "tokenizer_config.json") or {}, folder / "chat_template.jinja"

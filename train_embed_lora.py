@@ -160,8 +160,10 @@ def passages_of(value, where, name):
     if value is None or value != value:  # NaN is what a table has for nothing
         return []
     if not isinstance(value, str):
-        raise InputError(f"{where}: {name} is the {type(value).__name__} {value}, an id rather than a text. "
-                         "Look the texts up first.")
+        what = f"{where}: {name} is the {type(value).__name__} {str(value)[:60]}"
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            raise InputError(f"{what}, an id rather than a text. Look the texts up first.")
+        raise InputError(f"{what}, not a text. Write it as one.")
     return [value.encode(errors="replace").decode()] if value.strip() else []  # half an emoji cannot be encoded
 
 
@@ -433,8 +435,9 @@ def without_leaks(examples, dev_sets, dropped):
 def read_data(args):
     """Read, check and split the data. Returns (training Examples, {name: DevSet}, counts for the report)."""
     examples, dev_sets, dropped = utils.read_enough(args, partial(split_rows, args), HELD_OUT)
-    if len(examples) < 2:
-        raise InputError(f"{len(examples)} rows are left to train on, in-batch negatives need two. Add rows.")
+    if len(examples) < 2 and not (args.max_negs and any(example.neg for example in examples)):
+        need = "in-batch negatives need two, or one with mined negatives"
+        raise utils.too_few(args, len(examples), dropped, dev_sets, need)
     sizes = dev_sizes(dev_sets)
     parts = [f"{len(examples)} rows to train on"]
     for name, size in sizes.items():
@@ -787,14 +790,16 @@ def st_files(args):
 
     Raises InputError where they hold a layer that would be missing from what is trained here.
     """
-    modules = utils.base_json(args, "modules.json") or []
+    modules = utils.base_json(args, "modules.json", list) or []
+    if not all(isinstance(module, dict) and isinstance(module.get("type"), str) for module in modules):
+        raise InputError(f"{args.model_name}: modules.json has a module without a type. Fetch it again.")
     kinds = [module["type"].split(".")[-1] for module in modules]
     if extra := set(kinds) - {"Transformer", "Pooling", "Normalize"}:
         raise InputError(f"{args.model_name} has a {extra.pop()} layer behind its pooling, which would get lost. "
                          "Choose a base without one.")
     pooling = None
     if "Pooling" in kinds:
-        stored = utils.base_json(args, modules[kinds.index("Pooling")]["path"] + "/config.json") or {}
+        stored = utils.base_json(args, f"{modules[kinds.index('Pooling')].get('path')}/config.json") or {}
         modes = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last"}
         pooling = {"lasttoken": "last"}.get(mode := stored.get("pooling_mode"), mode)
         pooling = next((name for key, name in modes.items() if stored.get(key)), pooling)

@@ -572,6 +572,8 @@ def read_data(args):
     """Read, check and split the data. Returns (training Examples, {name: dev Examples}, counts for the report)."""
     examples, dev_sets, dropped = utils.read_enough(args, partial(split_rows, args), HELD_OUT)
     if not examples and not (args.eval_only and dev_sets):
+        if any("a dev set" in reason for reason in dropped):
+            raise InputError("no row is left to train on: the dev sets took them. Pass a --dev_file of other rows.")
         raise InputError("no row is left to train on. Look at what was dropped, above.")
     sizes = {name or "dev": len(dev) for name, dev in dev_sets.items()}
     trained = [] if args.eval_only else [f"{len(examples)} rows to train on"]

@@ -17,6 +17,7 @@ import linecache
 import logging
 import math
 import os
+import pickle
 import random
 import re
 import shlex
@@ -30,6 +31,7 @@ import warnings
 from collections import Counter, defaultdict
 from contextlib import nullcontext, suppress
 from datetime import datetime
+from errno import EDQUOT, EFBIG, ENOSPC
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -51,8 +53,10 @@ from accelerate.utils import broadcast_object_list
 from datasets import get_dataset_split_names, load_dataset
 from datasets.exceptions import DatasetsError
 from datasets.fingerprint import Hasher
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, NoMatchingPeftModuleError, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
@@ -156,7 +160,7 @@ def add_input_flags(parser, model, dev_size):
     add = parser.add_argument_group("LoRA").add_argument
     add("--lora_r", "--lora_rank", type=integer(1), metavar="N", help="rank [16]")
     add("--lora_alpha", type=integer(1), metavar="N", help="scale is alpha/r: larger is stronger [32]")
-    add("--lora_dropout", type=real(0, 1), metavar="P", help="dropout on the adapters' inputs [0]")
+    add("--lora_dropout", type=real(0, 1, {1}), metavar="P", help="dropout on the adapters' inputs [0]")
     add("--target_modules", metavar="NAMES", help="comma-separated names of linear layers [all-linear]")
     add("--use_rslora", action="store_true", help="scale is alpha/sqrt(r) instead")
     add("--model_dropout", action="store_true", help="keep the base's own dropout on; steps are then not exact")
@@ -189,7 +193,7 @@ def add_training_flags(parser, batch, step, epochs, checkpointing, metric):
     add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=checkpointing,
         help=f"recompute activations to save memory [{'on' if checkpointing else 'off'}]")
     add_switch(add, "--disable_gradient_checkpointing", "gradient_checkpointing", False, "--no-gradient_checkpointing")
-    add("--seed", type=integer(0), default=42, metavar="N", help="of rows, adapters and dropout [42]")
+    add("--seed", type=integer(0, 2**32 - 1), default=42, metavar="N", help="of rows, adapters and dropout [42]")
     add("--full_determinism", action="store_true", help="bit-for-bit repeatable kernels on a GPU (slower)")
     add("--resume_from_checkpoint", nargs="?", const="last", metavar="DIR", help="go on where --output_dir stopped")
 
@@ -240,7 +244,10 @@ def finish_flags(parser, args, model, step):
             parser.error(sentence)
     if (args.target_modules or "all-linear") != "all-linear":
         args.target_modules = sorted(filter(None, map(str.strip, args.target_modules.split(","))))
-    stored = read_json(Path(args.init_adapter) / "adapter_config.json") if args.init_adapter else {}
+    try:
+        stored = merge.read_json(Path(args.init_adapter) / "adapter_config.json", dict) if args.init_adapter else {}
+    except InputError as error:
+        parser.error(f"--init_adapter {args.init_adapter}: {error}")
     if stored is None:
         parser.error(f"--init_adapter {args.init_adapter} has no adapter_config.json: name a folder a trainer wrote")
     for flag, key in (("lora_r", "r"), ("lora_alpha", "lora_alpha"), ("use_rslora", "use_rslora"),
@@ -279,8 +286,11 @@ def run(main, parse_args):
         os.execv(sys.executable, command)
     try:
         main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (InputError, OSError, RuntimeError, SafetensorError) as error:
+        text = error if isinstance(error, InputError) else refusal(error)
+        if text is None:
+            raise
+        print(f"error: {text}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -298,6 +308,16 @@ def quiet_libraries():
     if not shows_bars():
         transformers_logging.disable_progress_bar()
         datasets.disable_progress_bars()
+
+
+def refusal(error):
+    """Return in a sentence what the system refused (a full disk, a missing permission), or None if it was not that."""
+    number = getattr(error, "errno", None)
+    writing = isinstance(error, SafetensorError) or "PytorchStreamWriter" in str(error)
+    if writing or number in (ENOSPC, EDQUOT, EFBIG):
+        return (f"a file cannot be written: {reason(error)}. Make room; complete checkpoints stay, and the same "
+                "command with --resume_from_checkpoint goes on from the last one.")
+    return f"a file cannot be read or written: {reason(error)}. Mend that, and start again." if number else None
 
 
 def start_process(args):
@@ -342,8 +362,8 @@ def read_rows(path):
             refuse_repeats(pyarrow.parquet.read_schema(path).names, path)
             table = pyarrow.parquet.read_table(path).to_pylist()
             rows = [(f"{path}, row {i}", without_none(row)) for i, row in enumerate(table, 1)]
-        except pyarrow.ArrowInvalid as error:
-            raise InputError(f"{path} is no parquet file ({reason(error)}). Write it again.") from None
+        except (pyarrow.ArrowException, OSError, ValueError) as error:  # no parquet, a broken page, no permission
+            raise InputError(f"{path} is no parquet file that can be read ({reason(error)}). Write it again.") from None
     elif kind not in {".jsonl", ".ndjson", ".json", ".csv", ".tsv"}:
         raise InputError(f"{path} is none of .jsonl, .json, .csv, .tsv, .parquet. Convert it to JSON Lines.")
     elif kind in {".csv", ".tsv"}:
@@ -358,8 +378,7 @@ def read_rows(path):
         if kind == ".json" and text.lstrip().startswith("["):
             rows = [(f"{path}, row {i}", row) for i, row in enumerate(parse_json(text, path, repeats), 1)]
         else:
-            lines = [(f"{path}, line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-            rows = [(where, parse_json(line, where, repeats)) for where, line in lines]
+            rows = parse_lines(text, path, repeats)
     for where, row in rows:
         if not isinstance(row, dict):
             raise InputError(f"{where}: a {type(row).__name__}, not a JSON object. Write one {{...}} a row.")
@@ -374,8 +393,22 @@ def read_text(path):
     """Return the text of a UTF-8 file; raises InputError where it is none."""
     try:
         return path.read_text(encoding="utf-8-sig")  # -sig: Excel starts a CSV with a byte order mark
+    except OSError as error:  # a folder, links in a circle, no permission
+        raise InputError(f"{path} cannot be read ({error.strerror}). Check the path.") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 (byte {error.start}). Save it as UTF-8.") from None
+        raise InputError(f"{path} is not UTF-8 (byte {error.start}). {save_as_utf8(path)}") from None
+
+
+def save_as_utf8(path):
+    """Return what to do with a text file that is not UTF-8; Japanese Windows and its Excel write Shift_JIS."""
+    data = path.read_bytes()
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "It is UTF-16: save it as UTF-8."
+    try:
+        data.decode("cp932")
+    except UnicodeDecodeError:
+        return "Save it as UTF-8."
+    return 'It reads as Shift_JIS: in Excel, save it as "CSV UTF-8"; elsewhere, as UTF-8.'
 
 
 def read_table(path):
@@ -383,8 +416,8 @@ def read_table(path):
     text = read_text(path)
     csv.field_size_limit(2**31 - 1)
     header = text.partition("\n")[0]
-    semicolons = ";" in header and "," not in header  # Excel's
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ";" if semicolons else ","
+    usual = "\t" if path.suffix.lower() == ".tsv" else ","
+    delimiter = next((sign for sign in (usual, ";", "\t", ",") if sign in header), usual)  # Excel may write any of them
     reader, lines, end = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True), [], 0
     try:
         for cells in reader:
@@ -416,6 +449,27 @@ def parse_json(text, where, repeats=None):
         return json.loads(text, object_pairs_hook=None if repeats is None else read_object)
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: no valid JSON ({error.msg}, column {error.colno}). Mend or delete it.") from None
+    except (RecursionError, ValueError) as error:  # brackets in brackets, an integer of thousands of digits
+        why = reason(error).partition(";")[0]
+        raise InputError(f"{where}: no valid JSON ({why}). Mend or delete it.") from None
+
+
+def parse_lines(text, path, repeats):
+    """Read JSON Lines into [(where, value)]; raises InputError naming the line."""
+    lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if lines and spans_lines(text):
+        raise InputError(f"{path}, line {lines[0][0]}: a JSON value over several lines. Write each row on a line of "
+                         "its own (jq -c . FILE), or one list into a .json.")
+    return [(f"{path}, line {i}", parse_json(line, f"{path}, line {i}", repeats)) for i, line in lines]
+
+
+def spans_lines(text):
+    """Tell whether the first line of a text is not valid JSON, but begins a value that is."""
+    try:
+        _, end = json.JSONDecoder().raw_decode(text.lstrip())
+    except (ValueError, RecursionError):
+        return False
+    return "\n" in text.lstrip()[:end]
 
 
 def expand_files(patterns):
@@ -493,8 +547,14 @@ def dev_sources(args):
     dev = {}
     for source in args.dev_file or []:
         name, _, path = ("", "", source) if "=" not in source or os.path.exists(source) else source.partition("=")
+        if re.search(r"[^\w.-]", name):
+            raise InputError(f"--dev_file {source}: '{name}' cannot name files and metrics. Use letters, digits, "
+                             "'_', '-', '.' alone.")
         if name in dev:
-            raise InputError(f"--dev_file {source}: a dev set is called '{name}' already. Write --dev_file NAME=PATH.")
+            known = f"a dev set is called '{name}' already" if name else "there is another dev set without a name"
+            twice = expand_files([path])[0] == dev[name]
+            raise InputError(f"--dev_file {source}: " + ("it is given twice. Drop one." if twice else
+                                                         f"{known}. Write --dev_file NAME=PATH."))
         dev[name] = expand_files([path])[0]
     if len(dev) > 1 and "" in dev:
         dev["dev"] = dev.pop("")
@@ -545,6 +605,16 @@ def hold_out(examples, key, args, by, share, unit=None, most=math.inf):
             f"of the {min(wanted, most)} rows wanted (the largest: {max(too_large)} rows)")
     say(f"dev       {len(held)} rows held out of the training set, by {by}")
     return rest, {"": held} if held else {}
+
+
+def too_few(args, left, dropped, dev_sets, need):
+    """Return the InputError for `left` rows to train on, which says whether dev sets have taken the others."""
+    held_out = dev_sets and not args.dev_file and not args.dataset_dev_split
+    if held_out or any("a dev set" in reason for reason in dropped):
+        advice = "The dev sets took the others: pass a smaller --dev_size or --dev_sample_limit, or other dev rows"
+    else:
+        advice = "Add rows, or look at what was dropped, above"
+    return InputError(f"{left} rows are left to train on, {need}. {advice}.")
 
 
 def leave_out(examples, leak, dropped):
@@ -630,8 +700,11 @@ def ragged(dataset, column):
 # ---------------------------------------------------------------- the base model
 
 
-def base_json(args, filename):
-    """Return a JSON file of --init_adapter or else of the base model, local or on the hub; None if neither has it."""
+def base_json(args, filename, kind=dict):
+    """Return a JSON file of --init_adapter or else of the base model, local or on the hub; None if neither has it.
+
+    Raises InputError for one that does not hold a `kind`.
+    """
     for source, revision in ((args.init_adapter, None), (args.model_name, args.model_revision)):
         try:
             path = source and cached_file(source, filename, revision=revision,
@@ -640,8 +713,17 @@ def base_json(args, filename):
             path = None
             say(f"note      the hub could not be asked whether {source} has a {filename}: going on as if not")
         if path:
-            return read_json(path)
+            return merge.read_json(path, kind)
     return None
+
+
+def is_adapter(name, revision):
+    """Tell whether a folder or hub id, which is no model, holds an adapter."""
+    try:
+        found = cached_file(name, "adapter_config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+    except OSError:
+        return False
+    return found is not None
 
 
 def load_config(args):
@@ -653,9 +735,10 @@ def load_config(args):
         config = AutoConfig.from_pretrained(
             args.model_name, revision=args.model_revision, trust_remote_code=args.trust_remote_code
         )
-    except (OSError, KeyError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+        if is_adapter(args.model_name, args.model_revision):
+            raise InputError(f"--model_name {args.model_name} is an adapter, not a model. Pass --init_adapter "
+                             f"{args.model_name} to train it on, or merge it into its base first.") from None
         raise InputError(f"--model_name {args.model_name}: neither a folder here nor a hub model with a config of a "
                          f"known model ({reason(error)})") from None
     if config.is_encoder_decoder:
@@ -710,6 +793,11 @@ def without_dropout(config):
             setattr(config, name, 0.0)
 
 
+# of weights files that are cut off, of pickles that are none, of sizes in the config that no layer can have
+LOADING_ERRORS = (OSError, ValueError, ImportError, RuntimeError, LookupError, TypeError, AttributeError, EOFError,
+                  pickle.UnpicklingError, SafetensorError, ZeroDivisionError)
+
+
 def load_base(args, auto_class, config, precision, notes):
     """Load the base in the compute dtype (float32 for full fine-tuning), quantised if asked; adds to `notes`.
 
@@ -742,9 +830,10 @@ def load_base(args, auto_class, config, precision, notes):
                 return frozen(model, absent), absent
             model, info = auto_class.from_pretrained(args.model_name, **options)
             return model.to(device), not_loaded(info)
-        except (OSError, ValueError, ImportError, RuntimeError) as error:
+        except LOADING_ERRORS as error:
             if not bits:
-                raise InputError(f"{args.model_name} cannot be loaded: {reason(error)}") from None
+                why = reason(error) or type(error).__name__
+                raise InputError(f"{args.model_name} cannot be loaded: {why}. Are its files whole?") from None
             notes.append(f"{bits}-bit loading failed, so the base is not quantised: {reason(error)}")
             args.bits = None
 
@@ -843,7 +932,10 @@ def with_adapter(model, folder, model_name):
         loaded = model.load_adapter(folder, "default", is_trainable=True, key_mapping=mapping)
     except KeyError as error:  # a module that adapter_config.json says is saved whole
         raise InputError(f"{fits_not}: it lacks {error}. Copy the adapter again.") from error
-    except (RuntimeError, ValueError) as error:
+    except SafetensorError as error:
+        raise InputError(f"--init_adapter {folder}: its weights cannot be loaded ({reason(error)}). Copy the adapter "
+                         "again.") from None
+    except (RuntimeError, ValueError, OSError) as error:
         raise InputError(f"{fits_not} ({reason(error)}). Pass the base that its adapter_config.json names.") from error
     for keys, what in ((loaded.missing_keys, "it lacks"), (loaded.unexpected_keys, "the model has no place for")):
         if keys:
@@ -985,6 +1077,17 @@ def is_out_of_memory(error):
     return any(sign in str(error) for sign in ("out of memory", "ALLOC_FAILED", "can't allocate memory"))
 
 
+def broken_weight(model, untrained):
+    """Return the name of a weight that is not finite and that training did not change, or None.
+
+    untrained: no step was taken, so that no weight was changed.
+    """
+    for name, parameter in model.named_parameters():
+        if (untrained or not parameter.requires_grad) and not parameter.isfinite().all():
+            return name.removeprefix("base_model.model.").replace(".base_layer", "")
+    return None
+
+
 class StepTrainer(Trainer):
     """A Trainer whose batch is one whole optimizer step: {"sequences": [token ids], "rows": number of examples, ...}.
 
@@ -1005,6 +1108,9 @@ class StepTrainer(Trainer):
         step = self._prepare_inputs(step)
         loss = self.until_it_fits(lambda: self.run_step(model, step, *self.cut_step(step)))
         if not torch.isfinite(loss):
+            if broken := broken_weight(model, self.state.global_step == 0):
+                raise InputError(f"the loss is {loss.item()}, because {broken} of the base or adapter holds NaN or "
+                                 "infinity: fetch it again, or take an earlier checkpoint.")
             half = ", or pass --mixed_precision none" if self.args.fp16 else ""
             raise InputError(f"the loss is {loss.item()} in step {self.state.global_step + 1}: lower --lr{half}.")
         self.step_figures = self.figures_of_step(loss)
@@ -1389,6 +1495,8 @@ def train(trainer, args, plan, checkpoint):
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
+            if callback.training_bar:  # left open by an error, which would stand in its line
+                callback.training_bar.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
     state, name = trainer.state, f"eval_{plan.metric}"
@@ -1454,9 +1562,27 @@ def find_checkpoint(output_dir):
     return max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
+def check_writable(folder):
+    """Raise InputError if `folder` cannot be made, or nothing can be written in it; nothing is."""
+    try:
+        os.stat(folder / "checkpoint-1000000" / "adapter_model.safetensors")  # about the longest name of a run's files
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except PermissionError as error:
+        raise InputError(f"--output_dir {folder} may not be written to ({error.strerror}). Name another.") from None
+    except OSError as error:  # a name that is too long, links in a circle
+        raise InputError(f"--output_dir {str(folder)[:99]} cannot be a folder ({error.strerror}).") from None
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise InputError(f"--output_dir {folder}: {there.name} is a file. Name a folder.")
+    if not os.access(there, os.W_OK | os.X_OK) or there.is_relative_to("/proc"):
+        raise InputError(f"--output_dir {folder}: {there} may not be written to. Name another.")
+
+
 def open_output_dir(args):
     """Return the checkpoint to resume from, or None; raises InputError rather than mix two runs in one folder."""
     folder = Path(args.output_dir)
+    check_writable(folder)
     if args.resume_from_checkpoint:
         last = args.resume_from_checkpoint == "last"
         checkpoint = find_checkpoint(folder) if last else Path(args.resume_from_checkpoint)
@@ -1465,8 +1591,6 @@ def open_output_dir(args):
         elif read_json(checkpoint / "trainer_state.json") is None:
             raise InputError(f"--resume_from_checkpoint {checkpoint} is no complete checkpoint. Give no name.")
         return checkpoint
-    if folder.is_file():
-        raise InputError(f"--output_dir {folder} is a file. Name a folder.")
     if not args.overwrite and folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"--output_dir {folder} is not empty. Pass another, --overwrite or --resume_from_checkpoint.")
     return None

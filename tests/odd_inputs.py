@@ -8,8 +8,12 @@ A row names the files it writes, the flags it passes, and what it ends in. All l
 a fork of that process, in a folder of its own, which starts the script as a shell would.
 """
 
+import datetime
+import http.server
 import json
 import os
+import threading
+from pathlib import Path
 
 from odd_harness import Row, main, make_chats, make_rows
 
@@ -142,6 +146,58 @@ def no_permission(path):
     path.chmod(0)
 
 
+def broken_parquet(path):
+    """Write parquet whose data pages are noise."""
+    parquet(query=TEXTS, pos=ANSWERS)(path)
+    data = bytearray(path.read_bytes())
+    data[8:200] = bytes(range(1, 193))
+    path.write_bytes(data)
+
+
+def broken_footer(path):
+    """Write parquet whose footer is noise."""
+    parquet(query=TEXTS, pos=ANSWERS)(path)
+    data = bytearray(path.read_bytes())
+    data[-300:-8] = bytes(292)
+    path.write_bytes(data)
+
+
+def locked(path):
+    """Make a folder in which nothing may be written."""
+    path.mkdir()
+    path.chmod(0o555)
+
+
+def deep(levels):
+    """Return a tool whose parameters are objects in objects."""
+    inner = {"type": "string"}
+    for _ in range(levels):
+        inner = {"type": "object", "properties": {"x": inner}}
+    return [{"type": "function", "function": {"name": "f", "parameters": inner}}]
+
+
+def serve(answer):
+    """Start a server in a thread that answers everything with `answer`; return {"port": its port}."""
+    body = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return {"port": server.server_port}
+
+
+NAN, INF = float("nan"), float("inf")
+DATES = [datetime.date(2026, 1, 1)] * 8
+ENDPOINT = "--eval_only --endpoint http://127.0.0.1:{port} --dev_file {k}/chats.jsonl --dev_sample_limit 2"
 TEXTS = [row["query"] for row in GOOD_PAIRS]
 ANSWERS = [row["pos"][0] for row in GOOD_PAIRS]
 CSV = "query,pos\n" + "".join(f"{q},{p}\n" for q, p in zip(TEXTS, ANSWERS, strict=True))
@@ -215,6 +271,31 @@ EMBED_DATA = [
     embed_data(
         "emoji, Arabic, no-width space", 0, OK_PAIRS, lines({"query": "👩‍👩‍👧 ሀ مرحبا", "pos": ["\u200b x \u202e y"]})
     ),
+    embed_data("a folder of that name", 1, "Is a directory", Path.mkdir),
+    embed_data("links in a circle", 1, "symbolic links", lambda path: path.symlink_to(path)),
+    embed_data("no permission to read", 1, "Permission denied", no_permission),
+    embed_data("20,000 brackets", 1, "line 9: no valid JSON", lines() + "[" * 20000 + "]" * 20000 + "\n"),
+    embed_data("20,000 objects in objects", 1, "line 9: no valid JSON", lines() + '{"query":' * 20000 + "\n"),
+    embed_data("an integer of 5,000 digits", 1, "line 9: no valid JSON", lines() + f'{{"query": {"7" * 5000}}}\n'),
+    embed_data("a parquet page that is broken", 1, "is no parquet file", broken_parquet, "parquet"),
+    embed_data("a parquet footer that is broken", 1, "is no parquet file", broken_footer, "parquet"),
+    embed_data(
+        "parquet with dates", 1, "is the date 2026-01-01, not a text", parquet(query=DATES, pos=ANSWERS), "parquet"
+    ),
+    embed_data("parquet with bytes", 1, "is the bytes", parquet(query=[b"a"] * 8, pos=ANSWERS), "parquet"),
+    embed_data("Shift_JIS", 1, 'Excel, save it as "CSV UTF-8"', encoded(CSV + "本はどこ,棚の上\n", "cp932"), "csv"),
+    embed_data("CSV with tabs", 0, OK_PAIRS, CSV.replace(",", "\t"), "csv"),
+    embed_data("TSV with commas", 0, OK_PAIRS, CSV, "tsv"),
+    embed_data(
+        "objects over several lines",
+        1,
+        "over several lines",
+        "\n".join(json.dumps(row, indent=1) for row in GOOD_PAIRS),
+    ),
+    embed_data("an array over several lines", 1, "over several lines", json.dumps(GOOD_PAIRS, indent=1)),
+    embed_data("an array on one line", 1, "a list, not a JSON object", json.dumps(GOOD_PAIRS)),
+    embed_data("one row with negatives", 0, OK_PAIRS, [{"query": "a", "pos": ["b"], "neg": ["c", "d"]}]),
+    embed_data("one row without negatives", 1, "in-batch negatives need two", [PAIR]),
     embed_data("keys of 10,000 letters", 0, OK_PAIRS, lines({"query": "a", "pos": ["b"], "x" * 10000: 1})),
 ]
 
@@ -274,6 +355,45 @@ EMBED_FLAGS = [
     embed_flags("batches larger than the data", 0, "the step is shrunk", "--batch_size 100000 --dry_run"),
     embed_flags("a length above the positions", 0, "lowered to 128", "--max_length 100000 --dry_run"),
     embed_flags("the shortest length", 0, OK_PAIRS, "--max_length 4 --dry_run"),
+    embed_flags("a seed of 2^32", 2, "outside [0, 4294967295]", "--seed 4294967296"),
+    embed_flags("the largest seed", 0, "final, read back from disk", "--seed 4294967295"),
+    embed_flags("dropout 1", 2, "outside [0", "--lora_dropout 1"),
+    embed_flags("an output in a file", 1, "here is a file", "--output_dir here/out", files={"here": "x"}),
+    embed_flags("an output of 300 letters", 1, "File name too long", f"--output_dir {'x' * 300}"),
+    embed_flags("an output of 5,000 letters", 1, "File name too long", f"--output_dir {'x/' * 2500}"),
+    embed_flags(
+        "an output that may not be written", 1, "may not be written", "--output_dir here", files={"here": locked}
+    ),
+    embed_flags(
+        "an output that may not be made", 1, "may not be written", "--output_dir here/a/b", files={"here": locked}
+    ),
+    embed_flags("an output in /proc", 1, "/proc", "--output_dir /proc/out"),
+    embed_flags(
+        "an output that is a link in a circle",
+        1,
+        "symbolic links",
+        "--output_dir here",
+        files={"here": lambda path: path.symlink_to(path)},
+    ),
+    embed_flags("a disk that is full at the first checkpoint", 1, "cannot be written", "", file_bytes=20000),
+    embed_flags("a dev set called ../x", 1, "letters, digits", "--dev_file ../x={k}/pairs.jsonl"),
+    embed_flags("a dev set called a b", 1, "letters, digits", "--dev_file 'a b={k}/pairs.jsonl'"),
+    embed_flags(
+        "a dev set called a.b-c_1",
+        0,
+        "a.b-c_1: 8 queries",
+        "--dev_file a.b-c_1=dev.jsonl --dry_run",
+        files={"dev.jsonl": [{"query": f"new {i}", "pos": [f"old {i}"]} for i in range(8)]},
+    ),
+    embed_flags("one dev file twice", 1, "given twice", "--dev_file {k}/pairs.jsonl --dev_file {k}/pairs.jsonl"),
+    embed_flags(
+        "two dev files without names",
+        1,
+        "NAME=PATH",
+        "--dev_file {k}/pairs.jsonl --dev_file dev.jsonl",
+        files={"dev.jsonl": [PAIR]},
+    ),
+    embed_flags("a dev file of the training rows", 1, "The dev sets took the others", "--dev_file {k}/pairs.jsonl"),
     embed_flags("a dev share that leaves one row", 1, "in-batch negatives need two", "--dev_size 0.99"),
 ]
 
@@ -291,13 +411,61 @@ EMBED_BASE = [
     ),
     embed_model("an encoder-decoder", 1, "encoder-decoder", {"config.json": {"model_type": "t5"}}),
     embed_model("no weights", 1, "cannot be loaded", {"model.safetensors": None}),
-    embed_model("weights of other sizes", 1, "cannot be loaded", {"config.json": {"hidden_size": 32}}),
+    embed_model("weights of other sizes", 1, "would be random", {"config.json": {"hidden_size": 32}}),
     embed_model(
         "a layer behind the pooling",
         1,
         "has a Dense layer",
         {"modules.json": '[{"idx": 0, "name": "0", "path": "", "type": "st.Dense"}]'},
     ),
+    embed_model("weights cut off", 1, "cannot be loaded", {"model.safetensors": cut_to(100000)}),
+    embed_model("weights cut off in the header", 1, "cannot be loaded", {"model.safetensors": cut_to(500)}),
+    embed_model("weights of no bytes", 1, "cannot be loaded", {"model.safetensors": b""}),
+    embed_model(
+        "weights that are text", 1, "cannot be loaded", {"model.safetensors": "version https://git-lfs\n" * 5}
+    ),
+    embed_model(
+        "a pickle that is none", 1, "cannot be loaded", {"model.safetensors": None, "pytorch_model.bin": "hello"}
+    ),
+    embed_model("a pickle of no bytes", 1, "cannot be loaded", {"model.safetensors": None, "pytorch_model.bin": b""}),
+    embed_model(
+        "a pickle of a list",
+        1,
+        "cannot be loaded",
+        {"model.safetensors": None, "pytorch_model.bin": b"\x80\x02]q\x00."},
+    ),
+    embed_model(
+        "an index that is no JSON",
+        1,
+        "cannot be loaded",
+        {"model.safetensors": None, "model.safetensors.index.json": "{"},
+    ),
+    embed_model(
+        "an index without a map",
+        1,
+        "cannot be loaded",
+        {"model.safetensors": None, "model.safetensors.index.json": "{}"},
+    ),
+    embed_model("a size that is a text", 1, "config", {"config.json": {"hidden_size": "many"}}),
+    embed_model("a negative size", 1, "cannot be loaded", {"config.json": {"intermediate_size": -1}}),
+    embed_model("heads that do not divide", 1, "cannot be loaded", {"config.json": {"num_attention_heads": 7}}),
+    embed_model("no layers", 1, "", {"config.json": {"num_hidden_layers": 0}}),
+    embed_model("an unknown activation", 1, "cannot be loaded", {"config.json": {"hidden_act": "swooosh"}}),
+    embed_model("a config that is a list", 1, "config", {"config.json": "[]"}),
+    embed_model(
+        "no permission to read the weights", 1, "cannot be loaded", {"model.safetensors": lambda path: path.chmod(0)}
+    ),
+    embed_model(
+        "NaN in the weights", 1, "holds NaN or infinity", {"model.safetensors": with_value("query.weight", NAN)}
+    ),
+    embed_model(
+        "infinity in the weights", 1, "holds NaN or infinity", {"model.safetensors": with_value("word_emb", INF)}
+    ),
+    embed_model("modules.json that is no JSON", 1, "modules.json", {"modules.json": "{"}),
+    embed_model("modules.json that is an object", 1, "modules.json", {"modules.json": "{}"}),
+    embed_model("modules.json without types", 1, "modules.json", {"modules.json": '[{"path": ""}]'}),
+    embed_flags("an adapter as the base", 1, "--init_adapter", "--model_name {k}/embed_run/final"),
+    embed_flags("a run's folder as the base", 1, "neither a folder", "--model_name {k}/embed_run"),
     embed_model("a tokenizer that is no JSON", 1, "no tokenizer", {"tokenizer.json": "{"}),
 ]
 
@@ -340,7 +508,7 @@ SFT_DATA = [
     sft_data(
         "nothing but questions", 1, "no row is left to train on", [{"messages": [{"role": "user", "content": "a"}]}]
     ),
-    sft_data("no messages in a row", 1, "none of the known formats", [{"messages": []}] * 5),
+    sft_data("no messages in a row", 1, "no row is left to train on", [{"messages": []}] * 5),
     sft_data("all too long", 1, "were cut away by --max_length 8", GOOD_CHATS, flags="--max_length 8"),
     sft_data(
         "one too long, as an error",
@@ -431,6 +599,68 @@ SFT_FLAGS = [
             ("that cuts by a text", "cannot render a simple conversation", "{{ messages[0]['content'][:'a'] }}"),
         )
     ),
+    *(
+        sft_flags(f"a server that answers {name}", 1, says, ENDPOINT, before=lambda answer=answer: serve(answer))
+        for name, says, answer in (
+            ("a number", "gives no answer", {"choices": [{"message": {"content": 5}, "finish_reason": "stop"}]}),
+            ("an error", "no such model", {"error": {"message": "no such model"}}),
+            ("an error in words", "no such model", {"error": "no such model"}),
+            ("a list", "gives no answer", []),
+            ("a choice that is a text", "gives no answer", {"choices": ["yes"]}),
+            ("no choice", "gives no answer", {"choices": []}),
+            ("null", "gives no answer", None),
+            ("no JSON", "gives no answer", b"<html>"),
+            ("nothing", "gives no answer", b""),
+            ("a message that is null", "gives no answer", {"choices": [{"message": None}]}),
+        )
+    ),
+    *(
+        sft_flags(
+            f"a server that answers {name}", 0, "stop_rate", ENDPOINT, before=lambda answer=answer: serve(answer)
+        )
+        for name, answer in (
+            ("half an emoji", {"choices": [{"message": {"content": "\ud83d"}, "finish_reason": "stop"}]}),
+            ("null as content", {"choices": [{"message": {"content": None}, "finish_reason": "length"}]}),
+            ("40,000 brackets", {"choices": [{"message": {"content": "[" * 40000}}]}),
+        )
+    ),
+    sft_flags("a disk that is full at the first checkpoint", 1, "cannot be written", "", file_bytes=20000),
+    sft_flags(
+        "an output that may not be written", 1, "may not be written", "--output_dir here", files={"here": locked}
+    ),
+    sft_flags(
+        "an adapter's config that is no JSON",
+        2,
+        "no valid JSON",
+        "--init_adapter broken",
+        copies={"broken": "sft_run/final"},
+        files={"broken/adapter_config.json": "{"},
+    ),
+    sft_flags(
+        "an adapter's config that is a list",
+        2,
+        "adapter_config.json",
+        "--init_adapter broken",
+        copies={"broken": "sft_run/final"},
+        files={"broken/adapter_config.json": "[]"},
+    ),
+    *(
+        sft_flags(
+            f"an adapter {name}",
+            1,
+            says,
+            "--init_adapter broken --dry_run",
+            copies={"broken": "sft_run/final"},
+            files={"broken/adapter_model.safetensors": content},
+        )
+        for name, says, content in (
+            ("of no bytes", "cannot be loaded", b""),
+            ("cut off", "cannot be loaded", cut_to(20000)),
+            ("that is text", "cannot be loaded", "hello " * 20),
+            ("without weights", "", None),
+            ("with NaN", "holds NaN or infinity", with_value("lora_B", NAN)),
+        )
+    ),
     sft_flags("an encoder as the base", 1, "neither a chat template nor an EOS", "--model_name {k}/bert"),
     sft_flags("preferences", 0, OK_CHATS, "--pref_loss sigmoid --train_file {k}/preferences.jsonl --dry_run"),
     sft_flags("continue with other ranks", 2, "drop the flag", "--init_adapter {k}/sft_run/final --lora_r 3"),
@@ -448,7 +678,7 @@ SFT_BASE = [
     sft_model("no weights", 1, "cannot be loaded", {"model.safetensors": None}),
     sft_model("no chat template", 0, "has no chat template", {"chat_template.jinja": None}),
     sft_model("a config that is no JSON", 1, "not a valid JSON", {"config.json": "{"}),
-    sft_model("a generation_config that is no JSON", 0, OK_CHATS, {"generation_config.json": "{"}),
+    sft_model("a generation_config that is no JSON", 1, "is no valid JSON", {"generation_config.json": "{"}),
 ]
 
 MERGE = [
