@@ -316,10 +316,10 @@ def pieces(name, tensor, change):
         yield f"{name}[{index}]", Tensor(tensor.file, tensor.code, tensor.shape[1:], start, start + size), each
 
 
-def unmergeable(config):
-    """Return in words what in an adapter_config (a dict) keeps an adapter from being merged by adding, or None.
+def unmergeable(config, tensors=None, base_folder=None):
+    """Return in words what keeps an adapter with this adapter_config (a dict) from being merged, or None.
 
-    What depends on the base's files as well is found by make_changes().
+    Given its tensors {name: tensor} and the base's folder, whether they fit the base's files is found out as well.
     """
     kinds = [name for name in UNMERGEABLE if config.get(name)]
     if config.get("peft_type") != "LORA" or kinds:
@@ -330,6 +330,12 @@ def unmergeable(config):
     if isinstance(start, str) and start.lower() not in ("gaussian", "orthogonal", "eva", "true", "false"):
         return (f"it began with init_lora_weights {start}, which changes the base itself (save it with peft's "
                 "path_initial_model_for_weight_conversion first)")
+    if tensors is None:
+        return None
+    try:
+        make_changes(config, {plain(name): tensor for name, tensor in tensors.items()}, *read_base(base_folder))
+    except InputError as error:
+        return str(error).removesuffix(".")
     return None
 
 

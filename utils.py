@@ -54,7 +54,7 @@ from datasets import get_dataset_split_names, load_dataset
 from datasets.exceptions import DatasetsError
 from datasets.fingerprint import Hasher
 from huggingface_hub.errors import StrictDataclassError
-from peft import LoraConfig, NoMatchingPeftModuleError, PeftModel, get_peft_model
+from peft import LoraConfig, NoMatchingPeftModuleError, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from torch import nn
@@ -1047,6 +1047,7 @@ def add_adapter(model, args, task, unused, notes):
         if left := left_out(model, args.target_modules, unused):
             few = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
             notes.append(f"peft puts no adapter on {len(left)} of the layers that --target_modules names ({few})")
+    check_mergeable(model, args, notes)
     if unused:
         notes.append(f"not trained, because the outputs do not depend on it: {', '.join(unused)}")
     for parameter in model.parameters():
@@ -1056,6 +1057,20 @@ def add_adapter(model, args, task, unused, notes):
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         base.activation_checkpointing_enable({"use_reentrant": False})
     return model
+
+
+def check_mergeable(model, args, notes):
+    """Say before training what merge.py could not merge: an InputError with --merge_adapter, else a note."""
+    if args.finetune_type == "full":
+        return
+    base = Path(cached_file(args.model_name, "config.json", revision=args.model_revision)).parent
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    obstacle = merge.unmergeable(model.peft_config["default"].to_dict(), tensors, base)
+    if obstacle and args.merge_adapter:
+        raise InputError(f"--merge_adapter: merge.py could not merge this adapter ({obstacle}). Drop the flag, or mend "
+                         "what it names.")
+    if obstacle:
+        notes.append(f"merge.py could not merge this adapter: {obstacle}")
 
 
 # ---------------------------------------------------------------- the exact step

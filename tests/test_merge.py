@@ -567,6 +567,30 @@ def test_a_containers_memory_limit_counts(tmp_path):
         assert merge.free_memory(groups, own) == 1300 < machine
 
 
+def test_experts_are_trained_and_merged(run_sft, tiny_chat, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_chat)
+    config = Qwen3MoeConfig(**MIXED | {"vocab_size": 640, "max_position_embeddings": 256}, moe_intermediate_size=24,
+                            num_experts=3, eos_token_id=tokenizer.eos_token_id)  # fmt: skip
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    run_sft("--max_steps", "1", "--lr", "5e-3", "--merge_adapter", model=str(tmp_path / "base"), out=tmp_path / "run")
+    report = json.loads((tmp_path / "run/merged/merge_report.json").read_text())
+    assert report["verified"] and report["verification"]["outputs"]["relative_error"] < 1e-5
+    assert sum(".experts.2." in name for name in report["tensors"]) == 2 * 3
+
+
+@pytest.mark.parametrize("script", ["run_sft", "run_embed"])
+def test_what_could_not_be_merged_is_said_before_training(script, request, tiny_chat, tiny_bert, tmp_path, capsys):
+    run, base = request.getfixturevalue(script), tmp_path / "base"
+    shutil.copytree(tiny_chat if script == "run_sft" else tiny_bert, base)
+    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    with pytest.raises(merge.InputError, match="--merge_adapter: .* lacks model.safetensors"):
+        run("--dry_run", "--merge_adapter", model=str(base))
+    run("--dry_run", model=str(base))
+    assert "merge.py could not merge this adapter" in capsys.readouterr().out
+
+
 def test_an_adapter_without_tokenizer_takes_the_bases(tiny_chat, tmp_path):
     base, merged = tmp_path / "base", tmp_path / "merged"
     shutil.copytree(tiny_chat, base)
