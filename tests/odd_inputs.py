@@ -602,16 +602,17 @@ SFT_FLAGS = [
     *(
         sft_flags(f"a server that answers {name}", 1, says, ENDPOINT, before=lambda answer=answer: serve(answer))
         for name, says, answer in (
-            ("a number", "gives no answer", {"choices": [{"message": {"content": 5}, "finish_reason": "stop"}]}),
+            ("a number", "answers with", {"choices": [{"message": {"content": 5}, "finish_reason": "stop"}]}),
             ("an error", "no such model", {"error": {"message": "no such model"}}),
             ("an error in words", "no such model", {"error": "no such model"}),
-            ("a list", "gives no answer", []),
-            ("a choice that is a text", "gives no answer", {"choices": ["yes"]}),
-            ("no choice", "gives no answer", {"choices": []}),
-            ("null", "gives no answer", None),
-            ("no JSON", "gives no answer", b"<html>"),
-            ("nothing", "gives no answer", b""),
-            ("a message that is null", "gives no answer", {"choices": [{"message": None}]}),
+            ("a list", "answers with", []),
+            ("a choice that is a text", "answers with", {"choices": ["yes"]}),
+            ("no choice", "answers with", {"choices": []}),
+            ("null", "answers with", None),
+            ("no JSON", "answers with", b"<html>"),
+            ("nothing", "answers with", b""),
+            ("half an emoji", "half a character", {"choices": [{"message": {"content": "\ud83d"}}]}),
+            ("a message that is null", "answers with", {"choices": [{"message": None}]}),
         )
     ),
     *(
@@ -619,7 +620,6 @@ SFT_FLAGS = [
             f"a server that answers {name}", 0, "stop_rate", ENDPOINT, before=lambda answer=answer: serve(answer)
         )
         for name, answer in (
-            ("half an emoji", {"choices": [{"message": {"content": "\ud83d"}, "finish_reason": "stop"}]}),
             ("null as content", {"choices": [{"message": {"content": None}, "finish_reason": "length"}]}),
             ("40,000 brackets", {"choices": [{"message": {"content": "[" * 40000}}]}),
         )
