@@ -915,9 +915,9 @@ def frozen(model, absent):
     return model
 
 
-def base_fingerprint(args):
-    """Return the hash by which merge.py knows the base's weights again; they are here once the base was loaded."""
-    return merge.fingerprint(Path(cached_file(args.model_name, "config.json", revision=args.model_revision)).parent)
+def base_folder(args):
+    """Return the folder of the base's files; they are here once the base was loaded."""
+    return Path(cached_file(args.model_name, "config.json", revision=args.model_revision)).parent
 
 
 def with_adapter(model, folder, model_name):
@@ -946,11 +946,10 @@ def with_adapter(model, folder, model_name):
     return model
 
 
-def check_base_of(adapter, found, model_name):
-    """Raise InputError if what a trainer recorded beside the adapter is not the base's fingerprint, `found`."""
+def check_base_of(adapter, base, model_name):
+    """Raise InputError if what a trainer recorded beside the adapter is not the fingerprint of the folder `base`."""
     trained = read_json(Path(adapter) / "training_config.json") or {}
-    recorded = trained.get("base_fingerprint")
-    if None not in (recorded, found) and recorded != found:
+    if not merge.is_base(base, trained.get("base_fingerprint")):
         name = (trained.get("flags") or {}).get("model_name")
         raise InputError(f"{model_name} is not the base that --init_adapter {adapter} was trained on: its weights are "
                          f"not those of {name}. Pass that one as --model_name; if it is the same model in other files, "
@@ -1031,7 +1030,7 @@ def add_adapter(model, args, task, unused, notes):
         for name in unused:
             model.get_submodule(name).requires_grad_(False)
     elif args.init_adapter:
-        check_base_of(args.init_adapter, base_fingerprint(args), args.model_name)
+        check_base_of(args.init_adapter, base_folder(args), args.model_name)
         model = with_adapter(model, args.init_adapter, args.model_name)
         stored = model.peft_config["default"]
         if args.lora_dropout is not None:  # peft would keep the stored one
@@ -1063,9 +1062,8 @@ def check_mergeable(model, args, notes):
     """Say before training what merge.py could not merge: an InputError with --merge_adapter, else a note."""
     if args.finetune_type == "full":
         return
-    base = Path(cached_file(args.model_name, "config.json", revision=args.model_revision)).parent
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-    obstacle = merge.unmergeable(model.peft_config["default"].to_dict(), tensors, base)
+    obstacle = merge.unmergeable(model.peft_config["default"].to_dict(), tensors, base_folder(args))
     if obstacle and args.merge_adapter:
         raise InputError(f"--merge_adapter: merge.py could not merge this adapter ({obstacle}). Drop the flag, or mend "
                          "what it names.")
@@ -1638,7 +1636,7 @@ def describe_run(args, precision, data_fingerprint, checkpoint):
         "processes": PartialState().num_processes,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",
         "data_fingerprint": data_fingerprint,
-        "base_fingerprint": base_fingerprint(args),
+        "base_fingerprint": merge.fingerprint(base_folder(args)),
     }
     stored = read_json(Path(args.output_dir) / "training_config.json") if checkpoint else None
     if stored:

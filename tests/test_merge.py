@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import merge
+import utils
 from conftest import ROOT
 
 import pytest
@@ -726,6 +727,7 @@ def test_a_base_is_known_by_the_weights_that_it_loads(parts):
     for recorded, flags in ((known, []), (with_another, ["--overwrite"]), (None, ["--overwrite"])):
         record.write_text(json.dumps({"base_fingerprint": recorded}))
         merge.main(["--lora_adapter_path", str(adapter), "--output_path", str(merged), "--verify", "off", *flags])
+        utils.check_base_of(adapter, base, "the same")  # of --init_adapter
     record.write_text(json.dumps({"base_fingerprint": merge.digest_of([base / "another.safetensors"])}))
     with pytest.raises(merge.InputError, match="is not the base that"):
         merge.main(["--lora_adapter_path", str(adapter), "--output_path", str(merged), "--overwrite"])
