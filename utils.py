@@ -920,6 +920,11 @@ def base_folder(args):
     return Path(cached_file(args.model_name, "config.json", revision=args.model_revision)).parent
 
 
+def base_fingerprint(args):
+    """Return the hash by which merge.py knows the base's weights again, or None if it has no safetensors."""
+    return merge.fingerprint(base_folder(args))
+
+
 def with_adapter(model, folder, model_name):
     """Return the base with the adapter of a folder, to go on training it; raises InputError unless all of it fits."""
     fits_not = f"--init_adapter {folder} does not fit {model_name}"
@@ -1636,7 +1641,7 @@ def describe_run(args, precision, data_fingerprint, checkpoint):
         "processes": PartialState().num_processes,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",
         "data_fingerprint": data_fingerprint,
-        "base_fingerprint": merge.fingerprint(base_folder(args)),
+        "base_fingerprint": base_fingerprint(args),
     }
     stored = read_json(Path(args.output_dir) / "training_config.json") if checkpoint else None
     if stored:
