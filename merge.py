@@ -204,8 +204,8 @@ def read_header(path):
     return dict(sorted(found.items(), key=lambda item: item[1].start))
 
 
-def find_base(name, revision):
-    """Return the folder of the base model; a hub id is downloaded."""
+def find_base(name, revision, cached_only=False):
+    """Return the folder of the base model; a hub id is downloaded, with `cached_only` only looked for."""
     if os.path.isdir(name):
         return Path(name)
     from huggingface_hub import snapshot_download
@@ -213,7 +213,7 @@ def find_base(name, revision):
     wanted = ["*.json", "model*.safetensors", "*/model*.safetensors", "*.py", "*.jinja", "*.model", "*.tiktoken",
               "*.txt", "LICENSE*"]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=cached_only))
     except Exception as error:  # no such id, no network, no permission
         why = str(error).strip().split("\n")[0]
         raise InputError(f"base model {name!r} is no folder here and cannot be downloaded ({why}). Pass "

@@ -3,11 +3,13 @@
 git clone --depth 1 https://github.com/ggml-org/llama.cpp; pip install llama-cpp-python sentencepiece
 python examples/gguf_ollama.py --model_path MERGED --llama_cpp llama.cpp --output_path GGUF --quantize q4_k_m
 
-GGUF gets model-f16.gguf, model-q4_k_m.gguf, Modelfile and gguf_report.json; unproven-*.gguf did not pass. The reference
-runs in float32, 4 bytes a parameter. Shapes: P positions, V vocabulary, N texts, D embedding.
+GGUF gets model-f16.gguf, model-q4_k_m.gguf, Modelfile and gguf_report.json; unproven-*.gguf did not pass. One model is
+in memory at a time, in the dtype of its file. Shapes: P positions, V vocabulary, N texts, D embedding.
 """
 
 import argparse
+import contextlib
+import gc
 import importlib.util
 import json
 import os
@@ -18,12 +20,16 @@ import sys
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import merge
+
 import torch
 from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 QUANTIZE = "f16 q8_0 q6_k q5_k_m q5_k_s q4_k_m q4_k_s q4_0 q3_k_m q2_k".split()
-MAX_NEW_TOKENS, MAX_TOKENS, LAST_POSITIONS = 256, 512, 64  # of an answer; of a compared sequence; compared in each
+MAX_NEW_TOKENS = {False: 256, True: 1024}  # of an answer, without and with thinking
+MAX_TOKENS, LAST_POSITIONS = 512, 64  # of a compared sequence; compared in each
 # worst figures let through: f16 differs by rounding; a quantised model below these is another model
 LIMITS = {"f16": {"kl": 1e-3, "top1": 0.97, "cosine": 0.999}, "quantised": {"kl": 2.0, "top1": 0.5, "cosine": 0.9}}
 PROMPTS = (
@@ -64,6 +70,11 @@ def read_json(path):
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
+def trained_with(folder):
+    """Return the flags of the training, {} of a model that was not trained here."""
+    return read_json(folder / "training_config.json").get("flags", {})
+
+
 def check_inputs(args):
     """Return (base model, whether this is an embedding model, prompts); raises InputError on what must not go on."""
     folder, out, script = args.model_path, args.output_path, args.llama_cpp / "convert_hf_to_gguf.py"
@@ -84,29 +95,81 @@ def check_inputs(args):
     return report.get("base"), embedding, [line for line in lines if line.strip()]
 
 
+def find_base(args, name, flags):
+    """Return the folder of the base, of a hub id that in the hub's cache; InputError if there is no comparable one."""
+    try:
+        folder = merge.find_base(name or "", flags.get("model_revision"), cached_only=True)
+    except merge.InputError:
+        raise InputError(f"its base {name} is no such folder, nor one in the hub's cache") from None
+    pooled = [(each / "modules.json").exists() for each in (folder, args.model_path)]
+    need(pooled[0] == pooled[1], f"its base {name} is another kind of model")
+    sizes = [read_json(each / "config.json").get("vocab_size") for each in (folder, args.model_path)]
+    need(sizes[0] == sizes[1], f"its base {name} has a vocabulary of another size")
+    return folder
+
+
 def load(folder):
-    """Return a causal LM, or a SentenceTransformer where there is a modules.json, in float32."""
+    """Return a causal LM, or a SentenceTransformer where there is a modules.json, in the dtype of its file."""
     if (Path(folder) / "modules.json").exists():
         module = importlib.import_module("sentence_transformers")
-        return module.SentenceTransformer(str(folder), model_kwargs={"dtype": torch.float32})
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        return module.SentenceTransformer(str(folder), model_kwargs={"dtype": "auto"})
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def answer(model, tokenizer, chat, prompts):
+def blocks_of(module):
+    """Yield (module, its weights) so that each weight is in one: blocks of layers are whole, others have their own."""
+    yield module, list(module.parameters(recurse=False))
+    for child in module.children():
+        if isinstance(module, torch.nn.ModuleList):
+            yield child, list(child.parameters())
+        else:
+            yield from blocks_of(child)
+
+
+@contextlib.contextmanager
+def in_float32(model):
+    """Let a model compute in float32: each block's weights are converted while it runs, and put back.
+
+    The rounding of 16-bit activations would be taken for a difference between the model and its GGUF.
+    """
+    stored, hooks = {}, []
+
+    def widen(weights, *_):
+        stored.update((weight, weight.data) for weight in weights)
+        for weight in weights:
+            weight.data = weight.data.float()
+
+    def restore(weights, *_):
+        for weight in weights:
+            weight.data = stored.pop(weight)
+
+    for module, weights in blocks_of(model):
+        if weights:
+            hooks.append(module.register_forward_pre_hook(partial(widen, weights)))
+            hooks.append(module.register_forward_hook(partial(restore, weights)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        restore(list(stored))
+
+
+def answer(model, tokenizer, chat, prompts, max_new_tokens=MAX_NEW_TOKENS[False]):
     """Answer greedily; returns (answers, their token ids, stop ids); raises InputError if no answer stops."""
     stops = model.generation_config.eos_token_id
     stops, answers, sequences = stops if isinstance(stops, list) else [stops], [], []
     for prompt in prompts:
         text = chat([{"role": "user", "content": prompt}], add_generation_prompt=True)
         ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]], device=model.device)
-        options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": MAX_NEW_TOKENS, "do_sample": False}
+        options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": max_new_tokens, "do_sample": False}
         output = model.generate(ids, **options)[0].tolist()
         reply = tokenizer.decode(output[ids.shape[1] :], skip_special_tokens=True)
         answers.append({"prompt": prompt, "answer": reply, "stopped": output[-1] in stops})
         print(f"answer    {prompt} -> {reply!r}" + " (no stop token)" * (output[-1] not in stops), flush=True)
         sequences.append(output[:MAX_TOKENS])
-    found = f"None of {len(answers)} answers stops within {MAX_NEW_TOKENS} tokens at eos_token_id {stops} of"
+    found = f"None of {len(answers)} answers stops within {max_new_tokens} tokens at eos_token_id {stops} of"
     need(any(each["stopped"] for each in answers), f"{found} generation_config.json. Was that trained on?")
     return answers, sequences, stops
 
@@ -114,17 +177,19 @@ def answer(model, tokenizer, chat, prompts):
 @torch.no_grad()
 def outputs(model, inputs):
     """Return log-probabilities at the last positions of token ids (P, V), or embeddings of length 1 of texts (N, D)."""
-    if isinstance(inputs[0], str):
-        rows = model.encode(inputs, prompt="") if hasattr(model, "encode") else model.embed(inputs)
-        return torch.nn.functional.normalize(torch.as_tensor(rows))
+    own = isinstance(model, torch.nn.Module)
     rows = []
-    for ids in inputs:
-        if isinstance(model, torch.nn.Module):
-            rows.append(model(torch.tensor([ids], device=model.device)).logits[0, -LAST_POSITIONS:].cpu())
-        else:
-            model.reset()
-            model.eval(ids)
-            rows.append(torch.tensor(model.scores[: len(ids)][-LAST_POSITIONS:]))
+    with in_float32(model) if own else contextlib.nullcontext():
+        if isinstance(inputs[0], str):
+            found = model.encode(inputs, prompt="") if own else model.embed(inputs)
+            return torch.nn.functional.normalize(torch.as_tensor(found))
+        for ids in inputs:
+            if own:
+                rows.append(model(torch.tensor([ids], device=model.device)).logits[0, -LAST_POSITIONS:].cpu())
+            else:
+                model.reset()
+                model.eval(ids)
+                rows.append(torch.tensor(model.scores[: len(ids)][-LAST_POSITIONS:]))
     return torch.cat(rows).log_softmax(-1)
 
 
@@ -245,10 +310,13 @@ def write_modelfile(args, tokenizer, render, stops):
         except (InputError, TemplateError) as error:
             notes = [f"no TEMPLATE in Modelfile, as Ollama cannot express the model's: {error}. Use llama-server"]
         config, generation = read_json(folder / "config.json"), read_json(folder / "generation_config.json")
-        trained = read_json(folder / "training_config.json").get("flags", {}).get("max_length") or 0
-        values = {"num_ctx": min(max(4096, trained), config.get("max_position_embeddings", 4096)), "temperature": 0}
-        sampled = {"temperature": 1.0, "top_k": 50, "top_p": 1.0} if generation.get("do_sample") else {}
-        values |= {name: generation.get(name) or value for name, value in sampled.items()}  # Ollama's defaults differ
+        flags = trained_with(folder)
+        wanted = max(4096, flags.get("max_length") or 0)
+        values = {"num_ctx": min(wanted, config.get("max_position_embeddings", 4096)), "temperature": 0}
+        # a base's values are for the answers that it gives: Qwen3's for those with thinking
+        if generation.get("do_sample") and flags.get("enable_thinking") != "false":
+            sampled = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}  # Ollama's defaults differ
+            values |= {name: generation.get(name) or value for name, value in sampled.items()}
         values["repeat_penalty"] = generation.get("repetition_penalty") or 1.0
         lines += [f'PARAMETER stop "{tokenizer.decode([stop])}"' for stop in stops]
         lines += [f"PARAMETER {name} {value}" for name, value in values.items()]
@@ -261,16 +329,23 @@ def main(argv=None):
     args = parse_args(argv)
     base, embedding, prompts = check_inputs(args)
     folder, out, figures, answers, stops = args.model_path, args.output_path, {}, [], None
+    trained = trained_with(folder)
+    thinking = trained.get("enable_thinking") == "true"
     tokenizer, model = AutoTokenizer.from_pretrained(folder), load(folder)
-    chat = partial(tokenizer.apply_chat_template, tokenize=False, enable_thinking=False)
+    chat = partial(tokenizer.apply_chat_template, tokenize=False, enable_thinking=thinking)
     inputs = [text[:100] for text in prompts + PIECES if text.strip() and not WORDPIECE_FAILS.search(text)]
     if not embedding:
-        answers, inputs, stops = answer(model, tokenizer, chat, prompts)
+        answers, inputs, stops = answer(model, tokenizer, chat, prompts, MAX_NEW_TOKENS[thinking])
     warnings = [f"no stop token in the answer to {each['prompt']}" for each in answers if not each["stopped"]]
-    merged, model = outputs(model, inputs), None  # freed before the base comes
-    known = base and os.path.isdir(base) and os.path.exists(f"{base}/modules.json") == embedding
-    before = outputs(load(base), inputs) if known else None
-    warnings += [f"what is left of the fine-tune is not measured: its base {base} is no such folder"] * (not known)
+    merged = outputs(model, inputs)
+    model = None
+    gc.collect()  # one model at a time
+    try:
+        before = outputs(load(find_base(args, base, trained)), inputs)
+    except InputError as error:
+        before = None
+        warnings.append(f"what is left of the fine-tune is not measured: {error}")
+    gc.collect()
     out.mkdir(parents=True, exist_ok=True)
     options = {"n_ctx": MAX_TOKENS, "embedding": embedding, "logits_all": not embedding, "verbose": False}
     for kind in dict.fromkeys(["f16", args.quantize]):
@@ -280,6 +355,8 @@ def main(argv=None):
         if kind == "f16":
             cases, adds_bos, notes = check_tokens(llm, tokenizer, chat, prompts, stops)
         figures[kind] = compare(kind, merged, before, outputs(llm, inputs))
+        llm = None
+        gc.collect()
         print(f"{kind:<9} " + ", ".join(f"{name} {value:.4g}" for name, value in figures[kind].items()), flush=True)
         path = path.rename(out / f"model-{kind}.gguf")
     if figures[args.quantize].get("residual", 0) > 0.5:
@@ -289,7 +366,8 @@ def main(argv=None):
     report = {"flags": vars(args), "token_cases": cases, "figures": figures, "answers": answers, "warnings": warnings}
     (out / "gguf_report.json").write_bytes(json.dumps(report, indent=2, ensure_ascii=False, default=str).encode())
     print("".join(f"warning   {text}\n" for text in warnings), end="")
-    flags = "--embeddings" if embedding else "--jinja --chat-template-kwargs '{\"enable_thinking\": false}'"
+    setting = json.dumps({"enable_thinking": thinking})
+    flags = "--embeddings" if embedding else f"--jinja --chat-template-kwargs '{setting}'"
     print(f"next      ollama create NAME -f {out}/Modelfile\n          llama-server -m {path} {flags}")
     return report
 

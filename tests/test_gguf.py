@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import weakref
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from conftest import CHATML, ROOT, chat_tokenizer
 from examples import gguf_ollama
 from examples.gguf_ollama import InputError
 
+import huggingface_hub
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertModel, Qwen3Config, Qwen3ForCausalLM
@@ -350,6 +352,113 @@ def test_a_run_warns_of_noise_and_of_a_base_that_is_not_here(rehearsal):
     assert report["figures"]["q4_k_m"].keys() == {"kl", "top1"}
 
 
+def in_the_cache(folder, cache):
+    """Put a model into a hub cache as owner/name."""
+    snapshot = cache / "models--owner--name/snapshots/abc"
+    shutil.copytree(folder, snapshot)
+    (cache / "models--owner--name/refs").mkdir()
+    (cache / "models--owner--name/refs/main").write_text("abc")
+    return snapshot
+
+
+def test_a_base_of_the_hub_is_found_in_the_cache(rehearsal, tmp_path, monkeypatch):
+    start, folder, base = rehearsal
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    snapshot = in_the_cache(base, tmp_path / "hub")
+    (folder / "merge_report.json").write_text('{"verified": true, "base": "owner/name"}')
+    report = start("--quantize", "f16")
+    assert report["warnings"] == [] and report["figures"]["f16"]["retained"] == pytest.approx(1, abs=0.02)
+    find = partial(gguf_ollama.find_base, SimpleNamespace(model_path=folder))
+    assert find("owner/name", {}) == snapshot and find(str(base), {}) == base
+    for name, flags in (("owner/name", {"model_revision": "v2"}), ("owner/other", {}), ("/no/folder", {}), (None, {})):
+        with pytest.raises(InputError, match=f"base {name} is no such folder"):
+            find(name, flags)
+    config = json.loads((snapshot / "config.json").read_text())
+    (snapshot / "config.json").write_text(json.dumps(config | {"vocab_size": 700}))
+    with pytest.raises(InputError, match="owner/name has a vocabulary of another size"):
+        find("owner/name", {})
+    (snapshot / "modules.json").write_text("[]")
+    with pytest.raises(InputError, match="owner/name is another kind of model"):
+        find("owner/name", {})
+
+
+def test_one_model_is_in_memory_at_a_time(rehearsal, llama_cpp, monkeypatch):
+    start, folder, base = rehearsal
+    living, counts = weakref.WeakSet(), []
+
+    def counted(make):
+        def load(*args, **options):
+            counts.append(len(living))
+            model = make(*args, **options)
+            if model:
+                living.add(model)
+            return model
+
+        return load
+
+    monkeypatch.setattr(gguf_ollama, "load", counted(gguf_ollama.load))
+    monkeypatch.setattr(FakeLlamaCpp, "Llama", counted(FakeLlamaCpp.Llama))
+    monkeypatch.setattr(gguf_ollama, "write_gguf", counted(gguf_ollama.write_gguf))  # the converter loads it, too
+    start()
+    assert counts == [0] * 6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_model_in_the_dtype_of_its_file_gives_the_outputs_of_float32(tiny_chat, tmp_path, dtype):
+    AutoModelForCausalLM.from_pretrained(tiny_chat).to(dtype).save_pretrained(tmp_path)
+    inputs = [[5, 6, 7, 8, 9], [10, 11]]
+    expected = gguf_ollama.outputs(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval(), inputs)
+    model = gguf_ollama.load(tmp_path)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    assert torch.equal(gguf_ollama.outputs(model, inputs), expected)
+    assert {weight.dtype for weight in model.parameters()} == {dtype}
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+    hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+    assert not any(hooks)
+    native = model(torch.tensor(inputs[:1])).logits[0].float().log_softmax(-1)
+    assert torch.equal(native, expected[:5]) == (dtype == torch.float32)  # which is what the conversion is for
+
+
+def test_embeddings_in_the_dtype_of_their_file_are_those_of_float32(tiny_bert, tmp_path):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    BertModel.from_pretrained(tiny_bert).to(torch.bfloat16).save_pretrained(tmp_path / "bert")
+    AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(tmp_path / "bert")
+    sentence_transformers.SentenceTransformer(str(tmp_path / "bert")).save(str(tmp_path / "model"))
+    texts, exact = ["where is the apple", "a lamp"], {"dtype": torch.float32}
+    reference = sentence_transformers.SentenceTransformer(str(tmp_path / "model"), model_kwargs=exact)
+    model = gguf_ollama.load(tmp_path / "model")
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    found = gguf_ollama.outputs(model, texts)
+    assert found.dtype == torch.float32 and (found - gguf_ollama.outputs(reference, texts)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("trained, opening", [("true", ""), ("false", "<think>\n\n</think>\n\n"), (None, None)])
+def test_the_model_is_asked_as_it_was_trained(rehearsal, tmp_path, monkeypatch, capsys, trained, opening):
+    start, folder, _ = rehearsal
+    (folder / "chat_template.jinja").write_text(NO_THINKING)
+    flags = {"enable_thinking": trained} if trained else {}
+    (folder / "training_config.json").write_text(json.dumps({"flags": flags}))
+    seen, answer = [], gguf_ollama.answer
+
+    def caught(*args):
+        seen.append(args)
+        if trained != "true":
+            raise StopIteration
+        return answer(*args)
+
+    monkeypatch.setattr(gguf_ollama, "answer", caught)
+    with contextlib.suppress(StopIteration):
+        start("--quantize", "f16")
+    _, _, chat, _, max_new_tokens = seen[0]
+    end = "<think>\n\n</think>\n\n" if opening is None else opening
+    prompt = chat([{"role": "user", "content": "x"}], add_generation_prompt=True)
+    assert prompt == "<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n" + end
+    assert max_new_tokens == (1024 if trained == "true" else 256)
+    if trained == "true":
+        assert "</think>" not in (tmp_path / "out/Modelfile").read_text()
+        assert '--chat-template-kwargs \'{"enable_thinking": true}\'' in capsys.readouterr().out
+
+
 def test_a_bos_that_llama_cpp_adds_is_not_in_the_template_too(rehearsal, tmp_path):
     start, folder, _ = rehearsal
     tokenizer = chat_tokenizer("{{ bos_token }}" + CHATML, "<|im_end|>", "<s>", ["<s>", "<|im_start|>"])
@@ -529,6 +638,18 @@ def test_modelfile_says_what_the_model_was_trained_with(merged, tmp_path):
     text, _ = write_modelfile(folder, CHATML, tmp_path, training_config=trained, generation_config=sampling)
     wanted = {"num_ctx 6000", "temperature 0.6", "top_k 50", "top_p 0.95", "repeat_penalty 1.05"}
     assert {line.removeprefix("PARAMETER ") for line in text.splitlines()} >= wanted
+
+
+@pytest.mark.parametrize("trained, sampled", [("false", False), ("true", True), (None, True), ("auto", True)])
+def test_sampling_is_that_of_the_base_unless_it_was_trained_without_thinking(merged, tmp_path, trained, sampled):
+    base = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20}
+    settings = {"generation_config": base}
+    if trained:
+        settings["training_config"] = {"flags": {"enable_thinking": trained}}
+    text, _ = write_modelfile(merged(), CHATML, tmp_path, **settings)
+    found = dict(line.split()[1:] for line in text.splitlines() if re.match("PARAMETER (t|top_.)", line))
+    values = {"temperature": "0.6", "top_k": "20", "top_p": "0.95"}
+    assert found == (values if sampled else {"temperature": "0"})
 
 
 def test_modelfile_without_a_template_says_so(merged, tmp_path):
