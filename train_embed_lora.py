@@ -15,6 +15,7 @@ import itertools
 import json
 import random
 import re
+import tempfile
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 from datasets.fingerprint import Hasher
 from tokenizers import processors
 from torch import nn
-from transformers import AutoModel, set_seed
+from transformers import AutoModel, PreTrainedTokenizerFast, set_seed
 from transformers.pytorch_utils import Conv1D
 
 # ---------------------------------------------------------------- arguments
@@ -480,6 +481,17 @@ def dev_sizes(dev_sets):
     return {name or "dev": {"queries": len(dev.queries), "corpus": len(dev.corpus)} for name, dev in dev_sets.items()}
 
 
+def encode_texts(tokenizer, texts, sides, query_max_len, passage_max_len):
+    """Return the token ids of each text; sides: whether it is a query."""
+    ids = [None] * len(texts)
+    for side, limit in ((True, query_max_len), (False, passage_max_len)):
+        at = [i for i, is_query in enumerate(sides) if is_query == side]
+        rows = tokenizer([texts[i] for i in at], truncation=True, max_length=limit)["input_ids"] if at else []
+        for i, row in zip(at, rows, strict=True):
+            ids[i] = row
+    return ids
+
+
 class Texts:
     """Every text of a run once, as token ids: `add` gives its index, then `tokenise`, then `texts[index]`."""
 
@@ -495,13 +507,7 @@ class Texts:
         made_by = utils.tokens_key(tokenizer, Texts.tokenise)
 
         def encode(batch):
-            ids = [None] * len(batch["text"])
-            for side, limit in ((True, query_max_len), (False, passage_max_len)):
-                at = [i for i, is_query in enumerate(batch["is_query"]) if is_query == side]
-                some = [batch["text"][i] for i in at]
-                rows = tokenizer(some, truncation=True, max_length=limit)["input_ids"] if some else []
-                for i, row in zip(at, rows, strict=True):
-                    ids[i] = row
+            ids = encode_texts(tokenizer, batch["text"], batch["is_query"], query_max_len, passage_max_len)
             return {"input_ids": ids}
 
         key = [texts, sides, made_by, query_max_len, passage_max_len]
@@ -809,16 +815,58 @@ def st_files(args):
     return pooling, prompts
 
 
-def append_eos(tokenizer):
-    """Make the tokenizer itself end every text with EOS, so that whoever loads it does the same, truncated or not."""
+def added_tokens(tokenizer):
+    """Return the ids that the tokenizer puts before every text, and behind it; ([], []) where that cannot be told."""
+    bare, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    starts = range(len(whole) - len(bare) + 1)
+    start = next((i for i in starts if bare and whole[i : i + len(bare)] == bare), None)
+    return ([], []) if start is None else (whole[:start], whole[start + len(bare) :])
+
+
+def append_eos(tokenizer, args, notes):
+    """Return a tokenizer that by itself ends every text with EOS, so that whoever loads it does so, truncated or not.
+
+    Raises InputError if it cannot be made to.
+    """
     eos = tokenizer.eos_token or tokenizer.sep_token
     if not eos or not tokenizer.is_fast:
         raise InputError("--append_eos: the tokenizer has no EOS token, or is none of `tokenizers`'. Drop the flag.")
-    if tokenizer("a")["input_ids"][-1] == tokenizer.convert_tokens_to_ids(eos):
-        return
-    old, ids = tokenizer.backend_tokenizer.post_processor, [(eos, tokenizer.convert_tokens_to_ids(eos))]
-    new = processors.TemplateProcessing(single=f"$A {eos}", special_tokens=ids)
-    tokenizer.backend_tokenizer.post_processor = processors.Sequence([old, new]) if old else new
+    before, after = added_tokens(tokenizer)
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    if after and after[-1] in special | set(tokenizer.all_special_ids):
+        notes.append("--append_eos changes nothing: the tokenizer ends every text in "
+                     f"{tokenizer.convert_ids_to_tokens(after[-1])} by itself")
+        return tokenizer
+    before, after = (tokenizer.convert_ids_to_tokens(ids) for ids in (before, after))
+    after.append(eos)
+    ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in dict.fromkeys([*before, *after])]
+    try:
+        template = processors.TemplateProcessing(
+            single=[*before, "$A", *after], pair=[*before, "$A", *after, *before, "$B:1", *after], special_tokens=ids)
+    except ValueError as error:  # a token with a colon in it, say
+        raise InputError(f"--append_eos: no template can be made of the tokens {', '.join(before + after)} "
+                         f"({utils.reason(error)}). Choose another base, or drop the flag.") from None
+    tokenizer.backend_tokenizer.post_processor = template
+    limit = len(before) + len(after) + 2
+    if always_ends(tokenizer, args, eos, limit):
+        return tokenizer
+    # some classes rebuild the template when they are loaded (GPTNeoXTokenizer): the plain one takes it as it stands
+    plain = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, model_max_length=tokenizer.model_max_length, padding_side="right",
+        model_input_names=tokenizer.model_input_names, **tokenizer.special_tokens_map)
+    if always_ends(plain, args, eos, limit):
+        return plain
+    raise InputError(f"--append_eos: the {type(tokenizer).__name__} of {args.model_name} does not end short and "
+                     f"truncated texts in {eos} once it is saved and read back. Choose another base, or drop the flag.")
+
+
+def always_ends(tokenizer, args, token, limit):
+    """Tell whether a tokenizer that is saved and read back ends a short text and a truncated one in `token`."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        saved = utils.read_tokenizer(folder, args)
+    found = [saved(text, truncation=True, max_length=limit)["input_ids"] for text in ("a", "a b c " * 100)]
+    return len(found[1]) <= limit and all(ids[-1] == saved.convert_tokens_to_ids(token) for ids in found)
 
 
 def hidden_states(model, precision, last):
@@ -871,7 +919,7 @@ def save_st_files(folder, args, dimension, prompts):
 
 
 def settle_texts(args, examples, config, tokenizer, notes):
-    """Fill in lengths, prefixes and EOS where no flag gives them.
+    """Fill in lengths and prefixes where no flag gives them.
 
     Returns (the base's own pooling or None, the prompts to save: the base's with those that are trained).
     """
@@ -903,8 +951,6 @@ def settle_texts(args, examples, config, tokenizer, notes):
     elif len(own) > 1:
         notes.append(f"the rows carry {len(own)} query prefixes and final/ stores one, '{args.query_prefix}': put a "
                      "query's own prompt before it when you encode it")
-    if args.append_eos:
-        append_eos(tokenizer)
     trained = {"query": args.query_prefix, "document": args.doc_prefix}
     if "passage" in prompts:  # the same under the name that e5 uses
         trained["passage"] = args.doc_prefix
@@ -945,6 +991,14 @@ def text_indices(row):
     return [query, positive[0], *(negative[0] for negative in negatives)]
 
 
+def unknown_share(texts, tokenizer):
+    """Return the share of unknown tokens in the texts themselves, without what the tokenizer adds to each."""
+    added = [token for side in added_tokens(tokenizer) for token in side]
+    count = len(texts.values) - len(texts.index) * len(added)
+    unknown = (texts.values == tokenizer.unk_token_id).sum() - len(texts.index) * added.count(tokenizer.unk_token_id)
+    return unknown / max(1, count)
+
+
 def show_examples(train_set, texts, tokenizer, notes):
     """Print three rows as the model sees them, special tokens and prefixes included; note what it cannot read."""
     for i in range(min(3, len(train_set))):
@@ -952,8 +1006,8 @@ def show_examples(train_set, texts, tokenizer, notes):
             text = tokenizer.decode(texts[j])
             text = text if len(text) < 160 else f"{text[:100]} ... {text[-50:]}"
             say(f"example {i + 1} {name:8} {len(texts[j]):4} tokens  {text}")
-    unknown = np.mean(texts.values == tokenizer.unk_token_id)
-    if unknown > 0.01 and tokenizer.unk_token_id != tokenizer.eos_token_id:  # GPT-2 has one for both
+    unknown = unknown_share(texts, tokenizer)
+    if unknown > 0.01:
         notes.append(f"{unknown:.0%} of all tokens are {tokenizer.unk_token}: the base cannot read these texts. "
                      "Choose one made for their language.")
 
@@ -1093,6 +1147,8 @@ def main(argv=None):
         examples, dev_sets, counts = read_data(args)
 
     config, tokenizer = utils.load_config(args), utils.load_tokenizer(args)
+    if args.append_eos:
+        tokenizer = append_eos(tokenizer, args, notes)
     stored_pooling, prompts = settle_texts(args, examples, config, tokenizer, notes)
     texts = Texts()
     train_set = TrainSet(examples, texts, args)
@@ -1107,6 +1163,7 @@ def main(argv=None):
     dev_sets = fill_pools(args, plan, training, dev_sets, texts, notes)
     counts["dev"] = dev_sizes(dev_sets)
     model, causal, dimension, precision = load_model(args, config, stored_pooling, texts, notes)
+    utils.check_vocabulary(model, args, tokenizer, texts.values.max())
     trainer = EmbedTrainer(
         flags=args, causal=causal, model=model, measure=make_measure(dev_sets, texts, args), train_dataset=train_set,
         eval_dataset=train_set,  # never read: Trainer refuses to evaluate without one
@@ -1115,8 +1172,12 @@ def main(argv=None):
     )
     run = utils.describe_run(args, precision, Hasher.hash([examples, dev_sets]), checkpoint) | {"data": counts}
     show_examples(train_set, texts, tokenizer, notes)
-    outputs = partial(trainer.embed, [texts[i] for i in range(min(8, len(texts.index)))])
-    return utils.carry_out(trainer, args, plan, run, checkpoint, tokens, outputs, AutoModel,
+    compared = [*list(texts.index)[:7], list(texts.index)[np.diff(texts.offsets).argmax()]]  # the longest, too
+
+    def inputs(tokenizer):
+        return encode_texts(tokenizer, *zip(*compared, strict=True), args.query_max_len, args.passage_max_len)
+
+    return utils.carry_out(trainer, args, plan, run, checkpoint, tokens, inputs, trainer.embed, AutoModel,
                            write_files=partial(save_st_files, args=args, dimension=dimension, prompts=prompts))
 
 

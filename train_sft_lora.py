@@ -12,6 +12,7 @@ Shapes: B sequences, T tokens, N supervised tokens, V vocabulary, P pairs; (P, 2
 
 import argparse
 import contextlib
+import copy
 import http.client
 import itertools
 import json
@@ -36,6 +37,7 @@ from statistics import fmean as mean
 import utils
 from utils import InputError, integer, named, one_of, real, say
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
@@ -1002,6 +1004,29 @@ class TrainSet(list):
     epoch = 0
 
 
+def encode_row(chat, messages, tools, rejected, args):
+    """Return what Chat.samples, or Chat.pair, returns of a row; ([], [the reason], 0) of one that is dropped."""
+    try:
+        if rejected:
+            *messages, rejected = chat.prepare([*messages, rejected])
+            return chat.pair(messages, rejected, tools, args)
+        return chat.samples(chat.prepare(messages), tools, args)
+    except Drop as drop:
+        return [], [str(drop)], 0
+
+
+def first_ids(examples, chat, args, count, tokenizer):
+    """Return the token ids of the first `count` samples, as `chat` makes them with another tokenizer."""
+    other, found = copy.copy(chat), []
+    other.tokenizer = tokenizer
+    for example in examples:
+        if len(found) >= count:
+            break
+        samples = encode_row(other, example.messages, example.tools, example.rejected, args)[0]
+        found += [ids for ids, _ in samples]
+    return found[:count]
+
+
 def tokenise(examples, chat, args):
     """Turn Examples into samples of token ids and masks. Returns (TrainSet, {reason: [where]}, prompts shortened)."""
     if not examples:  # --eval_only
@@ -1012,15 +1037,7 @@ def tokenise(examples, chat, args):
     def encode(batch):
         rows = []
         for row, text in zip(batch["row"], batch["example"], strict=True):
-            messages, tools, rejected = json.loads(text)
-            try:
-                if rejected:
-                    *messages, rejected = chat.prepare([*messages, rejected])
-                    samples, drops, shortened = chat.pair(messages, rejected, tools, args)
-                else:
-                    samples, drops, shortened = chat.samples(chat.prepare(messages), tools, args)
-            except Drop as drop:
-                samples, drops, shortened = [], [str(drop)], 0
+            samples, drops, shortened = encode_row(chat, *json.loads(text), args)
             for ids, spans in samples:
                 supervised = [False] * len(ids)
                 for start, end in spans:
@@ -1771,6 +1788,18 @@ def make_samples(args, examples, dev_sets, chat, counts):
     return train_set, made
 
 
+def unknown_share(samples, chat):
+    """Return the share of unknown tokens, special ones left aside; 0 where the template itself writes that token."""
+    tokenizer = chat.tokenizer
+    unknown = tokenizer.unk_token_id
+    trial = chat.rendered([as_message("user", QUESTION), as_message("assistant", ANSWER)], False) or ""
+    if unknown is None or tokenizer.unk_token in trial or unknown in chat.stop_ids:  # GPT-2 has one for everything
+        return 0
+    special = np.array([*set(tokenizer.convert_tokens_to_ids(chat.special)) - {unknown}])
+    ids = np.concatenate([sample["input_ids"] for sample in samples])
+    return (ids == unknown).sum() / max(1, len(ids) - np.isin(ids, special).sum())
+
+
 def show_examples(train_set, examples, chat, notes):
     """Print three samples, or pairs, with the supervised tokens marked, and what the answers have in common."""
     on, off = ("\033[32m", "\033[0m") if os.isatty(1) else ("[[", "]]")
@@ -1798,8 +1827,8 @@ def show_examples(train_set, examples, chat, notes):
     if residue:
         notes.append(f"{len(residue)} responses look as if tags were left in them (first: {residue[0][1]}: "
                      f"{residue[0][0]!r}); --drop_regex drops such rows")
-    unknown = sum(int((sample["input_ids"] == chat.tokenizer.unk_token_id).sum()) for sample in train_set) / total
-    if unknown > 0.01 and chat.tokenizer.unk_token_id not in chat.stop_ids:  # GPT-2 has one for both
+    unknown = unknown_share(train_set, chat)
+    if unknown > 0.01:
         notes.append(f"{unknown:.0%} of all tokens are {chat.tokenizer.unk_token}: the base cannot read these texts")
 
 
@@ -1875,9 +1904,9 @@ def load_model(args, config, notes):
     return utils.add_adapter(model, args, "CAUSAL_LM", unused, notes), plain_head, precision
 
 
-def first_logits(trainer, samples):
-    """Return logits (N, V) of the first eight samples' first answer tokens in evaluation mode, to compare models by."""
-    step = collate(samples[:8])
+def first_logits(trainer, samples, ids):
+    """Return logits (N, V) of the first answer tokens of `samples`, whose token ids are `ids`, to compare models by."""
+    step = {"rows": len(ids), "sequences": ids, "supervised": [sample["supervised"] for sample in samples]}
 
     def logits_of(i):
         keep = torch.tensor(step["supervised"][i][1:].nonzero()[0][:8], device=trainer.args.device)
@@ -1941,6 +1970,9 @@ def main(argv=None):
     train_set = train_set or TrainSet(next(iter(dev_sets.values())).samples)  # --eval_only
     plan = plan_run(args, train_set, dev_sets, notes)
     model, plain_head, precision = load_model(args, config, notes)
+    sets = [flat(part) for part in (train_set, *(dev.samples for dev in dev_sets.values()))]
+    largest = max(sample["input_ids"].max() for samples in sets for sample in samples)
+    utils.check_vocabulary(model, args, tokenizer, largest)
     trainer_class, own = SftTrainer, {"data_collator": collate}
     if args.pref_loss:
         pair_sets = [dev.samples for dev in dev_sets.values()] + [train_set] * (not args.eval_only)
@@ -1963,8 +1995,10 @@ def main(argv=None):
         return report_evaluation(args, run, trainer.measure(trainer))
     show_examples(train_set, examples, chat, notes)
     tokens = list(map(tokens_of, train_set))
-    outputs = partial(first_logits, trainer, flat(train_set))
-    report = utils.carry_out(trainer, args, plan, run, checkpoint, tokens, outputs, AutoModelForCausalLM,
+    compared = flat(train_set[:8])[:8]
+    inputs = partial(first_ids, examples, chat, args, len(compared))
+    outputs = partial(first_logits, trainer, compared)
+    report = utils.carry_out(trainer, args, plan, run, checkpoint, tokens, inputs, outputs, AutoModelForCausalLM,
                              write_files=partial(save_stops, args, chat))
     if args.sanity_overfit and "metrics" in report:
         check_overfit(report["metrics"]["after"], train_set)

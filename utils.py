@@ -746,16 +746,71 @@ def load_config(args):
     return config
 
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tekken.json")
+
+
 def load_tokenizer(args):
     """Load the tokenizer of --init_adapter if that has one, else of the base; it pads on the right."""
     saved = args.init_adapter and (Path(args.init_adapter) / "tokenizer_config.json").exists()
     source, revision = (args.init_adapter, None) if saved else (args.model_name, args.model_revision)
+    nothing = InputError(f"{source} has no tokenizer: none of {', '.join(TOKENIZER_FILES)}, *.model. Copy the files of "
+                         "the base it was made from into it, or choose another base.")
+    if os.path.isdir(source) and not has_tokenizer(source):
+        raise nothing  # transformers would make one up
     try:
-        return AutoTokenizer.from_pretrained(
-            source, revision=revision, trust_remote_code=args.trust_remote_code, padding_side="right"
-        )
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = read_tokenizer(source, args, revision)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{source} has no tokenizer that can be read: {reason(error)}") from None
+    config = cached_file(source, "config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+    if config and not os.path.isdir(source) and not has_tokenizer(Path(config).parent):
+        raise nothing
+    return tokenizer
+
+
+def has_tokenizer(folder):
+    """Tell whether a folder, of a model or of the hub's cache, has a file that a tokenizer is read from."""
+    return any((Path(folder) / name).is_file() for name in TOKENIZER_FILES) or any(Path(folder).glob("*.model"))
+
+
+def read_tokenizer(source, args, revision=None):
+    """Return the tokenizer of a folder or of a hub model; it pads on the right."""
+    return AutoTokenizer.from_pretrained(
+        source, revision=revision, trust_remote_code=args.trust_remote_code, padding_side="right"
+    )
+
+
+def saved_inputs(args, folder, tokenizer, inputs):
+    """Return inputs(the tokenizer read back from `folder`), lists of token ids.
+
+    Raises InputError if those of the `tokenizer` that was saved there are others: the model would be served with
+    tokens that it was not trained on.
+    """
+    try:
+        saved = read_tokenizer(folder, args)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"the tokenizer of {args.model_name}, saved, cannot be read back: {reason(error)}") from None
+    found, expected = ([[int(i) for i in ids] for ids in inputs(each)] for each in (saved, tokenizer))
+    for ids, live in zip(found, expected, strict=False):
+        if ids != live:
+            text, other = (repr(tokenizer.decode(side))[-60:] for side in (live, ids))
+            raise InputError(f"the {type(tokenizer).__name__} of {args.model_name}, saved and read back, gives other "
+                             f"tokens than in training: ...{other} in place of ...{text}. Choose another base.")
+    if len(found) != len(expected):
+        raise InputError(f"the chat template of {args.model_name}, saved and read back, takes other rows than in "
+                         "training. Choose another base, or pass another --chat_template.")
+    return found
+
+
+def check_vocabulary(model, args, tokenizer, largest):
+    """Raise InputError if `largest`, a token id of the data, has no row in the model's embedding."""
+    try:
+        rows = model.get_input_embeddings().weight.shape[0]
+    except (NotImplementedError, AttributeError):  # a model that hashes its input, say
+        return
+    if largest >= rows:
+        raise InputError(f"{args.model_name} has embeddings for {rows} tokens, and its tokenizer, of {len(tokenizer)}, "
+                         f"gives the data token {largest} ({tokenizer.convert_ids_to_tokens(int(largest))!r}): they do "
+                         "not belong together. Put the model's own tokenizer into its folder.")
 
 
 def position_limit(config, tokenizer):
@@ -1543,24 +1598,26 @@ def is_finished(stored, args, plan):
     return stored["global_step"] >= plan.total_steps or waited.get("early_stopping_patience_counter", 0) >= patience
 
 
-def prove(trainer, folder, base, outputs, auto_class):
-    """Load what was saved from disk and compare its outputs() (B, D) with the live model's and with the `base`'s.
+def prove(trainer, folder, base, inputs, outputs, auto_class):
+    """Load what was saved from disk and compare its outputs (B, D) with the live model's and with the `base`'s.
 
-    Returns {"relative_error", "relative_change"}; raises RuntimeError if what is on disk differs from the live model,
-    and InputError if it does not differ from the base.
+    inputs(tokenizer): token ids of a few texts; outputs(token ids): of the trainer's model. Returns {"relative_error",
+    "relative_change"}; raises RuntimeError if the model on disk differs from the live one, and InputError if its
+    tokenizer does, or if it does not differ from the base.
     """
-    live, model = outputs(), trainer.model
+    ids, model = saved_inputs(trainer.flags, folder, trainer.processing_class, inputs), trainer.model
+    live = outputs(inputs(trainer.processing_class))
     if isinstance(model, PeftModel):
         model.load_adapter(folder, adapter_name="reloaded")
         model.set_adapter("reloaded")
-        reloaded = outputs()
+        reloaded = outputs(ids)
         model.set_adapter("default")
         model.delete_adapter("reloaded")
     else:
         trainer.model = auto_class.from_pretrained(
             folder, dtype=torch.float32, trust_remote_code=trainer.flags.trust_remote_code
         ).to(model.device)
-        reloaded, trainer.model = outputs(), model
+        reloaded, trainer.model = outputs(ids), model
     error, change = ((x - live).norm().item() / live.norm().item() for x in (reloaded, base))
     if error > (1e-2 if trainer.args.fp16 or trainer.args.bf16 else 1e-5):
         raise RuntimeError(f"{folder} does not give the trained model's outputs: relative error {error:.1e}.")
@@ -1663,16 +1720,19 @@ def save_final(trainer, folder, run):
             file.chmod(0o644)  # safetensors writes 0600, which a server's user cannot read
 
 
-def carry_out(trainer, args, plan, run, checkpoint, tokens, outputs, auto_class, write_files):
+def carry_out(trainer, args, plan, run, checkpoint, tokens, inputs, outputs, auto_class, write_files):
     """Rehearse, train, save, prove and report; return the report, with --dry_run what is known before training.
 
-    tokens: number of them in each training row; outputs() (B, D): what the proof compares; write_files(folder) adds the
-    script's own files to final/.
+    tokens: number of them in each training row; inputs(tokenizer): token ids of a few texts, outputs(token ids) (B, D):
+    what the proof compares; write_files(folder) adds the script's own files to final/.
     """
     folder = Path(args.output_dir)
     if checkpoint and (report := read_json(folder / "training_summary_report.json")):
         say(f"resume    {folder} is finished: final/ and the report are there")
         return report
+    with tempfile.TemporaryDirectory() as trial:  # not after hours of training
+        trainer.processing_class.save_pretrained(trial)
+        saved_inputs(args, trial, trainer.processing_class, inputs)
     preflight(args, trainer, plan, [trainer.train_dataset[i] for i in heaviest_rows(tokens, plan, args)])
     if args.dry_run:
         return run | {"plan": vars(plan)}
@@ -1680,14 +1740,14 @@ def carry_out(trainer, args, plan, run, checkpoint, tokens, outputs, auto_class,
     if trainer.is_world_process_zero():
         begin_output_dir(args, run)
     trainer.before_training()
-    base = outputs()
+    base = outputs(inputs(trainer.processing_class))
     before, after, warnings = train(trainer, args, plan, checkpoint)
     seconds = time.perf_counter() - started
     save_final(trainer, folder / "final", run)
     if trainer.is_world_process_zero():
         write_files(folder / "final")
     trainer.accelerator.wait_for_everyone()
-    proof = prove(trainer, str(folder / "final"), base, outputs, auto_class)
+    proof = prove(trainer, str(folder / "final"), base, inputs, outputs, auto_class)
     report = write_report(trainer, args, run, {
         "plan": vars(plan), "metrics": (before, after), "proof": proof, "warnings": warnings, "seconds": seconds})
     if args.finetune_type != "full" and trainer.is_world_process_zero():
