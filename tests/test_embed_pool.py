@@ -30,7 +30,7 @@ def test_a_tenth_of_at_most_1000_queries_is_held_out_unless_a_flag_says_how_many
     examples = [Example(f"q{i // 3}", [f"p{i}"], []) for i in range(60)]
     for flags, most, rows in (("", 2, 6), ("--dev_size 0.5", 2, 30), ("--dev_sample_limit 9", 2, 9), ("", 9, 12)):
         args = parse_args(["--train_file", "x", *flags.split()])
-        held = utils.hold_out(examples, by_query, args, "query", 0.2, most)[1]
+        held = utils.hold_out(examples, by_query, args, "query", 0.2, most=most)[1]
         assert len(held[""]) == rows, flags
 
 
