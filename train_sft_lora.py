@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import os
+import queue
 import random
 import re
 import signal
@@ -27,7 +28,6 @@ import unicodedata
 import urllib.error
 import urllib.request
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
@@ -47,7 +47,7 @@ from datasets.fingerprint import Hasher
 from jinja2 import TemplateError
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recomputed
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, set_seed
 
 LOGITS_AT_ONCE = 2**26  # positions x vocabulary: 256 MiB in float32
@@ -1615,6 +1615,8 @@ def post(url, body):
         with reply:
             code = reply.code
             text = reply.read().decode(errors="replace")
+    except TimeoutError:
+        raise InputError(f"{url} gave no answer within {ANSWER_SECONDS // 60} minutes. Is the server busy?") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise NoAnswer(f"--endpoint {url} gives no answer: {utils.reason(error)}. Is the server up?") from None
     if code >= 400:
@@ -1656,40 +1658,50 @@ def ask(args, example):
             time.sleep(seconds)
 
 
-def ask_all(args, name, examples):
-    """Ask --endpoint for the last answers of Examples, several at once: [(text, whether it stopped)].
+def ask_in_threads(args, examples):
+    """Ask --endpoint for the last answers of Examples, several at once; yield (i, answer or what went wrong).
 
-    Each is written to predictions-<name>.jsonl as it comes; raises InputError once those under way have come.
+    After a failure only those under way are waited for. The threads are daemons: Ctrl-C waits for nobody.
     """
-    path, answers, failed = predictions_file(args, name), {}, None
-    bar = tqdm(total=len(examples), desc=f"asking {name}", unit="row", disable=None, leave=False)
-    with path.open("w", encoding="utf-8") as file, ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool, bar:
-        asked = {pool.submit(ask, args, example): i for i, example in enumerate(examples)}
-        try:
-            for done in as_completed(asked):
-                if done.cancelled():
-                    continue
-                if done.exception():
-                    failed = failed or done.exception()
-                    cancel(asked)
-                    continue
-                i = asked[done]
-                answers[i] = done.result()
-                file.write(prediction_line(examples[i], *answers[i]))
-                file.flush()
-                bar.update()
-        finally:
-            cancel(asked)
-    if failed:
-        sentence = str(failed).rstrip(".")
-        raise InputError(f"{sentence}. {len(answers)} of {len(examples)} answers are in {path}.") from None
+    waiting, came = iter(range(len(examples))), queue.SimpleQueue()
+
+    def work():
+        for i in waiting:
+            try:
+                came.put((i, ask(args, examples[i])))
+            except Exception as error:
+                came.put((i, error))
+                list(waiting)  # takes the rest from the others
+        came.put(None)
+
+    for _ in range(REQUESTS_AT_ONCE):
+        threading.Thread(target=work, daemon=True).start()
+    for _ in range(REQUESTS_AT_ONCE):
+        yield from iter(came.get, None)  # until one more thread has ended
+
+
+def ask_all(args, name, examples):
+    """Ask --endpoint for the last answers of Examples: [(text, whether it stopped)]; raises InputError if one fails.
+
+    Each is written to predictions-<name>.jsonl as it comes.
+    """
+    path, answers, failures = predictions_file(args, name), {}, []
+    bar = tqdm(total=len(examples), desc=f"asking {name}", unit="row", leave=False, disable=not utils.shows_bars())
+    with path.open("w", encoding="utf-8") as file, bar:
+        for i, answer in ask_in_threads(args, examples):
+            if isinstance(answer, Exception):
+                failures.append(answer)
+                continue
+            answers[i] = answer
+            file.write(prediction_line(examples[i], *answer))
+            file.flush()
+            bar.update()
+    for failure in failures:
+        if not isinstance(failure, InputError):
+            raise failure
+        sentence = str(failure).rstrip(".")
+        raise InputError(f"{sentence}. {len(answers)} of {len(examples)} answers are in {path}.")
     return [answers[i] for i in range(len(examples))]
-
-
-def cancel(futures):
-    """Cancel what has not begun."""
-    for future in futures:
-        future.cancel()
 
 
 # ---------------------------------------------------------------- main

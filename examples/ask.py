@@ -23,12 +23,16 @@ def parse_args(argv=None):
     parser.add_argument("questions", nargs="*", metavar="question")
     parser.add_argument("--samples", type=Path, metavar="FILE", help="more questions, one a line")
     parser.add_argument("--system", metavar="TEXT", help="system turn [the --system_prompt of the training]")
-    parser.add_argument("--max_new_tokens", type=int, default=256, metavar="N", help="longest answer, in tokens [256]")
+    more = {"type": utils.integer(1), "default": 256, "metavar": "N"}
+    parser.add_argument("--max_new_tokens", **more, help="longest answer, in tokens [256]")
     args = parser.parse_args(argv)
     if args.samples and not args.samples.is_file():
         parser.error(f"--samples {args.samples} is no file")
     if args.samples:
-        lines = args.samples.read_text(encoding="utf-8", errors="replace").splitlines()
+        try:
+            lines = args.samples.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            parser.error(f"--samples {args.samples} is no UTF-8 ({error}): save it as such")
         args.questions += [line for line in lines if line.strip()]
     if not args.questions:
         parser.error("there is nothing to ask: pass questions, or --samples FILE")
@@ -52,7 +56,7 @@ def load_model(source):
     """Load a model in its file's dtype, an adapter on its base, onto the GPU if there is one."""
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype="auto").eval()
-    except (OSError, ValueError) as error:
+    except utils.LOADING_ERRORS as error:
         raise utils.InputError(f"{source} cannot be loaded: {utils.reason(error)}") from None
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -83,4 +87,4 @@ if __name__ == "__main__":
     try:
         main()
     except utils.InputError as error:
-        sys.exit(f"error     {error}")
+        sys.exit(f"error: {error}")

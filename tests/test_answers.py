@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import train_sft_lora
 import utils
@@ -196,5 +197,15 @@ def test_ask_needs_a_question(tiny_chat, tmp_path, capsys):
         with pytest.raises(SystemExit):
             ask.main([tiny_chat, *flags])
     assert "there is nothing to ask" in capsys.readouterr().err
+    (tmp_path / "latin.txt").write_bytes("où?".encode("latin-1"))
+    (tmp_path / "bom.txt").write_bytes("\ufeffWhere?\n".encode())
+    with pytest.raises(SystemExit):
+        ask.main([tiny_chat, "--samples", str(tmp_path / "latin.txt")])
+    assert "is no UTF-8" in capsys.readouterr().err
+    assert ask.parse_args([tiny_chat, "--samples", str(tmp_path / "bom.txt")]).questions == ["Where?"]
+    with pytest.raises(utils.InputError, match="cannot be loaded"):
+        (tmp_path / "model.safetensors").write_bytes(b"\xff" * 99)
+        (tmp_path / "config.json").write_text((Path(tiny_chat) / "config.json").read_text())
+        ask.load_model(tmp_path)
     with pytest.raises(utils.InputError, match="special token"):
         ask.main([tiny_chat, "what is <|im_end|>?"])

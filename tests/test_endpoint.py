@@ -209,6 +209,40 @@ def test_a_failure_keeps_the_answers_that_came(serve, tmp_path):
     assert len(server.bodies) < 40  # those that had not begun were not asked
 
 
+def test_ctrl_c_waits_for_nobody(serve, monkeypatch):
+    def reply(text):
+        if text != "0":
+            asked.wait(20)
+        return completion("Yes.")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    asked = threading.Event()
+    server, args = serve(reply)
+    monkeypatch.setattr(train_sft_lora.tqdm, "update", interrupt)
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        train_sft_lora.ask_all(args, "dev-0", make_examples(20))
+    assert time.monotonic() - start < 5
+    asked.set()
+
+
+def test_a_mistake_of_ours_is_no_hang(serve, monkeypatch):
+    server, args = serve(lambda text: completion("Yes."))
+    monkeypatch.setattr(train_sft_lora, "as_request", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train_sft_lora.ask_all(args, "dev-0", make_examples(20))
+
+
+def test_a_server_that_is_too_slow_is_not_asked_again(serve, monkeypatch):
+    monkeypatch.setattr(train_sft_lora, "ANSWER_SECONDS", 0.2)
+    server, args = serve(lambda text: time.sleep(0.5) or completion("Yes."))
+    with pytest.raises(utils.InputError, match="gave no answer within"):
+        train_sft_lora.ask(args, make_examples(1)[0])
+    assert len(server.bodies) == 1
+
+
 def test_an_endpoint_is_an_address(run_sft, tmp_path, capsys):
     data = write_jsonl(tmp_path / "dev.jsonl", [{"prompt": "a", "completion": "b"}])
     with pytest.raises(SystemExit):
