@@ -623,11 +623,25 @@ PLAIN_TEMPLATE = """{{ BOS }}{% for message in messages %}{% if message.role == 
 
 QUESTION, ANSWER, FOLLOW_UP = "QUESTION-ONE", "ANSWER-ONE", "QUESTION-TWO"  # of trial conversations
 THOUGHT = "THOUGHT-ONE"
+FUNCTION = "trial_function"
+TOOL = {"type": "function", "function": {
+    "name": FUNCTION, "description": "A trial.",
+    "parameters": {"type": "object", "required": ["place"],
+                   "properties": {"place": {"type": "string", "description": "Where."}}}}}
+LEFT_OUT = ("answers that are, or stand behind, a tool call or tool turn that the chat template "
+            "leaves out")
 
 
 def as_message(role, content, **more):
     """Return one turn in the form that chat templates take."""
     return {"role": role, "content": content, **more}
+
+
+def trial_call(arguments, i=0):
+    """Return the i-th tool call of a trial, with what the strictest templates (Mistral's) ask for."""
+    call_id = f"call0000{i}"  # nine letters and digits
+    function = {"name": FUNCTION, "arguments": arguments}
+    return {"id": call_id, "type": "function", "function": function}
 
 
 def plain_template(tokenizer):
@@ -638,6 +652,23 @@ def plain_template(tokenizer):
     bos = tokenizer.bos_token_id
     adds_bos = bos is not None and tokenizer("a")["input_ids"][0] == bos
     return PLAIN_TEMPLATE.replace("BOS", "bos_token" if adds_bos else "''")
+
+
+def functions_of(message):
+    """Return [{"name", "arguments"}] of a turn's tool calls."""
+    return [call.get("function", call) for call in message.get("tool_calls", ())]
+
+
+def called(message):
+    """Return the names of the functions that a turn calls."""
+    return [function.get("name", "") for function in functions_of(message)]
+
+
+def quoted_arguments(messages):
+    """Return the arguments of tool calls that are texts, as JSON strings."""
+    arguments = [f.get("arguments") for message in messages for f in functions_of(message)]
+    texts = [each for each in arguments if isinstance(each, str)]
+    return [json.dumps(text, ensure_ascii=plain) for text in texts for plain in (False, True)]
 
 
 def common_suffix(one, other):
@@ -733,9 +764,11 @@ class Chat:
         self.own_system = self.find_own_system(before, after)
         system = self.rendered([as_message("system", "SYSTEM"), user], True)
         self.folds_system = system is None or "SYSTEM" not in system
-        call = {"function": {"name": "f", "arguments": {"x": 1}}}
-        calling = self.rendered([user, as_message("assistant", "", tool_calls=[call])], False)
-        self.takes_objects = bool(calling)
+        self.takes_objects = self.find_argument_form()
+        defined = self.rendered([user], True, [TOOL])
+        self.shows_tools = defined is None or FUNCTION in defined
+        shapes = itertools.product((False, True), (0, 1, 2), (False, True))
+        self.tool_use = {shape: self.shows(*shape) for shape in shapes}
         self.frame = find_frame(self)
 
     def find_stops(self, opening, tail, before, after, base_stops):
@@ -766,6 +799,50 @@ class Chat:
         own = head.removesuffix(common_suffix(between, head)).strip()
         return own if re.search(r"\w", own) else None
 
+    def find_argument_form(self):
+        """Tell whether tool calls are to bring their arguments as an object, else as JSON text."""
+        arguments, rendered = {"place": "HERE"}, []
+        for form in (arguments, json.dumps(arguments)):
+            call = as_message("assistant", "", tool_calls=[trial_call(form)])
+            rendered.append(self.rendered([as_message("user", QUESTION), call], False))
+        as_object, as_text = rendered
+        if as_object is None or as_text is None:
+            return as_object is not None
+        return str(arguments) not in as_object  # Python's quotes make no JSON
+
+    def shows(self, text, calls, tools):
+        """Return whether the template renders the calls of an assistant turn, and tool turns behind it.
+
+        It may depend on whether the turn has text, on whether it has one call or several, and on whether the row has
+        tools. What the template refuses counts as rendered: where it refuses a row too, its own words say why.
+        """
+        places = [f"PLACE-{i}" for i in range(calls)]
+        turn = as_message("assistant", ANSWER if text else "")
+        if calls:
+            forms = (trial_call({"place": place}, i) for i, place in enumerate(places))
+            turn["tool_calls"] = [self.readable(call) for call in forms]
+        results = [as_message("tool", f"RESULT-{i}", name=FUNCTION, tool_call_id=trial_call({}, i)["id"])
+                   for i in range(max(calls, 1))]
+        trial, tools = [as_message("user", QUESTION), turn], [TOOL] if tools else None
+        called = self.rendered(trial, False, tools)
+        answered = self.rendered([*trial, *results], True, tools)
+        return (called is None or is_whole(called, places),
+                answered is None or is_whole(answered, [result["content"] for result in results]))
+
+    def leaves_out(self, messages, tools):
+        """Tell whether the template leaves out a tool call or tool turn of these messages."""
+        shows_results = self.tool_use[True, 0, bool(tools)][1]
+        for message in messages:
+            if message["role"] == "assistant":
+                calls = min(len(message.get("tool_calls", ())), 2)
+                shape = bool(message["content"].strip()), calls, bool(tools)
+                shows_calls, shows_results = self.tool_use[shape]
+                if not shows_calls:
+                    return True
+            elif message["role"] == "tool" and not shows_results:
+                return True
+        return False
+
     def without_special(self, text):
         """Return text without its special tokens."""
         return re.sub("|".join(map(re.escape, self.special)) or "$", "", text)
@@ -791,7 +868,7 @@ class Chat:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def ended(self, text, answer):
-        """Return text, rendered messages, up to the first stop token behind the last answer, whose content is given."""
+        """Return text, rendered messages, up to the first stop token behind the last `answer` in it."""
         start = max(text.rfind(answer.strip()), 0) + len(answer.strip())
         ends = [text.find(stop, start) + len(stop) for stop in self.stops if stop in text[start:]]
         return text[: min(ends)] if ends else text.rstrip()
@@ -818,7 +895,7 @@ class Chat:
     def readable(self, call):
         """Return a tool call with its arguments as an object, or as JSON where the template refuses objects."""
         inner = call.get("function", call)
-        arguments = inner.get("arguments", {})
+        arguments = inner.get("arguments") or {}
         if self.takes_objects and isinstance(arguments, str):  # OpenAI's form; a template would quote it once more
             with contextlib.suppress(ValueError):
                 arguments = json.loads(arguments)
@@ -835,18 +912,22 @@ class Chat:
         before, answer = messages[:i], messages[i]
         if not any(turn["role"] in ("user", "tool") for turn in before):
             raise Drop("answers that no question precedes")
+        if self.leaves_out(messages[: i + 1], tools):
+            raise Drop(LEFT_OUT)
         prompt = self.render(before, True, tools)
         full = self.render([*before, answer], False, tools)
         asked = [turn["content"] for turn in before if turn["role"] in ("user", "system")]
         if not is_whole(prompt, asked):
             raise Drop("rows with a turn that the template leaves out or changes")
+        if any(text in full for text in quoted_arguments(messages[: i + 1])):
+            raise Drop("rows with a tool call whose arguments are a text, which the template quotes: "
+                       "write them as a JSON object")
         prompt_ids = self.ids(prompt)
         if full.startswith(prompt):
             answer_ids = self.answer_behind(prompt, prompt_ids, full[len(prompt) :], answer)
         else:
-            answer_ids = self.answer_behind_scaffold(prompt_ids, full, answer, before, tools)
-        calls = [call.get("function", call).get("name", "") for call in answer.get("tool_calls", ())]
-        said = [answer["content"], answer.get("reasoning_content", ""), *calls]
+            answer_ids = self.answer_elsewhere(prompt, prompt_ids, full, answer, before, tools)
+        said = [answer["content"], answer.get("reasoning_content", ""), *called(answer)]
         if not is_whole(self.tokenizer.decode(answer_ids), said):
             raise Drop("rows with an answer or reasoning that the template does not render whole "
                        "(--enable_thinking false leaves reasoning out)")
@@ -854,7 +935,7 @@ class Chat:
 
     def with_stop(self, text, answer):
         """Return text up to the stop token of the answer that it renders; one is appended if there is none."""
-        text = self.ended(text, answer["content"])
+        text = self.ended(text, (called(answer) or [answer["content"]])[-1])
         return text if text.endswith(tuple(self.stops)) else text + self.end
 
     def answer_behind(self, prompt, prompt_ids, rest, answer):
@@ -865,19 +946,26 @@ class Chat:
             return ids[len(prompt_ids) :]
         return self.ids(text)  # tokens would merge across the border, which they cannot at inference
 
-    def answer_behind_scaffold(self, prompt_ids, full, answer, before, tools):
-        """Return the answer's ids where only the prompt ends in a scaffold, as DeepSeek's "<think>\\n" does.
+    def answer_elsewhere(self, prompt, prompt_ids, full, answer, before, tools):
+        """Return the answer's ids where the template renders the end of the prompt differently before an answer.
 
-        With a snowman in the answer's place the render shows where answers begin; the answer may repeat the scaffold's
-        end, which the prompt has already.
+        With a snowman in the answer's place the render shows where answers begin.
         """
+        last = before[-1]["content"].strip()
+        snowman = self.render([*before, as_message("assistant", "\u2603")], False, tools)
         ids = self.ids(self.with_stop(full, answer))
-        snowman = self.ids(self.render([*before, as_message("assistant", "\u2603")], False, tools))
-        shared = os.path.commonprefix([prompt_ids, ids, snowman])
-        if not is_whole(self.tokenizer.decode(shared), [before[-1]["content"]]):
+        shared = os.path.commonprefix([prompt_ids, ids, self.ids(snowman)])
+        if is_whole(self.tokenizer.decode(shared), [last]):
+            # only the prompt ends in a scaffold, as DeepSeek's "<think>\n"; the answer may repeat its end
+            scaffold, answer_ids = prompt_ids[len(shared) :], ids[len(shared) :]
+            return answer_ids[overlap(scaffold, answer_ids) :]
+        # only a last user turn holds the system text, as Mistral-Nemo's: the answer follows the same end of that turn
+        head = os.path.commonprefix([full, snowman])
+        end = prompt[prompt.rfind(last) :]
+        at = head.rfind(end)
+        if not last or last not in prompt or at < 0 or head[at + len(end) :].strip():
             raise Drop("rows whose prompt the template renders differently once the answer is there")
-        scaffold, answer_ids = prompt_ids[len(shared) :], ids[len(shared) :]
-        return answer_ids[overlap(scaffold, answer_ids) :]
+        return self.answer_behind(prompt, prompt_ids, full[at + len(end) :], answer)
 
     def shortened(self, messages, i, tools, max_length):
         """Return messages whose turn i fits, the longest user text cut from the middle; raises Drop if it cannot."""
