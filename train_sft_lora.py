@@ -1810,6 +1810,7 @@ def settle_chat(args, examples, dev_sets, config, tokenizer, notes):
     if args.max_length > limit:
         notes.append(f"--max_length {args.max_length} is above the {limit} positions of the base: lowered to {limit}")
         args.max_length = int(limit)
+    with_tools = sum(bool(example.tools) for example in examples or sum(dev_sets.values(), []))
     for present, note in (
         (not own_template, "the tokenizer has no chat template: a plain one (### User: / ### Assistant:) is used, and "
                            "saved with it; an instruct model has its own"),
@@ -1823,6 +1824,9 @@ def settle_chat(args, examples, dev_sets, config, tokenizer, notes):
         (chat.folds_system, "the chat template takes no system turn: its text is put before the first user turn"),
         (chat.own_system and any(example.messages[0]["role"] != "system" for example in examples),
          f"to rows without a system turn the chat template adds by itself: {chat.own_system!r}"),
+        (with_tools and not chat.shows_tools,
+         f"the chat template leaves out the tool definitions of {with_tools} rows: nothing in their prompts says what "
+         "can be called"),
     ):
         if present:
             notes.append(note)

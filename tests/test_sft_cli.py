@@ -127,6 +127,14 @@ def test_files_of_a_run(run_sft, tmp_path, tiny_chat):
     assert [entry["step"] for entry in log if "eval_loss" in entry] == [0, 2, 4]
 
 
+def test_tool_definitions_that_the_template_leaves_out_are_noted(run_sft, tmp_path, capsys):
+    rows = [row | {"tools": [{"type": "function", "function": {"name": "add"}}] * (i < 7)}
+            for i, row in enumerate(make_chats(30))]
+    run_sft("--dry_run", "--dev_file", write_jsonl(tmp_path / "dev.jsonl", make_chats(40)[30:]),
+            data=write_jsonl(tmp_path / "tools.jsonl", rows))
+    assert "leaves out the tool definitions of 7 rows" in capsys.readouterr().out
+
+
 def test_stop_tokens_are_written_for_whoever_serves_the_model(run_sft, tmp_path, tiny_chat):
     AutoModelForCausalLM.from_pretrained(tiny_chat).save_pretrained(tmp_path / "base")
     tokenizer = AutoTokenizer.from_pretrained(tiny_chat)

@@ -1,9 +1,10 @@
 """What is supervised, token by token, for the template families, written from their documentation."""
 
+import json
 import types
 
 from conftest import chat_tokenizer
-from train_sft_lora import Chat, Drop
+from train_sft_lora import LEFT_OUT, Chat, Drop
 
 import pytest
 
@@ -59,6 +60,26 @@ GLM = (  # no end-of-turn token
 COHERE = (  # an answer is always followed by the next prompt
     "{% for m in messages %}<|turn|>{{ m.role }}: {{ m.content }}<|end|>{% endfor %}<|turn|>assistant: "
 )
+NEMO = (  # strict about tool calls; the system text stands in a user turn, where that is the last one
+    "{% set system = messages[0].content if messages[0].role == 'system' else '' %}{{ bos_token }}"
+    "{% for m in messages %}{% if m.role == 'user' %}[INST]{{ system + '\n\n' if system and loop.last }}"
+    "{{ m.content }}[/INST]{% elif m.tool_calls is defined %}[TOOL_CALLS]{% for c in m.tool_calls %}"
+    "{% if c.id | length != 9 %}{{ raise_exception('Tool call IDs should have length 9!') }}{% endif %}"
+    "{{ c.function | tojson }}{% endfor %}{{ eos_token }}{% elif m.role == 'tool' %}[TOOL_RESULTS]{{ m.content }}"
+    "[/TOOL_RESULTS]{% elif m.role == 'assistant' %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+R1_DISTILL = (  # calls have a type; a turn that calls ends twice
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<|User|>{{ m.content }}{% endif %}"
+    "{% if m.role == 'assistant' and m.tool_calls %}<|Assistant|>{% for c in m.tool_calls %}"
+    "{{ '<|call|>' + c.type + ' ' + c.function.name + '\n' + c.function.arguments | tojson }}{% endfor %}"
+    "{{ eos_token }}{% endif %}{% if m.role == 'assistant' %}<|Assistant|>{{ m.content }}{{ eos_token }}{% endif %}"
+    "{% if m.role == 'tool' %}<|output|>{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|Assistant|><think>\n</think>{% endif %}"
+)
+FIRST_CALL = CHATML.replace(  # gpt-oss renders one call of a turn
+    "{{ m.content }}", "{{ m.content }}{% if m.tool_calls %}<call>{{ m.tool_calls[0].function | tojson }}{% endif %}"
+)
+NO_TOOL_TURNS = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}")  # Phi-3.5
 MERGING = (
     "{% for m in messages %}{{ m.role }}: a{{ m.content }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}assistant: a{% endif %}"
@@ -350,6 +371,106 @@ def test_tools_and_calls_are_rendered_and_supervised():
     calls, answer = (chat.tokenizer.decode(ids[start:end]) for start, end in spans)
     assert calls == '<call>{"function": {"name": "add", "arguments": {}}}</call><|im_end|>'
     assert answer == "four<|im_end|>"
+
+
+def call(city="Paris", **changes):
+    function = {"name": "weather", "arguments": json.dumps({"city": city})} | changes
+    return {"id": "a1B2c3D4e", "type": "function", "function": function}
+
+
+def tool_conversation(calls, text=""):
+    return [
+        *conversation()[:2],
+        {"role": "user", "content": "How is the weather?"},
+        {"role": "assistant", "content": text} | ({"tool_calls": calls} if calls else {}),
+        *({"role": "tool", "content": "rain", "tool_call_id": "a1B2c3D4e"} for _ in calls or [None]),
+        {"role": "assistant", "content": "It rains."},
+    ]
+
+
+def learnt(chat, messages, tools=None):
+    """Return the texts of the supervised spans, and why turns were dropped."""
+    samples, drops, _ = chat.samples(chat.prepare(messages), tools, flags())
+    return [chat.tokenizer.decode(ids[slice(*span)]) for ids, spans in samples for span in spans], drops
+
+
+STRICT = {
+    "nemo": (
+        (NEMO, "</s>", "<s> [INST] [/INST] [TOOL_CALLS] [TOOL_RESULTS] [/TOOL_RESULTS]", False, []),
+        '[TOOL_CALLS]{"name": "weather", "arguments": {"city": "Paris"}}</s>',
+    ),
+    "r1 distill": (
+        (R1_DISTILL, "<|eos|>", "<|bos|> <|User|> <|Assistant|> <|call|> <|output|>", False, []),
+        '<|call|>function weather\n{"city": "Paris"}<|eos|>',
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STRICT)
+def test_strict_templates_get_the_arguments_of_calls_as_objects(name):
+    settings, called = STRICT[name]
+    chat = make_chat(*settings)
+    spans, drops = learnt(chat, tool_conversation([call()]))
+    assert not drops and chat.takes_objects
+    assert spans == [f"{A1}{settings[1]}", called, f"It rains.{settings[1]}"]
+
+
+def test_arguments_that_python_would_print_are_given_as_json():
+    printing = CHATML.replace(
+        "{{ m.content }}", "{{ m.content }}{% for c in m.tool_calls %}{{ c.function.arguments }}{% endfor %}"
+    )
+    chat = make_chat(printing, "<|im_end|>", "<|im_start|>", False, [])
+    for arguments in ('{"city": "Paris"}', {"city": "Paris"}):
+        spans, _ = learnt(chat, tool_conversation([call(name="", arguments=arguments)]))
+        assert spans[1] == '{"city": "Paris"}<|im_end|>'
+
+
+@pytest.mark.parametrize("arguments", ["city=Paris", '"Paris"'])
+def test_text_arguments_that_the_template_quotes_are_dropped(arguments):
+    chat = make_chat(*STRICT["nemo"][0])
+    spans, drops = learnt(chat, tool_conversation([call(arguments=arguments)]))
+    assert spans == [f"{A1}</s>"] and len(drops) == 2
+    assert all("arguments are a text, which the template quotes" in drop for drop in drops)
+    assert not learnt(chat, tool_conversation([call(arguments="")]))[1]  # OpenAI's form of no arguments
+
+
+LOSSES = {  # template, what it renders of a conversation with tools, and what it does not
+    "the call": (CHATML, tool_conversation([], "<call>weather</call>"), tool_conversation([call()])),
+    "the call behind a text": (CHATML, conversation(), tool_conversation([call()], "Let me see.")),
+    "the second call": (FIRST_CALL, tool_conversation([call()]), tool_conversation([call(), call("Rome")])),
+    "the tool turn": (NO_TOOL_TURNS, conversation(), tool_conversation([], "<call>weather</call>")),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_answers_behind_tool_context_that_the_template_leaves_out_are_dropped(name):
+    template, kept, lost = LOSSES[name]
+    chat = make_chat(template, "<|im_end|>", "<|im_start|>", False, [])
+    spans, drops = learnt(chat, kept)
+    assert not drops and len(spans) == sum(turn["role"] == "assistant" for turn in kept)
+    spans, drops = learnt(chat, lost)
+    before = [A1, "<call>weather</call>"] if name == "the tool turn" else [A1]
+    assert spans == [f"{text}<|im_end|>" for text in before]
+    assert set(drops) == {LEFT_OUT} and len(spans) + len(drops) == 3
+
+
+def test_system_text_that_moves_to_the_last_user_turn_is_learnt_from():
+    chat = make_chat(*STRICT["nemo"][0])
+    messages = [{"role": "system", "content": "Be brief."}, *conversation()]
+    samples, drops, _ = chat.samples(chat.prepare(messages), None, flags())
+    prompts = [f"<s>[INST]Be brief.\n\n{Q1}[/INST]", f"<s>[INST]{Q1}[/INST]{A1}</s>[INST]Be brief.\n\n{Q2}[/INST]"]
+    assert not drops and not chat.folds_system
+    for (ids, spans), prompt, answer in zip(samples, prompts, (f"{A1}</s>", f"{A2}</s>"), strict=True):
+        assert ids == chat.ids(prompt) + chat.ids(answer)  # the prompt that inference sees
+        assert spans == [(len(chat.ids(prompt)), len(ids))]
+
+
+def test_a_prompt_that_changes_before_its_last_turn_and_in_it_is_not_learnt_from():
+    spaced = NEMO.replace("{{ m.content }}[/INST]", "{{ m.content }}{{ ' (last)' if loop.last }}[/INST]")
+    chat = make_chat(spaced, *STRICT["nemo"][0][1:])
+    messages = [{"role": "system", "content": "Be brief."}, *conversation()]
+    drops = chat.samples(chat.prepare(messages), None, flags())[1]
+    assert drops == ["rows whose prompt the template renders differently once the answer is there"] * 2
 
 
 def test_overlong_turns_are_dropped_and_the_ones_before_kept():
