@@ -309,7 +309,8 @@ def weight_of(turn, where):
     for name in ("weight", "loss_weight", "train", "training"):
         value = turn.get(name)
         if value is not None and value not in (0, 1, "0", "1"):  # false and true are 0 and 1
-            raise InputError(f"{where}: the {name} of a turn is {json.dumps(value)[:60]}. Write 1 to learn "
+            written = json.dumps(value, default=str)[:60]
+            raise InputError(f"{where}: the {name} of a turn is {written}. Write 1 to learn "
                              "from the turn, 0 for context alone.")
         weights.append(1 if value is None else int(value))
     return min(weights)
@@ -353,7 +354,7 @@ def read_message(turn, where):
     """Return one turn, OpenAI's or ShareGPT's, as {"role", "content", ...}; raises InputError for what is neither."""
     kind = kind_of(turn)
     if kind not in ROLES:
-        role = json.dumps(turn.get("role") or turn.get("from"), ensure_ascii=False)
+        role = json.dumps(turn.get("role") or turn.get("from"), ensure_ascii=False, default=str)
         raise UnknownRole(where, role[:60])
     if media := [name for name in MEDIA if is_filled(turn.get(name))]:
         raise InputError(f'{where}: a {kind} turn has "{media[0]}", and only text can be trained on here. '
@@ -1851,7 +1852,7 @@ def settle_thinking(args, examples):
 
 def choose_generated(args, name, examples, chat):
     """Choose the rows of a dev set to generate on: [(prompt ids, Example)], without a Chat [(None, Example)]."""
-    rows = [example for example in examples if example.answer]
+    rows = [example for example in examples if example.answer and "weight" not in example.messages[example.last]]
     rows = random.Random(f"{args.seed} {name}").sample(rows, min(args.eval_generate, len(rows)))
     chosen = []
     for example in rows if chat else ():

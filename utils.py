@@ -503,8 +503,11 @@ def read_hub_rows(args, split, count=math.inf):
     if count < len(data):
         order = np.random.default_rng(args.seed).permutation(len(data))[:count]  # as data.shuffle(args.seed)
         data = data.select(order, keep_in_memory=True)
-    return [(f"{args.dataset_name}[{split}], row {i + 1}", without_none(row))
-            for i, row in zip(order, data, strict=True)]
+    try:
+        return [(f"{args.dataset_name}[{split}], row {i + 1}", without_none(row))
+                for i, row in zip(order, data, strict=True)]
+    except ImportError as error:  # sounds and films are decoded by packages that nothing here needs
+        raise InputError(f"--dataset_name {args.dataset_name} holds more than text: {reason(error)}") from None
 
 
 def without_none(value):

@@ -2,8 +2,10 @@
 
 import train_embed_lora
 import train_sft_lora
+import utils
 from conftest import write_jsonl
 
+import datasets
 import pytest
 
 TRAINERS = [train_embed_lora, train_sft_lora]
@@ -79,6 +81,15 @@ def test_a_limit_above_what_is_there_reads_all_once(trainer, hub, read):
     assert looked_at[0] == 300
     assert len(examples) == 270
     assert len(looked_at) == 1
+
+
+def test_a_data_set_of_sounds_is_refused_in_a_sentence(tmp_path):
+    sound = {"bytes": b"RIFF", "path": None}
+    data = datasets.Dataset.from_dict({"query": ["what?"], "response": ["a cat"], "audio": [sound]})
+    data.cast_column("audio", datasets.Audio()).to_parquet(tmp_path / "train.parquet")
+    args = train_sft_lora.parse_args(["--dataset_name", str(tmp_path)])
+    with pytest.raises(utils.InputError, match="holds more than text|is not empty, and only text"):
+        train_sft_lora.read_data(args)
 
 
 def test_sanity_overfit_takes_its_rows_from_all(hub, read):

@@ -176,6 +176,14 @@ def test_a_turn_of_weight_zero_in_any_spelling_is_context(turn, learnt):
     assert found[1] == (ANSWER if learnt else {**ANSWER, "weight": 0})
 
 
+def test_an_answer_of_weight_zero_is_no_reference():
+    rows = [{"messages": [USER, ANSWER, USER, {**ANSWER, **extra}]} for extra in ({}, {"weight": 0})]
+    examples = [train_sft_lora.read_example(f"line {i}", row, None) for i, row in enumerate(rows)]
+    args = train_sft_lora.parse_args(["--train_file", "x", "--eval_generate", "9"])
+    chosen = train_sft_lora.choose_generated(args, "", examples, None)
+    assert [example.where for _, example in chosen] == ["line 0"]
+
+
 # reason, rows that are dropped for it
 DROPS = {
     "rows whose label or kto_tag is false (KTO: answers to unlearn)": [
@@ -503,6 +511,8 @@ def test_a_null_in_a_call_is_kept_and_one_that_a_table_filled_in_is_not(tmp_path
         ({"messages": [USER, {**ANSWER, "thinking": ["a"]}]}, "is a list, not a text"),
         ({"instruction": "x", "output": "y", "history": "abc"}, "history: no valid JSON"),
         ({"instruction": "x", "output": "y", "history": [["a"]]}, "no list of .question, answer. pairs"),
+        ({"messages": [{"role": b"user", "content": "x"}, ANSWER]}, "unknown role"),
+        ({"messages": [USER, {**ANSWER, "weight": b"1"}]}, "weight of a turn is"),
         ({"instruction": "x", "output": "y", "history": [1, 2]}, "no list of .question, answer. pairs"),
         ({"instruction": "x", "output": "y", "history": {"a": "b"}}, "no list of .question, answer. pairs"),
         ({"messages": [USER, ANSWER], "system": {"a": 1}}, "content of a system turn is a dict"),
