@@ -467,7 +467,7 @@ def split_rows(args, rows, sources):
     if not dev_sets:
         group = mirrored_groups(examples)
         examples, held = utils.hold_out(
-            examples, lambda example: group[by_query(example)], args, "query", HELD_OUT, by_query, MAX_HELD)
+            examples, lambda example: group[by_query(example)], args, "query", HELD_OUT, MAX_HELD, by_query)
         dev_sets = {name: dev_from_examples(rows) for name, rows in held.items()}
     rest = without_leaks(examples, dev_sets, dropped)
     examples = rest[: args.train_sample_limit]

@@ -577,7 +577,7 @@ def say_drops(drops):
     return {reason: len(places) for reason, places in drops.items()}
 
 
-def hold_out(examples, key, args, by, share, unit=None, most=math.inf):
+def hold_out(examples, key, args, by, share, most=math.inf, unit=None):
     """Hold examples out of training, all of one key(example) together: (rest, {"": held}).
 
     --dev_sample_limit or --dev_size say how many; else it is `share` of them, with at most `most` unit(example) values.

@@ -242,6 +242,13 @@ def test_a_pair_and_its_mirror_image_are_held_out_together(tmp_path):
     assert len(held) >= 15 and len(held) + len(trained) == len(pairs) and not held & trained
 
 
+def test_both_queries_of_a_mirrored_pair_count_towards_the_most_that_are_held_out():
+    examples = [Example(f"{i}", [f"p{i}"], []) for i in range(40)]
+    args = parse_args(["--train_file", "x"])
+    held = utils.hold_out(examples, lambda e: int(e.query) // 2, args, "query", 0.5, 4, lambda e: e.query)[1]
+    assert len(held[""]) == 4
+
+
 def test_a_pair_of_the_dev_file_is_not_trained_the_other_way_round(tmp_path):
     rows = [{"query": "b ", "pos": ["x", "A"]}, {"query": "b", "pos": ["c"]}, {"query": "c", "pos": ["n"]}]
     rows += [{"query": "d", "pos": ["a"]}]

@@ -487,6 +487,13 @@ def test_sanity_rows_are_those_with_something_to_find(tmp_path):
     assert not any(value is not None and train_sft_lora.is_empty(value) for value in parsed)
 
 
+def test_a_cell_that_looks_empty_is_an_answer(tmp_path):
+    answers = ["[]", "null", "nan", "None", '["a", "b"]']
+    lines = [f'find {i},"{answer.replace(chr(34), chr(34) * 2)}"\n' for i, answer in enumerate(answers)]
+    (tmp_path / "rows.csv").write_text("prompt,completion\n" + "".join(lines))
+    assert [messages_of(row)[-1]["content"] for _, row in utils.read_rows(tmp_path / "rows.csv")] == answers
+
+
 def test_the_context_of_a_question_is_kept():
     row = {"instruction": "Who?", "context": "Ada wrote it.", "response": "Ada", "category": "qa"}
     assert messages_of(row)[0]["content"] == "Who?\n\nAda wrote it."
