@@ -178,6 +178,27 @@ def test_experts_are_merged_as_peft_does(kind, options, shard, tmp_path):
     assert any("experts.down_proj" in name for name in moved)
 
 
+def test_an_adapter_that_was_trained_expert_by_expert_is_merged(tmp_path):
+    base = make_base("mixtral", tmp_path / "base")  # as transformers 4 saw it
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for name, weight in load_file(f"{base}/model.safetensors").items():
+        if ".experts." in name:
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            for side, shape in (("A", (3, weight.shape[1])), ("B", (weight.shape[0], 3))):
+                tensors[f"{module}.lora_{side}.weight"] = 0.1 * torch.randn(shape, generator=generator)
+    (tmp_path / "adapter").mkdir()
+    save_file(tensors, tmp_path / "adapter/adapter_model.safetensors")
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 3, "lora_alpha": 5, "base_model_name_or_path": base}
+    config["target_modules"] = ["w1", "w2", "w3"]
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    assert "experts.gate_up_proj" in " ".join(plain.state_dict())
+    before = output(plain)
+    right = output(PeftModel.from_pretrained(plain, tmp_path / "adapter").eval())
+    report, merged = merge_and_load(base, tmp_path / "adapter", tmp_path / "merged", "--verify", "full")
+    assert report["verified"] and error_of(output(merged), right) < 1e-5 < 1e-3 < error_of(before, right)
+
+
 @pytest.mark.parametrize("verify", ["full", "weights"])
 @pytest.mark.parametrize("same", [True, False])
 @pytest.mark.parametrize("adapter", ["plain", "tokens", "embedding", "head", "saved_head", "saved_embedding"])
@@ -680,7 +701,12 @@ def other_experts(base, adapter):
         f"{name}{side}.weight": cut(tensors[f"{name}{side}.weight"]).contiguous() for side, cut in keep.items()})
 
 
+def bias_for_none(base, adapter):
+    make_adapter(base, adapter, targets=["q_proj"], lora_bias=True)
+
+
 WRONG = {
+    "a bias for none": (bias_for_none, "q_proj has no bias in the base"),
     "another base": (another_base, "fit nothing in the base: .*q_proj.* as --base_model_path"),
     "other weights": (other_weights, "is not the base that .* was trained on"),
     "smaller vocabulary": (smaller_vocabulary, r"the adapter is for .*96.*, the base has .*80"),
