@@ -95,12 +95,14 @@ class Example:
 class DevSet:
     """Queries {id: (text, prompt)}, corpus {id: text} and the relevant document ids of each query.
 
-    `spare`: training documents that may fill the corpus of held-out rows, in the order drawn.
+    `own`: a query's own text among the documents, as {query id: document id}; it is not ranked. `spare`: training
+    documents that may fill the corpus of held-out rows, in the order drawn.
     """
 
     queries: dict
     corpus: dict
     relevant: dict
+    own: dict = field(default_factory=dict)
     spare: list = field(default_factory=list)
 
 
@@ -323,7 +325,9 @@ def dev_from_examples(examples):
             name = ids.setdefault(utils.text_id(text), f"d{len(ids):09d}")
             corpus.setdefault(name, text)
         relevant.setdefault(key, set()).update(ids[utils.text_id(text)] for text in example.pos)
-    return DevSet(queries, corpus, relevant)
+    same = {key: ids.get(utils.text_id(text)) for key, (text, _) in queries.items()}
+    own = {key: name for key, name in same.items() if name and name not in relevant[key]}
+    return DevSet(queries, corpus, relevant, own)
 
 
 def spare_documents(dev, examples, rest, seed):
@@ -639,11 +643,12 @@ def best_columns(scores, count):
     return columns.gather(1, order)
 
 
-def retrieval_metrics(query_emb, corpus_emb, relevant, chunk=2**25):
+def retrieval_metrics(query_emb, corpus_emb, relevant, own=(), chunk=2**25):
     """Rank the corpus by cosine for each query, ties by ascending index, and score the ranks.
 
-    query_emb (Q, D), corpus_emb (C, D), relevant: a set of corpus indices per query. The metrics are those of
-    sentence-transformers' InformationRetrievalEvaluator; queries without a relevant document are dropped.
+    query_emb (Q, D), corpus_emb (C, D), relevant: a set of corpus indices per query; own: the corpus index, or None, of
+    each query's own text, which ranks last. The metrics are those of sentence-transformers'
+    InformationRetrievalEvaluator; queries without a relevant document are dropped.
     """
     hits, found = [], []
     query_emb, corpus_emb = F.normalize(query_emb.float(), dim=1), F.normalize(corpus_emb.float(), dim=1)
@@ -652,6 +657,9 @@ def retrieval_metrics(query_emb, corpus_emb, relevant, chunk=2**25):
         scores = query_emb[start : start + rows] @ corpus_emb.T
         if scores.sum().isnan():
             scores.nan_to_num_(nan=torch.inf)  # comes first, as in a sort, and equals itself
+        for row, column in enumerate(own[start : start + rows]):
+            if column is not None:
+                scores[row, column] = -torch.inf
         ranked = best_columns(scores, 100).tolist()
         for row, gold in zip(ranked, relevant[start : start + rows], strict=True):
             if gold:
@@ -1051,7 +1059,7 @@ def filled(dev, texts, args, room):
     # equal scores are ranked by id: ids behind all others would favour the held-out documents, so they mix
     rng, own = random.Random(args.seed), list(dev.corpus)
     more = {f"{rng.choice(own)}-{i:05d}": text for i, text in enumerate(spare[:count])}
-    return DevSet(dev.queries, dev.corpus | more, dev.relevant)
+    return DevSet(dev.queries, dev.corpus | more, dev.relevant, dev.own)
 
 
 def fill_pools(args, plan, training, dev_sets, texts, notes):
@@ -1091,15 +1099,16 @@ def make_measure(dev_sets, texts, args):
     for name, dev in dev_sets.items():
         column = {key: i for i, key in enumerate(sorted(dev.corpus))}
         relevant = [{column[key] for key in dev.relevant[query]} for query in dev.queries]
-        tokens[name] = *dev_indices(dev, texts, args), relevant
+        own = [column.get(dev.own.get(query)) for query in dev.queries]
+        tokens[name] = *dev_indices(dev, texts, args), relevant, own
 
     def measure(trainer):
         metrics = {}
-        for name, (queries, corpus, relevant) in tokens.items():
+        for name, (queries, corpus, relevant, own) in tokens.items():
             query_emb, corpus_emb = (trainer.embed([texts[i] for i in side]) for side in (queries, corpus))
-            found = retrieval_metrics(query_emb, corpus_emb, relevant)
+            found = retrieval_metrics(query_emb, corpus_emb, relevant, own)
             for dim in args.matryoshka_dims or []:
-                part = retrieval_metrics(query_emb[:, :dim], corpus_emb[:, :dim], relevant)
+                part = retrieval_metrics(query_emb[:, :dim], corpus_emb[:, :dim], relevant, own)
                 found[f"ndcg@10_dim{dim}"] = part["ndcg@10"]
             metrics |= {utils.named(name, key): value for key, value in found.items()}
         return metrics

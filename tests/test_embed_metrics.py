@@ -132,6 +132,16 @@ def test_best_columns_are_those_of_a_stable_sort(levels, documents):
     assert torch.equal(best_columns(scores, 100), expected)
 
 
+def test_a_querys_own_text_is_no_wrong_answer():
+    corpus_emb = torch.eye(4)
+    query_emb = torch.tensor([[1.0, 0.5, 0, 0], [0, 1.0, 0.5, 0], [0, 0, 0, 1.0]])
+    relevant = [{1}, {2}, {3}]
+    assert retrieval_metrics(query_emb, corpus_emb, relevant)["accuracy@1"] == pytest.approx(1 / 3)
+    for chunk in (4, 100):  # query by query, all at once
+        metrics = retrieval_metrics(query_emb, corpus_emb, relevant, [0, 1, None], chunk=chunk)
+        assert metrics["accuracy@1"] == metrics["ndcg@10"] == 1
+
+
 def test_vectors_that_are_not_numbers_rank_as_in_a_stable_sort(monkeypatch):
     query_emb, corpus_emb, relevant = retrieval_case(ties=True, documents=400)
     corpus_emb[::3], query_emb[7] = torch.nan, torch.nan

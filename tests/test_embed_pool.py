@@ -9,6 +9,7 @@ from train_embed_lora import (
     Example,
     Texts,
     by_query,
+    dev_from_examples,
     filled,
     parse_args,
     read_data,
@@ -52,6 +53,13 @@ def test_no_known_positive_of_a_dev_query_is_spare():
     assert len(spare_documents(dev, trained, [], 0)) == 4  # nothing known of "at home" and "like  Where"
 
 
+def test_a_querys_own_text_in_its_pool_is_known():
+    dev = dev_from_examples([Example("a", ["b"], []), Example("b", ["A ", "c"], []), Example("d", ["D"], ["e"])])
+    ids = {text: name for name, text in dev.corpus.items()}
+    own = {dev.queries[query][0]: name for query, name in dev.own.items()}
+    assert own == {"a": ids["A "], "b": ids["b"]}  # "d" is its own positive
+
+
 def test_spare_documents_depend_on_the_seed_alone():
     examples = [Example(f"q{i}", [f"p{i}"], []) for i in range(50)]
     draws = [spare_documents(DevSet({}, {}, {}), examples, examples, seed) for seed in (1, 1, 2)]
@@ -72,7 +80,7 @@ def tokenised(lengths):
 def test_the_corpus_is_filled_up_to_the_room_and_the_limit(monkeypatch):
     args = parse_args(["--train_file", "x"])
     args.doc_prefix = ""
-    dev = DevSet({"q": ("q", None)}, {"d0": "own"}, {"q": {"d0"}}, ["a", "b", "c"])
+    dev = DevSet({"q": ("q", None)}, {"d0": "own"}, {"q": {"d0"}}, spare=["a", "b", "c"])
     texts = tokenised({"own": 9, "a": 5, "b": 3, "c": 2})
     for room, expected in ((100, "abc"), (10, "abc"), (9, "ab"), (8, "ab"), (7, "a"), (4, ""), (-3, "")):
         full = filled(dev, texts, args, room)
@@ -88,7 +96,7 @@ def test_equal_scores_do_not_favour_the_held_out_documents():
     spare = [f"spare {i}" for i in range(450)]
     args = parse_args(["--train_file", "x"])
     args.doc_prefix = ""
-    dev = DevSet({}, own, {}, spare)
+    dev = DevSet({}, own, {}, spare=spare)
     full = filled(dev, tokenised(dict.fromkeys([*own.values(), *spare], 1)), args, 450)
     column = {name: i for i, name in enumerate(sorted(full.corpus))}
     relevant = [{column[name]} for name in own]
