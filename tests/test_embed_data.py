@@ -21,6 +21,7 @@ from train_embed_lora import (
 )
 from utils import InputError
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -329,6 +330,7 @@ def test_broken_judgements_are_named(tmp_path, qrels, sentence):
 
 def test_texts_are_tokenised_once_and_cached(tiny_bert, tmp_path, capfd):
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    datasets.enable_progress_bars()  # which a run without a terminal switches off
     for attempt in range(2):
         texts = Texts()
         places = [
