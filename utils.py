@@ -28,6 +28,7 @@ import tempfile
 import threading
 import time
 import warnings
+import zipfile
 from collections import Counter, defaultdict
 from contextlib import nullcontext, suppress
 from datetime import datetime
@@ -337,7 +338,7 @@ def read_json(path):
     """Return the parsed file, or None where there is none or it does not parse."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # a power cut may leave any bytes
         return None
 
 
@@ -1512,7 +1513,9 @@ def preflight(args, trainer, plan, heaviest):
     for note in plan.notes:
         say(f"note      {note}")
     rng, started = torch.get_rng_state(), time.perf_counter()
-    trainer.training_step(model, trainer.data_collator(heaviest))
+    accelerator, trained = trainer.accelerator, [p for p in model.parameters() if p.requires_grad]
+    is_finite = finite_gradients(lambda: trainer.training_step(model, trainer.data_collator(heaviest)), trained,
+                                 accelerator.scaler)
     seconds = time.perf_counter() - started
     torch.set_rng_state(rng)
     weights = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
@@ -1520,11 +1523,32 @@ def preflight(args, trainer, plan, heaviest):
         raise InputError("the loss of the heaviest rows has no gradient: they have nothing to tell apart.")
     if idle := [name for name, grad in weights.items() if grad is None or "lora_B" in name and not grad.any()]:
         raise InputError(f"{len(idle)} trainable weights get no gradient ({idle[0]}, ...): narrow --target_modules.")
-    if not trainer.args.fp16 and not all(grad.isfinite().all() for grad in weights.values()):
+    if not is_finite:
         raise InputError("the first gradient is not finite: pass --mixed_precision none, or check the base model.")
+    scaled = ""
+    if accelerator.scaler is not None:  # training begins at this scale, which all processes must share
+        scale = torch.tensor([accelerator.scaler.get_scale()], device=trainer.args.device)
+        accelerator.scaler.update(accelerator.gather(scale).min().item())
+        scaled = f" at a loss scale of {accelerator.scaler.get_scale():g}"
     model.zero_grad()
     trainer.real_tokens = trainer.padded_tokens = 0
-    say(f"rehearsal of {len(heaviest)} heavy examples: {seconds:.1f} s, {peak_gib():.1f} GiB, finite gradients")
+    say(f"rehearsal of {len(heaviest)} heavy examples: {seconds:.1f} s, {peak_gib():.1f} GiB, finite gradients{scaled}")
+
+
+def finite_gradients(attempt, weights, scaler):
+    """Call attempt(), a forward and backward pass; return whether it leaves finite gradients in all `weights`.
+
+    With a loss scaler (fp16, else None) again at half the scale until it does, or does not at a scale of 1.
+    """
+    while True:
+        for weight in weights:
+            weight.grad = None
+        attempt()
+        if all(weight.grad is None or weight.grad.isfinite().all() for weight in weights):
+            return True
+        if scaler is None or scaler.get_scale() <= 1:
+            return False
+        scaler.update(scaler.get_scale() / 2)
 
 
 def heaviest_rows(tokens, plan, args):
@@ -1564,7 +1588,7 @@ def train(trainer, args, plan, checkpoint):
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
     if stored and is_finished(stored, args, plan):  # killed between its last checkpoint and final/
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        trainer._load_from_checkpoint(trainer.state.best_model_checkpoint or str(checkpoint))
+        trainer._load_from_checkpoint(str(best_checkpoint(checkpoint, stored)))
     else:
         signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
         handlers = {number: signal.signal(number, callback.catch) for number in signals}
@@ -1634,10 +1658,59 @@ def prove(trainer, folder, base, inputs, outputs, auto_class):
 # ---------------------------------------------------------------- the files of a run
 
 
+def is_whole(file):
+    """Tell whether a file of a checkpoint is there and not cut off."""
+    if not file.is_file():
+        return False
+    if file.suffix != ".safetensors":
+        return zipfile.is_zipfile(file)  # torch.save writes an archive whose index stands at its end
+    try:
+        return bool(merge.read_header(file))
+    except InputError:
+        return False
+
+
+def weights_lacking(folder):
+    """Return the weights files that a checkpoint lacks, every shard that its index names among them."""
+    name = "adapter_model.safetensors" if (folder / "adapter_config.json").is_file() else "model.safetensors"
+    if (folder / f"{name}.index.json").exists():
+        index = read_json(folder / f"{name}.index.json")
+        names = sorted(set(index["weight_map"].values())) if index else [f"{name}.index.json"]
+    else:
+        names = [name]
+    return [name for name in names if not is_whole(folder / name)]
+
+
+def parts_lacking(checkpoint):
+    """Return the files without which a run cannot go on from a checkpoint as if it had not stopped."""
+    run = read_json(checkpoint.parent / "training_config.json") or {}
+    processes = run.get("processes", PartialState().num_processes)
+    state = read_json(checkpoint / "trainer_state.json")
+    parts = ["optimizer.pt", "scheduler.pt"] + ["scaler.pt"] * (run.get("precision") == "fp16")
+    parts += [f"rng_state_{i}.pth" for i in range(processes)] if processes > 1 else ["rng_state.pth"]
+    lacking = [name for name in parts if not is_whole(checkpoint / name)] + weights_lacking(checkpoint)
+    if not isinstance(state, dict) or "global_step" not in state:  # Trainer writes it last
+        return ["trainer_state.json", *lacking]
+    best = best_checkpoint(checkpoint, state)
+    return lacking + [f"{best.name}/{name}" for name in (weights_lacking(best) if best != checkpoint else [])]
+
+
+def best_checkpoint(checkpoint, state):
+    """Return the checkpoint that was the best one when `checkpoint` was written; a run's folder may have moved."""
+    step = state.get("best_global_step") if state.get("best_model_checkpoint") else None
+    return checkpoint.with_name(f"checkpoint-{step}") if step else checkpoint
+
+
 def find_checkpoint(output_dir):
-    """Return the newest complete checkpoint or None; Trainer writes trainer_state.json last, so it must parse."""
-    complete = [path for path in Path(output_dir).glob("checkpoint-*") if read_json(path / "trainer_state.json")]
-    return max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
+    """Return the newest complete checkpoint or None; says what newer ones lack."""
+    steps = {path: path.name.removeprefix("checkpoint-") for path in Path(output_dir).glob("checkpoint-*")}
+    newest_first = sorted((path for path in steps if steps[path].isdecimal()), key=lambda path: -int(steps[path]))
+    for path in newest_first:
+        lacking = parts_lacking(path)
+        if not lacking:
+            return path
+        say(f"resume    {path} is not complete: it lacks {', '.join(lacking)}")
+    return None
 
 
 def check_writable(folder):
@@ -1666,8 +1739,11 @@ def open_output_dir(args):
         checkpoint = find_checkpoint(folder) if last else Path(args.resume_from_checkpoint)
         if checkpoint is None:
             say(f"resume    {folder} holds no complete checkpoint: starting at step 0")
-        elif read_json(checkpoint / "trainer_state.json") is None:
-            raise InputError(f"--resume_from_checkpoint {checkpoint} is no complete checkpoint. Give no name.")
+            return None
+        if not last and (lacking := parts_lacking(checkpoint)):
+            raise InputError(f"--resume_from_checkpoint {checkpoint} is no complete checkpoint: it lacks "
+                             f"{', '.join(lacking)}. Give no name, and the newest complete one is taken.")
+        say(f"resume    from {checkpoint}")
         return checkpoint
     if not args.overwrite and folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"--output_dir {folder} is not empty. Pass another, --overwrite or --resume_from_checkpoint.")
