@@ -64,6 +64,7 @@ def load_model(source):
 def main(argv=None):
     """Print the greedy answer to each question, as an evaluation during the training would read it; return them."""
     args, answers = parse_args(argv), []
+    utils.quiet_libraries()
     chat, system = read_run(args.model)
     system = system if args.system is None else args.system
     model = load_model(args.model)

@@ -177,19 +177,29 @@ def answer(model, tokenizer, chat, prompts, max_new_tokens=MAX_NEW_TOKENS[False]
 @torch.no_grad()
 def outputs(model, inputs):
     """Return log-probabilities at the last positions of token ids (P, V), or embeddings of length 1 of texts (N, D)."""
-    own = isinstance(model, torch.nn.Module)
+    if not isinstance(model, torch.nn.Module):
+        return raw_outputs(model, inputs)
+    try:
+        with in_float32(model):
+            return raw_outputs(model, inputs)
+    except RuntimeError:  # Mamba 2 casts its states to the dtype that a weight has at rest
+        return raw_outputs(model.float(), inputs)
+
+
+def raw_outputs(model, inputs):
+    """Return outputs() of a model as it is, torch's or llama.cpp's."""
+    ours = isinstance(model, torch.nn.Module)
+    if isinstance(inputs[0], str):
+        rows = model.encode(inputs, prompt="") if ours else model.embed(inputs)
+        return torch.nn.functional.normalize(torch.as_tensor(rows))
     rows = []
-    with in_float32(model) if own else contextlib.nullcontext():
-        if isinstance(inputs[0], str):
-            found = model.encode(inputs, prompt="") if own else model.embed(inputs)
-            return torch.nn.functional.normalize(torch.as_tensor(found))
-        for ids in inputs:
-            if own:
-                rows.append(model(torch.tensor([ids], device=model.device)).logits[0, -LAST_POSITIONS:].cpu())
-            else:
-                model.reset()
-                model.eval(ids)
-                rows.append(torch.tensor(model.scores[: len(ids)][-LAST_POSITIONS:]))
+    for ids in inputs:
+        if ours:
+            rows.append(model(torch.tensor([ids], device=model.device)).logits[0, -LAST_POSITIONS:].cpu())
+        else:
+            model.reset()
+            model.eval(ids)
+            rows.append(torch.tensor(model.scores[: len(ids)][-LAST_POSITIONS:]))
     return torch.cat(rows).log_softmax(-1)
 
 

@@ -19,7 +19,15 @@ from examples.gguf_ollama import InputError
 import huggingface_hub
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertModel,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 # ---------------------------------------------------------------- what is refused
 
@@ -417,6 +425,13 @@ def test_a_model_in_the_dtype_of_its_file_gives_the_outputs_of_float32(tiny_chat
     assert not any(hooks)
     native = model(torch.tensor(inputs[:1])).logits[0].float().log_softmax(-1)
     assert torch.equal(native, expected[:5]) == (dtype == torch.float32)  # which is what the conversion is for
+
+
+def test_a_model_whose_blocks_cannot_be_widened_alone_is_widened_whole():
+    shape = dict(vocab_size=90, hidden_size=32, num_hidden_layers=1, num_heads=4, head_dim=16, n_groups=1, state_size=8)
+    model = Mamba2ForCausalLM(Mamba2Config(**shape)).to(torch.bfloat16).eval()
+    found = gguf_ollama.outputs(model, [[5, 6, 7]])
+    assert torch.equal(found, gguf_ollama.outputs(model.float(), [[5, 6, 7]]))
 
 
 def test_embeddings_in_the_dtype_of_their_file_are_those_of_float32(tiny_bert, tmp_path):
