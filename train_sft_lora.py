@@ -1710,7 +1710,8 @@ def post(url, body):
         raise NoAnswer(f"--endpoint {url} gives no answer: {utils.reason(error)}. Is the server up?") from None
     if code >= 400:
         refused = code < 500 and code not in (408, 429)  # not: too slow, too many at once
-        raise (InputError if refused else NoAnswer)(f"{url} answers {code}: {' '.join(text.split())[:200]}")
+        said = " ".join(text.split())[:200] or http.client.responses.get(code, "nothing")
+        raise (InputError if refused else NoAnswer)(f"{url} answers {code}: {said}")
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -1788,8 +1789,8 @@ def ask_all(args, name, examples):
     for failure in failures:
         if not isinstance(failure, InputError):
             raise failure
-        sentence = str(failure).rstrip(".")
-        raise InputError(f"{sentence}. {len(answers)} of {len(examples)} answers are in {path}.")
+        kept = f" {len(answers)} of {len(examples)} answers are in {path}." if answers else ""
+        raise InputError(f"{str(failure).rstrip('.')}.{kept}")
     return [answers[i] for i in range(len(examples))]
 
 
