@@ -194,11 +194,11 @@ def read_header(path):
         length = struct.unpack("<Q", file.read(8))[0] if size > 8 else size
         try:
             header = json.loads(file.read(min(length, size)))
-        except ValueError:
+            header = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            found = {name: Tensor(path, entry["dtype"], tuple(entry["shape"]),
+                                  *(8 + length + x for x in entry["data_offsets"])) for name, entry in header.items()}
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise InputError(f"{path} is cut off or no safetensors file ({size} bytes). Fetch it again.") from None
-    header.pop("__metadata__", None)
-    found = {name: Tensor(path, entry["dtype"], tuple(entry["shape"]), *(8 + length + x for x in entry["data_offsets"]))
-             for name, entry in header.items()}
     if max((tensor.end for tensor in found.values()), default=0) > size:
         raise InputError(f"{path} is cut off ({size} bytes). Fetch it again.")
     return dict(sorted(found.items(), key=lambda item: item[1].start))
@@ -222,10 +222,20 @@ def find_base(name, revision, cached_only=False):
 
 def weights_files(folder):
     """Return the names of the safetensors files that transformers would load, in order; there may be others beside."""
-    if (folder / "model.safetensors").is_file():
+    index = read_json(folder / "model.safetensors.index.json") or {}
+    if (folder / "model.safetensors").is_file() or not isinstance(index.get("weight_map"), dict):
         return ["model.safetensors"]
-    index = read_json(folder / "model.safetensors.index.json")
-    return sorted(set(index["weight_map"].values())) if index else ["model.safetensors"]
+    files = sorted(set(index["weight_map"].values()))
+    outside = [file for file in files if not stays_inside(file)]
+    if outside:
+        raise InputError(f"{folder}/model.safetensors.index.json names {outside[0]}, which is not in this folder. "
+                         "Fetch it again.")
+    return files
+
+
+def stays_inside(path):
+    """Tell whether a relative path of a downloaded file leads to something in its own folder."""
+    return not Path(path).is_absolute() and ".." not in Path(path).parts
 
 
 def read_base(folder):
@@ -326,6 +336,10 @@ def unmergeable(config, tensors=None, base_folder=None):
         kind = kinds[0] if kinds else f"peft_type {config.get('peft_type')}"
         return (f"an adapter with {kind} does not map onto the base's stored tensors (peft's merge_and_unload may do "
                 "it)")
+    alphas = {"lora_alpha": config.get("lora_alpha")} | (config.get("alpha_pattern") or {})
+    wrong = [name for name, alpha in alphas.items() if not isinstance(alpha, int | float)]
+    if wrong:
+        return f"adapter_config.json has no number for {wrong[0]} (fetch it again)"
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower() not in ("gaussian", "orthogonal", "eva", "true", "false"):
         return (f"it began with init_lora_weights {start}, which changes the base itself (save it with peft's "
@@ -358,7 +372,7 @@ def read_adapter(path):
         raise InputError(f"{file} does not exist. Point --lora_adapter_path at the folder a trainer wrote.")
     read_header(file)
     tensors = load_file(file)
-    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    broken = [name for name, tensor in tensors.items() if not tensor.float().isfinite().all()]
     if broken:
         raise InputError(f"{file}: {len(broken)} tensors are not finite (first: {broken[0]}). The training diverged: "
                          "take an earlier checkpoint, or train again with a lower --lr.")
@@ -422,7 +436,10 @@ def match_names(base):
 def scale_of(path, rank, config):
     """Return the factor of B @ A: alpha/r, with rsLoRA alpha/sqrt(r); patterns are matched as peft does."""
     patterns = config.get("alpha_pattern") or {}
-    key = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", path)), None)
+    try:
+        key = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", path)), None)
+    except re.error as error:
+        raise InputError(f"adapter_config.json: an alpha_pattern is no regular expression ({error}).") from None
     alpha = patterns[key] if key else config["lora_alpha"]
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
@@ -530,10 +547,13 @@ def take_experts(modules, config, base_config, base, find):
             continue
         module = without_nesting(path)
         a, b = parts["a"].float(), parts["b"].float()
+        if a.dim() != 2 or b.dim() != 2 or not a.numel():
+            continue  # make_change() says what is wrong
         fits = {}
         for target in targets:
             experts = find_experts(module, target, find)
-            scale = scale_of(f"{module}.{target}", len(a) // count_experts(experts, base), config) if experts else None
+            rank = max(1, len(a) // count_experts(experts, base)) if experts else 1
+            scale = scale_of(f"{module}.{target}", rank, config)
             found = experts and split_experts(experts, a, b, scale, base_config, base)
             if found and changes.keys().isdisjoint(found):
                 fits[target] = found
@@ -640,8 +660,10 @@ def make_change(path, parts, config, source, base_config):
     """Return the Change that a module's adapter tensors {kind: tensor} make to the base's tensor `source`."""
     change, shape = Change(), source.shape
     for sides in (("a", "b"), ("embedding_a", "embedding_b")):
-        found = [parts[side].float().flatten(1) for side in sides if side in parts]
-        if len(found) == 1 or found and len(found[0]) != found[1].shape[1]:
+        found = [parts[side] for side in sides if side in parts]
+        whole = len(found) == 2 and all(side.dim() > 1 and side.numel() for side in found)
+        found = [side.float().flatten(1) for side in found] if whole else found
+        if found and not (whole and len(found[0]) == found[1].shape[1]):
             raise InputError(f"{path}: the adapter's A and B do not belong together. Copy the adapter again.")
         if found:
             a, b = change.lora_a, change.lora_b = found
@@ -1065,11 +1087,16 @@ def complete_folder(folder, job):
     copy_files(tokenizer_from, folder, TOKENIZER_FILES)
     copy_files(sentences_from, folder, SENTENCE_FILES)
     for module in read_json(sentences_from / "modules.json", list) or []:
-        if module["path"] and (sentences_from / module["path"]).is_dir():
-            shutil.copytree(sentences_from / module["path"], folder / module["path"], copy_function=shutil.copyfile)
-    stored, template = read_json(folder / "tokenizer_config.json") or {}, folder / "chat_template.jinja"
+        path = module.get("path") if isinstance(module, dict) else None
+        if path and stays_inside(path) and (sentences_from / path).is_dir():
+            shutil.copytree(sentences_from / path, folder / path, copy_function=shutil.copyfile)
+    stored, template = read_json(tokenizer_from / "tokenizer_config.json") or {}, folder / "chat_template.jinja"
     if template.is_file():  # Ollama's importer reads the one place, transformers 5 writes the other
-        write_json(folder / "tokenizer_config.json", stored | {"chat_template": template.read_text(encoding="utf-8")})
+        try:
+            text = template.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{tokenizer_from}/chat_template.jinja is no UTF-8 ({error}). Fetch it again.") from None
+        write_json(folder / "tokenizer_config.json", stored | {"chat_template": text})
     elif isinstance(stored.get("chat_template"), str):
         template.write_text(stored["chat_template"], encoding="utf-8")
     write_configs(folder, job, stored)
@@ -1305,7 +1332,11 @@ def merge_once(folder, job, mode):
 
 def open_output(args):
     """Return the output folder; raises InputError rather than lose a folder that is not an earlier merge."""
-    output = Path(os.path.realpath(args.output_path))
+    try:
+        output = Path(os.path.realpath(args.output_path))
+        old = output.with_name(f".{output.name}.partial").exists()  # the longest name that is used
+    except (OSError, ValueError) as error:
+        raise InputError(f"--output_path cannot be used ({error}). Name another folder.") from None
     old = output.with_name(f".{output.name}.old")
     if old.exists() and not output.exists():  # a crash between two renames
         old.rename(output)

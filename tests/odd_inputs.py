@@ -762,7 +762,7 @@ MERGE = [
         "an index of files that are not there",
         1,
         "lacks gone.safetensors",
-        {"model.safetensors.index.json": {"weight_map": {"a": "gone.safetensors"}}},
+        {"model.safetensors.index.json": {"weight_map": {"a": "gone.safetensors"}}, "model.safetensors": None},
     ),
     merge_base("other weights", 1, "is not the base that", {"model.safetensors": with_value("query.weight", 1.0)}),
 ]

@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -705,7 +706,38 @@ def bias_for_none(base, adapter):
     make_adapter(base, adapter, targets=["q_proj"], lora_bias=True)
 
 
+def header(text):
+    return lambda _, adapter: (adapter / "adapter_model.safetensors").write_bytes(
+        struct.pack("<Q", len(text)) + text.encode())  # fmt: skip
+
+
+def index_outside(base, _):
+    change_json(base / "model.safetensors.index.json", weight_map={"x": "../elsewhere.safetensors"})
+
+
+def no_rank(tensors):
+    return {name: x[:0] if "lora_A" in name else x[:, :0].contiguous() for name, x in tensors.items()}
+
+
+def flat(tensors):
+    return {name: tensor.flatten() for name, tensor in tensors.items()}
+
+
+def bad_template(base, _):
+    (base / "tokenizer.json").write_text("{}")
+    (base / "chat_template.jinja").write_bytes(b"\xff")
+
+
 WRONG = {
+    "no alpha": (lambda _, adapter: change_json(adapter / "adapter_config.json", lora_alpha=None), "for lora_alpha"),
+    "alpha of what": (lambda _, adapter: change_json(adapter / "adapter_config.json", alpha_pattern={"(": 3}),
+                      "is no regular expression"),
+    "header": (header('{"x": {}}'), "cut off or no safetensors file"),
+    "header of a list": (header("[]"), "cut off or no safetensors file"),
+    "no rank": (lambda _, adapter: change_tensors(adapter, no_rank), "do not belong together"),
+    "flat": (lambda _, adapter: change_tensors(adapter, flat), "do not belong together"),
+    "a file elsewhere": (index_outside, "which is not in this folder"),
+    "a template": (bad_template, "is no UTF-8"),
     "a bias for none": (bias_for_none, "q_proj has no bias in the base"),
     "another base": (another_base, "fit nothing in the base: .*q_proj.* as --base_model_path"),
     "other weights": (other_weights, "is not the base that .* was trained on"),
@@ -821,6 +853,22 @@ def test_a_second_merge_into_the_same_folder_is_refused(parts):
     for taken in (base, adapter, merged.parent):
         with pytest.raises(merge.InputError, match="is not empty and no earlier merge"):
             merge.main([*flags, str(taken), "--overwrite"])
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+def test_an_output_path_that_cannot_be_is_refused_first(name, parts):
+    _, adapter, merged = parts
+    with pytest.raises(merge.InputError, match="--output_path cannot be used"):
+        merge.main(["--lora_adapter_path", str(adapter), "--output_path", str(merged.parent / name)])
+
+
+def test_modules_are_copied_from_their_own_folder_alone(parts):
+    base, adapter, merged = parts
+    (merged.parent / "outside/secret").mkdir(parents=True)
+    (base / "modules.json").write_text('[{"path": "../outside"}, {}]')
+    flags = ["--lora_adapter_path", str(adapter), "--output_path", str(merged.parent / "deeper/merged")]
+    merge.main([*flags, "--verify", "off"])
+    assert not (merged.parent / "deeper/outside").exists()
 
 
 def test_a_disk_that_is_too_small_is_noticed_first(parts, monkeypatch):
