@@ -824,11 +824,13 @@ def st_files(args):
 
 
 def added_tokens(tokenizer):
-    """Return the ids that the tokenizer puts before every text, and behind it; ([], []) where that cannot be told."""
-    bare, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
-    starts = range(len(whole) - len(bare) + 1)
-    start = next((i for i in starts if bare and whole[i : i + len(bare)] == bare), None)
-    return ([], []) if start is None else (whole[:start], whole[start + len(bare) :])
+    """Return the ids that the tokenizer puts before every text, and behind it; None where that cannot be told."""
+    for text in ("a", "1", "的"):
+        bare, whole = tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer(text)["input_ids"]
+        for start in range(len(whole) - len(bare) + 1):
+            if bare and whole[start : start + len(bare)] == bare:
+                return whole[:start], whole[start + len(bare) :]
+    return None
 
 
 def append_eos(tokenizer, args, notes):
@@ -839,7 +841,10 @@ def append_eos(tokenizer, args, notes):
     eos = tokenizer.eos_token or tokenizer.sep_token
     if not eos or not tokenizer.is_fast:
         raise InputError("--append_eos: the tokenizer has no EOS token, or is none of `tokenizers`'. Drop the flag.")
-    before, after = added_tokens(tokenizer)
+    before, after = added_tokens(tokenizer) or (None, None)
+    if before is None:
+        raise InputError(f"--append_eos: the {type(tokenizer).__name__} of {args.model_name} reads none of 'a', '1', "
+                         "'的', so that it cannot be told what it puts around a text. Choose another base.")
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     if after and after[-1] in special | set(tokenizer.all_special_ids):
         notes.append("--append_eos changes nothing: the tokenizer ends every text in "
@@ -1001,7 +1006,7 @@ def text_indices(row):
 
 def unknown_share(texts, tokenizer):
     """Return the share of unknown tokens in the texts themselves, without what the tokenizer adds to each."""
-    added = [token for side in added_tokens(tokenizer) for token in side]
+    added = [token for side in added_tokens(tokenizer) or () for token in side]
     count = len(texts.values) - len(texts.index) * len(added)
     unknown = (texts.values == tokenizer.unk_token_id).sum() - len(texts.index) * added.count(tokenizer.unk_token_id)
     return unknown / max(1, count)

@@ -84,6 +84,10 @@ def test_append_eos_that_does_not_last_is_refused(monkeypatch):
     monkeypatch.setattr(utils, "read_tokenizer", lambda *_: train_tokenizer(SPECIAL, "<s> $A"))
     with pytest.raises(InputError, match="does not end short and truncated texts in </s> once it is saved"):
         append_eos(train_tokenizer(SPECIAL, "<s> $A"), ARGS, [])
+    blind = Tokenizer(models.BPE(vocab={"h": 0, "<s>": 1, "</s>": 2}, merges=[]))  # what it cannot read, it leaves out
+    blind.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    with pytest.raises(InputError, match="cannot be told what it puts around a text"):
+        append_eos(PreTrainedTokenizerFast(tokenizer_object=blind, bos_token="<s>", eos_token="</s>"), ARGS, [])
     without = train_tokenizer({"unk_token": "<unk>"}, None)
     with pytest.raises(InputError, match="the tokenizer has no EOS token"):
         append_eos(without, ARGS, [])
