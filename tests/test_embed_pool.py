@@ -1,5 +1,7 @@
 """What held-out queries are searched in: their own documents, and training documents that are wrong for all of them."""
 
+from types import SimpleNamespace
+
 import train_embed_lora
 import train_sft_lora
 import utils
@@ -10,6 +12,7 @@ from train_embed_lora import (
     Texts,
     by_query,
     dev_from_examples,
+    evaluations_of,
     filled,
     parse_args,
     read_data,
@@ -132,6 +135,12 @@ def test_all_evaluations_embed_at_most_half_as_many_tokens_as_the_training(run_e
     share = sum(evaluated) / trainers[0].real_tokens
     assert 0.45 < share < 0.51  # of steps drawn otherwise
     assert report["plan"]["evaluation_share"] == pytest.approx(share, rel=0.03)
+
+
+def test_evaluations_are_those_of_the_epochs_too():
+    plan = SimpleNamespace(eval_steps=5, total_steps=22, steps_per_epoch=11)
+    assert evaluations_of(SimpleNamespace(save_on_epoch_end=0), plan) == 6  # 0, 5, 10, 15, 20, 22
+    assert evaluations_of(SimpleNamespace(save_on_epoch_end=1), plan) == 7  # 11
 
 
 def test_a_dev_file_is_never_filled_and_a_small_pool_is_noted(run_embed, tmp_path, capsys):
