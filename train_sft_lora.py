@@ -151,6 +151,7 @@ KNOWN = "messages, conversations, " + ", ".join("/".join(pair) for pair in PAIRS
 TAG_RESIDUE = re.compile(
     r"<\|[^|<>]*\|>|</?[A-Za-z][\w:-]*/?>|\[/?INST\]|^\s*(###|Human:|User:|Assistant:)|&(amp|lt|gt);")
 THINKING = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
+NO_CALL = 'rows with a function call that is no JSON {"name", "arguments"}'
 TOO_LONG = "answers that do not fit into --max_length with their prompt"
 
 
@@ -333,6 +334,17 @@ def calls_of(value):
     return calls or None
 
 
+def listed_calls(value):
+    """Return the tool_calls of a turn as a list, from one call or JSON too; raises Drop for what is none."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    calls = value if isinstance(value, list) else [value]
+    if not all(isinstance(call, dict) and calls_of(call) for call in calls):
+        raise Drop(NO_CALL)
+    return calls
+
+
 def with_calls(turn):
     """Return a turn whose text, or OpenAI's old "function_call", is a call with it as tool_calls; raises Drop."""
     kind, text = kind_of(turn), turn.get("content") or turn.get("value")
@@ -346,7 +358,7 @@ def with_calls(turn):
     else:
         return turn
     if not calls:
-        raise Drop('rows with a function call that is no JSON {"name", "arguments"}')
+        raise Drop(NO_CALL)
     return {**turn, **moved, "tool_calls": calls}
 
 
@@ -364,7 +376,9 @@ def read_message(turn, where):
     reasoning = next((turn[name] for name in ("reasoning_content", "reasoning", "thinking") if turn.get(name)), "")
     reasoning = text_of(reasoning, where, kind)
     message = {"role": ROLES[kind], "content": content}
-    message |= {name: turn[name] for name in ("name", "tool_calls", "tool_call_id") if turn.get(name) is not None}
+    message |= {name: turn[name] for name in ("name", "tool_call_id") if turn.get(name) is not None}
+    if is_filled(turn.get("tool_calls")):  # a template may take an empty list for a call
+        message["tool_calls"] = listed_calls(turn["tool_calls"])
     if reasoning:
         message |= {"reasoning_content": reasoning, "thinking": reasoning}  # the second is gpt-oss's name
     if message["role"] == "assistant" and not weight_of(turn, where):
@@ -1686,8 +1700,9 @@ def as_request(args, example):
     body = {"model": args.endpoint_model, "messages": as_openai(example.messages[: example.last], thinking),
             "temperature": 0, "max_tokens": args.max_new_tokens, "chat_template_kwargs": {"enable_thinking": thinking}}
     if example.tools:
-        body["tools"] = [tool if "function" in tool else {"type": "function", "function": tool}
-                         for tool in example.tools]
+        bare = [isinstance(tool, dict) and "function" not in tool for tool in example.tools]
+        body["tools"] = [{"type": "function", "function": tool} if wrap else tool
+                         for tool, wrap in zip(example.tools, bare, strict=True)]
     return body
 
 

@@ -42,6 +42,9 @@ class Server:
         class Threading(ThreadingHTTPServer):
             request_queue_size = 64
 
+            def handle_error(self, *_):  # a client that went away
+                pass
+
         self.server = Threading(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server.server_port}"

@@ -96,6 +96,26 @@ def test_tools_and_reasoning_are_kept():
     assert example.messages[2]["role"] == "tool" and example.messages[3]["reasoning_content"] == "2 and 2"
 
 
+@pytest.mark.parametrize("calls", [["x"], "x", 5, [{"function": "f"}], [["x"]], "[" * 100_000])
+def test_calls_that_are_none_are_dropped(calls):
+    turns = [USER, {"role": "assistant", "content": "", "tool_calls": calls}, ANSWER]
+    with pytest.raises(train_sft_lora.Drop, match="a function call that is no JSON"):
+        train_sft_lora.read_example("line 1", {"messages": turns}, None)
+
+
+@pytest.mark.parametrize("none", [None, [], "", "[]", [None]])
+def test_a_turn_without_calls_has_none(none):
+    example = train_sft_lora.read_example("line 1", {"messages": [USER, {**ANSWER, "tool_calls": none}]}, None)
+    assert "tool_calls" not in example.messages[1]  # which some templates ask for by its name alone
+
+
+@pytest.mark.parametrize("form", [lambda call: call, lambda call: json.dumps([call]), lambda call: [call]])
+def test_calls_are_read_as_one_as_json_and_as_a_list(form):
+    call = {"id": "mine", "function": {"name": "add", "arguments": {"x": 1}}}
+    turns = [USER, {"role": "assistant", "content": "", "tool_calls": form(call)}]
+    assert train_sft_lora.read_example("line 1", {"messages": turns}, None).messages[1]["tool_calls"] == [call]
+
+
 @pytest.mark.parametrize("tools", ["[]", "null", '""', " ", "{}", [], None, "[null]"])
 def test_no_tools_are_none_however_they_are_written(tools):
     assert train_sft_lora.read_example("x", {"messages": [USER, ANSWER], "tools": tools}, None).tools is None
