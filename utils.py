@@ -1917,8 +1917,9 @@ def write_report(trainer, args, run, results):
         write_logs(folder, state.log_history, plan["steps_per_epoch"])
         draw_curves(folder / "training_curves.png", state.log_history, plan["shown"], report["best_step"])
         write_json(folder / "training_summary_report.json", report)
-    for name in plan["shown"] if after else []:
-        say(f"result    {name} {before[name]:.4f} before, {after[name]:.4f} after")
+    for name in plan["shown"]:
+        if name in before and name in after:
+            say(f"result    {name} {before[name]:.4f} before, {after[name]:.4f} after")
     say(f"          {report['steps']} steps in {seconds:.0f} s and {trainer.evaluation_seconds:.0f} s of evaluation, "
         f"{report['tokens_per_second']:,.0f} tokens/s, {report['padded_per_real_token']:.2f} padded per real token, "
         f"{report['peak_gib']:.1f} GiB")
