@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # names an optional CPU kernel at every import
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+warnings.filterwarnings("ignore", message=".*_pattern keys did not match")  # peft's own, of experts' parameters
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CODES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 PRECISIONS = {"none": "float32", "bf16": "bfloat16", "fp16": "float16"}  # as the trainers record theirs
