@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import math
 import random
 import re
 import tempfile
@@ -197,7 +198,9 @@ def number_of(value):
         value = {"true": 1, "false": 0}.get(value.strip().lower(), value)
     try:
         return float(value)
-    except (TypeError, ValueError, OverflowError):
+    except OverflowError:  # an integer of more than 308 digits
+        return math.inf
+    except (TypeError, ValueError):
         return None
 
 

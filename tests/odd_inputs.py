@@ -208,6 +208,17 @@ OK_PAIRS, OK_CHATS = "rehearsal of", "rehearsal of"
 # ---------------------------------------------------------------- rows
 
 EMBED_DATA = [
+    embed_data("labels 0 and 1", 0, "label = label", [{**PAIR, "pos": f"{i}", "label": i % 2} for i in range(8)]
+               + [{"query": f"{i} is where", "pos": f"here {i}", "label": "1"} for i in range(8)]),
+    embed_data("labels of three kinds", 1, "3 different numbers", [{**PAIR, "score": i} for i in range(3)]),
+    embed_data("a label of 400 digits", 1, "2 different numbers", [{**PAIR, "label": i} for i in (1, 10**400)]),
+    embed_data("a key twice", 1, 'called "pos"', '{"query": "a", "pos": "b", "pos": "c"}\n'),
+    embed_data("a column twice", 1, 'called "query"', "query,pos,query\na,b,c\n", "csv"),
+    embed_data("a list as Python prints it", 1, "with json.dumps", "query\tpos\na\t['b', 'c']\n", "tsv"),
+    embed_data("two prompts in a row", 1, "2 prompts in one row", [{**PAIR, "prompt": ["a", "b"]}]),
+    embed_data("prompts and --query_prefix", 1, "has a prompt of its own", [{**PAIR, "prompt": "Find: "}] * 2,
+               flags="--query_prefix x"),
+    embed_data("an id in place of a passage", 1, "an id rather than a text", [{**PAIR, "pos": [{"docid": "7"}]}]),
     embed_data("an empty file", 1, "holds no rows", ""),
     embed_data("blank lines alone", 1, "holds no rows", "\n \n\n"),
     embed_data("a byte order mark", 0, OK_PAIRS, encoded(lines(), "utf-8-sig")),
@@ -347,6 +358,28 @@ EMBED_FLAGS = [
             "beir/corpus.jsonl": [{"_id": "1", "text": "a"}],
             "beir/queries.jsonl": [{"_id": "2", "text": "b"}],
             "beir/qrels/test.tsv": "query-id\tcorpus-id\tscore\n2\t9\t1\n",
+        },
+    ),
+    embed_flags(
+        "a judgement that is no number",
+        1,
+        "a score that is no number",
+        "--dev_file beir",
+        files={
+            "beir/corpus.jsonl": [{"_id": "1", "text": "a"}],
+            "beir/queries.jsonl": [{"_id": "2", "text": "b"}],
+            "beir/qrels/test.tsv": "2\t1\thigh\n",
+        },
+    ),
+    embed_flags(
+        "judgements without a line of names",
+        0,
+        "dev: 1 queries over 1 documents",
+        "--dev_file beir --dry_run",
+        files={
+            "beir/corpus.jsonl": [{"_id": "1", "text": "a"}],
+            "beir/queries.jsonl": [{"_id": "2", "text": "b"}],
+            "beir/qrels/test.tsv": "2\t1\t1.0\n",
         },
     ),
     embed_flags("a dev file without rows", 1, "holds no rows", "--dev_file dev.jsonl", files={"dev.jsonl": ""}),
