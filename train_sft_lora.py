@@ -699,14 +699,38 @@ def overlap(one, other):
 
 def is_whole(rendered, texts):
     """Tell whether every text is in what a template rendered, white space and the like aside."""
+    at = 0
+    for text in (text.strip() for text in texts):  # as they stand and in this order, nearly always
+        at = rendered.find(text, at) + len(text)
+        if at < len(text):
+            break
+    else:
+        return True
     rendered = squeezed(rendered)
     return all(squeezed(text) in rendered for text in texts)
+
+
+def cuts_of(tokenizer):
+    """Return a pattern of the tokens before which a text may be cut, and its pieces tokenised apart; None without one.
+
+    `tokenizers` looks for added tokens first, and treats what stands between them apart. No cut is made before one that
+    takes its surroundings along, or that may stand within another.
+    """
+    added = tokenizer.added_tokens_decoder.values()
+    if not tokenizer.is_fast or getattr(tokenizer, "split_special_tokens", False):
+        return None
+    within = {character for token in added for character in token.content[1:]}
+    greedy = [token.content for token in added if token.lstrip or token.single_word or token.normalized]
+    cuts = [token.content for token in added
+            if token.content[0] not in within and not any(other.startswith(token.content) for other in greedy)]
+    return re.compile("|".join(map(re.escape, cuts))) if cuts else None
 
 
 # a template is a program, and runs on whatever a row holds
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError,
                    MemoryError, SyntaxError)
 TRIAL_SECONDS, TRIAL_BYTES = 10, 2**30
+REMEMBERED_TOKENS = 2**18  # of pieces of rendered text
 
 
 @contextlib.contextmanager
@@ -756,6 +780,8 @@ class Chat:
         added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         special = {*added, *tokenizer.all_special_tokens} - {"<think>", "</think>"}
         self.special = sorted(special, key=len, reverse=True)
+        self.special_pattern = re.compile("|".join(map(re.escape, self.special)) or "(?!)")
+        self.cuts, self.pieces, self.remembered = cuts_of(tokenizer), {}, 0
         with limited_trial():
             self.try_out([stop for stop in base_stops if stop])
 
@@ -770,6 +796,8 @@ class Chat:
         except (Drop, ValueError) as error:
             raise InputError("the chat template cannot render a simple conversation: "
                              f"{utils.reason(error)}. Pass another with --chat_template.") from None
+        if self.ids(longer) != self.tokenised(longer):
+            self.cuts = None  # a tokenizer of its own kind
         shared = os.path.commonprefix([prompt, alone])
         opening, _, tail = alone[len(shared) :].partition(ANSWER)
         self.find_stops(opening, tail, before, after, base_stops)
@@ -860,7 +888,7 @@ class Chat:
 
     def without_special(self, text):
         """Return text without its special tokens."""
-        return re.sub("|".join(map(re.escape, self.special)) or "$", "", text)
+        return self.special_pattern.sub("", text)
 
     def rendered(self, messages, prompt, tools=None):
         """Return what render() gives, or None where the template refuses the messages."""
@@ -878,9 +906,27 @@ class Chat:
             why = utils.reason(error) or type(error).__name__
             raise Drop(f"rows that the chat template refuses ({why})") from None
 
-    def ids(self, text):
-        """Tokenise rendered text, which brings its special tokens along."""
+    def tokenised(self, text):
+        """Tokenise rendered text, which brings its special tokens along; of several texts a list for each."""
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def ids(self, text):
+        """Return tokenised(text), put together from what stands between special tokens, each piece tokenised once.
+
+        So the turns of a conversation, each of which begins with all before it, cost little more than the last alone.
+        """
+        if self.cuts is None:
+            return self.tokenised(text)
+        starts = [0, *(match.start() for match in self.cuts.finditer(text)), len(text)]
+        pieces = [text[start:end] for start, end in itertools.pairwise(starts) if end > start]
+        if self.remembered > REMEMBERED_TOKENS:
+            self.pieces.clear()
+            self.remembered = 0
+        new = [piece for piece in dict.fromkeys(pieces) if piece not in self.pieces]
+        for piece, ids in zip(new, self.tokenised(new) if new else (), strict=True):
+            self.pieces[piece] = ids
+            self.remembered += len(ids)
+        return list(itertools.chain.from_iterable(self.pieces[piece] for piece in pieces))
 
     def ended(self, text, answer):
         """Return text, rendered messages, up to the first stop token behind the last `answer` in it."""
@@ -891,9 +937,9 @@ class Chat:
     def prepare(self, messages):
         """Return the messages as this template takes them; raises Drop for special tokens inside a text."""
         for message in messages:
-            for token in self.special:
-                if token in message["content"]:
-                    raise Drop(f"rows whose text holds the special token {token}")
+            found = self.special_pattern.search(message["content"])
+            if found:
+                raise Drop(f"rows whose text holds the special token {found[0]}")
         if not self.thinking:
             messages = [{**{k: v for k, v in m.items() if k not in ("reasoning_content", "thinking")},
                          "content": THINKING.sub("", m["content"]) if m["role"] == "assistant" else m["content"]}

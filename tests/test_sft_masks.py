@@ -1,12 +1,14 @@
 """What is supervised, token by token, for the template families, written from their documentation."""
 
 import json
+import random
 import types
 
 from conftest import chat_tokenizer
 from train_sft_lora import LEFT_OUT, Chat, Drop
 
 import pytest
+from tokenizers import AddedToken, normalizers, pre_tokenizers
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -283,6 +285,63 @@ def test_supervised_tokens_are_what_inference_has_to_say(name):
         assert ids[: spans[0][1]] == chat.ids(prompt1) + chat.ids(answer1)
     for ids, spans in samples:
         assert all(ids[end - 1] in chat.stop_ids for _, end in spans)
+
+
+def long_conversation(turns):
+    """Return `turns` turns of odd texts, some of weight 0."""
+    draw = random.Random(turns)
+    parts = ["apple", "\n", "\n\n", "  ", "<", "<|", "|>", "e\u0301", "\u65e5\u672c", "42", '{"a": [1]}', "</"]
+    return [
+        {
+            "role": "assistant" if i % 2 else "user",
+            "content": draw.choice(["", " ", "\n"]) + "x" + "".join(draw.choices(parts, k=draw.randrange(40))),
+            "weight": 0 if i % 7 == 3 else 1,
+        }
+        for i in range(turns)
+    ]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_turns_are_those_of_tokenising_every_turn_anew(name):
+    chat = make_chat(*FAMILIES[name][0])
+    slow = make_chat(*FAMILIES[name][0])
+    slow.cuts = None
+    for turns in (2, 5, 12):
+        for limits in ({}, {"max_length": 150}, {"max_length": 150, "overlong": "truncate_prompt"}):
+            messages = long_conversation(turns)
+            assert chat.samples(chat.prepare(messages), None, flags(**limits)) == slow.samples(
+                slow.prepare(messages), None, flags(**limits)
+            )
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama 3", "gemma", "mistral", "phi 3"])
+def test_a_conversation_is_tokenised_once(name, monkeypatch):
+    chat, read = make_chat(*FAMILIES[name][0]), []
+    tokenised = chat.tokenised
+    chat.pieces.clear()
+    monkeypatch.setattr(chat, "tokenised", lambda texts: read.extend(texts) or tokenised(texts))
+    messages = [turn | {"weight": 1} for turn in long_conversation(40)]
+    whole = chat.render(messages, False)
+    assert chat.samples(messages, None, flags(max_length=10**6))[0]
+    assert sum(map(len, read)) < 1.5 * len(whole)  # turn by turn it is 20 times as much
+
+
+@pytest.mark.parametrize("trait", ["lstrip", "rstrip", "single_word", "normalized"])
+@pytest.mark.parametrize("before", ["metaspace", "bytes"])
+def test_texts_are_cut_where_their_tokens_stay_the_same(before, trait):
+    tokenizer = chat_tokenizer(CHATML, "<|im_end|>", None, ["<|im_start|>", "<|im_", "[A]", "A]["])
+    backend = tokenizer.backend_tokenizer
+    if before == "metaspace":  # Llama 2's, which begins a text in a token of its own
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.normalizer = normalizers.NFC()
+    tokenizer.add_tokens([AddedToken("<odd>", **{trait: True}), AddedToken("<|im_end|>!", lstrip=True)])
+    chat = Chat(tokenizer, False, [])
+    assert chat.cuts and "<odd>" not in chat.cuts.pattern or trait == "rstrip"
+    draw = random.Random(0)
+    parts = ["<|im_start|>", "<|im_end|>", "<|im_", "[A]", "A]", "A][", "<odd>", "<|im_end|>!", " ", "\n", "e\u0301", "! "]
+    for _ in range(300):
+        text = "".join(draw.choices(parts, k=draw.randrange(12)))
+        assert chat.ids(text) == chat.tokenised(text), text
 
 
 @pytest.mark.parametrize("name", ["chatml", "qwen3"])
