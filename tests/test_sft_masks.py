@@ -329,16 +329,17 @@ def test_a_conversation_is_tokenised_once(name, monkeypatch):
 @pytest.mark.parametrize("trait", ["lstrip", "rstrip", "single_word", "normalized"])
 @pytest.mark.parametrize("before", ["metaspace", "bytes"])
 def test_texts_are_cut_where_their_tokens_stay_the_same(before, trait):
-    tokenizer = chat_tokenizer(CHATML, "<|im_end|>", None, ["<|im_start|>", "<|im_", "[A]", "A]["])
+    tokenizer = chat_tokenizer(CHATML, "<|im_end|>", None, ["<|im_start|>", "<|im_", "[A]"])
     backend = tokenizer.backend_tokenizer
     if before == "metaspace":  # Llama 2's, which begins a text in a token of its own
         backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     backend.normalizer = normalizers.NFC()
-    tokenizer.add_tokens([AddedToken("<odd>", **{trait: True}), AddedToken("<|im_end|>!", lstrip=True)])
+    greedy = [AddedToken(text, lstrip=True) for text in ("<|im_end|>!", "A][")]
+    tokenizer.add_tokens([AddedToken("<odd>", **{trait: True}), *greedy])
     chat = Chat(tokenizer, False, [])
     assert chat.cuts and "<odd>" not in chat.cuts.pattern or trait == "rstrip"
     draw = random.Random(0)
-    parts = ["<|im_start|>", "<|im_end|>", "<|im_", "[A]", "A]", "A][", "<odd>", "<|im_end|>!", " ", "\n", "e\u0301", "! "]
+    parts = ["<|im_start|>", "<|im_end|>", "<|im_", "[A]", "A]", "A][", "<odd>", "<|im_end|>!", " ", "e\u0301", "! "]
     for _ in range(300):
         text = "".join(draw.choices(parts, k=draw.randrange(12)))
         assert chat.ids(text) == chat.tokenised(text), text
