@@ -476,11 +476,10 @@ def split_rows(args, rows, sources):
         examples, held = utils.hold_out(
             examples, lambda example: group[by_query(example)], args, "query", HELD_OUT, MAX_HELD, by_query)
         dev_sets = {name: dev_from_examples(rows) for name, rows in held.items()}
-    rest = without_leaks(examples, dev_sets, dropped)
-    examples = rest[: args.train_sample_limit]
+    trained = without_leaks(examples, dev_sets, dropped)[: args.train_sample_limit]
     for name in held:
-        dev_sets[name].spare = spare_documents(dev_sets[name], examples, rest, args.seed)
-    return examples, dev_sets, dropped
+        dev_sets[name].spare = spare_documents(dev_sets[name], trained, examples, args.seed)
+    return trained, dev_sets, dropped
 
 
 def dev_sizes(dev_sets):
