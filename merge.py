@@ -451,16 +451,12 @@ def make_changes(config, tensors, base_config, base):
     Every adapter tensor is used exactly once; raises DoesNotFit with the list of those that fit nothing. What the
     adapter holds whole and with other rows (a resized vocabulary) gets those rows in `base`.
     """
-    find, changes, unused, modules = match_names(base), {}, [], defaultdict(dict)
+    modules = defaultdict(dict)
     for name, tensor in tensors.items():
         path, kind = split(name)
         modules[path][kind] = tensor
-    embedding = next((name for name in base if EMBEDDING.search(name)), None)
-    declared = is_declared_tied(base_config, base)
-    tied = declared and embedding
-    if tied and "lm_head.weight" in base:  # transformers ties them only where the file agrees
-        tied = equal(base[embedding], base["lm_head.weight"])
-    untied = None
+    find, changes, unused, untied = match_names(base), {}, [], None
+    embedding, declared, tied = find_embedding(base_config, base)
     if config.get("target_parameters"):
         changes |= take_experts(modules, config, base_config, base, find)
     for path, parts in modules.items():
@@ -493,10 +489,15 @@ def make_changes(config, tensors, base_config, base):
     return changes, untied
 
 
-def is_declared_tied(base_config, base):
-    """Tell whether a config says that the head is the embedding."""
+def find_embedding(base_config, base):
+    """Return the embedding's name or None, whether the config ties the head to it, and whether the files agree."""
+    embedding = next((name for name in base if EMBEDDING.search(name)), None)
     nested = base_config.get("text_config") or {}
-    return base_config.get("tie_word_embeddings", nested.get("tie_word_embeddings", "lm_head.weight" not in base))
+    declared = base_config.get("tie_word_embeddings", nested.get("tie_word_embeddings", "lm_head.weight" not in base))
+    tied = bool(declared and embedding)
+    if tied and "lm_head.weight" in base:  # transformers ties them only where the file agrees
+        tied = equal(base[embedding], base["lm_head.weight"])
+    return embedding, declared, tied
 
 
 def settle_head(changes, embedding, untied, tied, declared, task, base_config, base):
@@ -1207,7 +1208,7 @@ def make_job(args):
     try:
         changes, untied = make_changes(config, tensors, base_config, base)
     except DoesNotFit as error:
-        raise InputError(f"{error} {what_to_do(recorded, base_folder, config)}") from None
+        raise InputError(f"{error} {what_to_do(recorded, base_folder, name, config)}") from None
     print(f"adapter   {adapter_folder}: {len(tensors)} tensors for {len(changes)} of the {len(base)} of {name}")
     if not is_base(base_folder, recorded):
         raise InputError(f"{base_folder} is not the base that {adapter_folder} was trained on: its weights are not "
@@ -1234,14 +1235,20 @@ def make_job(args):
     return job
 
 
-def what_to_do(recorded, base_folder, config):
-    """Return the advice where an adapter does not fit a base; `recorded` is the fingerprint of the one it began on."""
+def what_to_do(recorded, base_folder, name, config):
+    """Return the advice where an adapter does not fit the base that is called `name`.
+
+    recorded: the fingerprint of the base that a trainer put it on, or None.
+    """
+    by_peft = "merge it with peft's merge_and_unload."
     if config.get("task_type") in OWN_HEADS:
-        return (f"An adapter for {config['task_type']} brings a head that a base's files do not hold: merge it with "
-                "peft's merge_and_unload.")
-    if recorded and recorded == fingerprint(base_folder):
-        return (f"The adapter was trained on {base_folder}, whose files hold no such tensor: a class of transformers "
-                "that makes it anew, or resizes it, was trained. Merge it with peft's merge_and_unload.")
+        return f"An adapter for {config['task_type']} brings a head that a base's files do not hold: {by_peft}"
+    if recorded and is_base(base_folder, recorded):
+        return (f"The adapter was trained on {name}, whose files hold no such tensor: its class makes it anew, or was "
+                f"changed before the training; {by_peft}")
+    if name == config.get("base_model_name_or_path"):
+        return (f"{name} is the base that the adapter names: if it changed since, pass the old one as "
+                f"--base_model_path; else {by_peft}")
     trained_on = config.get("base_model_name_or_path")
     return f"Pass the base that it was trained on ({trained_on}) as --base_model_path."
 

@@ -1127,6 +1127,7 @@ def check_mergeable(model, args, notes):
     if args.finetune_type == "full":
         return
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    tensors = {name: tensor.to("meta") for name, tensor in tensors.items()}  # their shapes are enough
     obstacle = merge.unmergeable(model.peft_config["default"].to_dict(), tensors, base_folder(args))
     if obstacle and args.merge_adapter:
         raise InputError(f"--merge_adapter: merge.py could not merge this adapter ({obstacle}). Drop the flag, or mend "
