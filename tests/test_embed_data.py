@@ -237,7 +237,8 @@ def test_a_pair_and_its_mirror_image_are_held_out_together(tmp_path):
     pairs += [(f"in which way {i}", f"so {i}") for i in range(5)]
     rows = [{"query": a, "pos": [b]} for a, b in pairs + [(b.upper(), a) for a, b in pairs]]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    examples, dev_sets, _ = read_data(parse_args(["--train_file", path, "--dev_size", "0.5"]))
+    examples, dev_sets, counts = read_data(parse_args(["--train_file", path, "--dev_size", "0.5"]))
+    assert not counts["dropped"]  # each row is measured or trained
     held = {frozenset(map(utils.text_id, pair)) for pair in pairs_of(dev_sets[""])}
     trained = {frozenset(map(utils.text_id, (e.query, e.pos[0]))) for e in examples}
     assert len(held) >= 15 and len(held) + len(trained) == len(pairs) and not held & trained
@@ -396,8 +397,9 @@ def test_all_prompts_of_the_base_are_kept_and_named(tmp_path, tiny_bert, run_emb
     base = {"passage": "passage: ", "Retrieval-query": "task: search\n", "STS": "alike: "}
     folder = shutil.copytree(tiny_bert, str(tmp_path / "model"))
     (Path(folder) / "config_sentence_transformers.json").write_text(json.dumps({"prompts": base}))
-    run_embed("--max_steps", 1, "--dev_size", 0, "--query_prefix", "Q: ", model=folder)
+    run_embed("--max_steps", 1, "--dev_size", 0, "--query_prefix", "Q: ", "--query_max_len", 6, model=folder)
     said = capsys.readouterr().out
+    assert "note      96 queries are cut at --query_max_len 6" in said
     assert 'under other names, Retrieval-query, STS (Retrieval-query: "task: search\\n")' in said
     stored = json.loads((tmp_path / "out/final/config_sentence_transformers.json").read_text())["prompts"]
     assert stored == base | {"query": "Q: ", "document": "passage: "}
