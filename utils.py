@@ -892,6 +892,9 @@ def load_base(args, auto_class, config, precision, notes):
         except LOADING_ERRORS as error:
             if not bits:
                 why = reason(error) or type(error).__name__
+                if "Unrecognized configuration class" in why:
+                    raise InputError(f"{args.model_name} is a {config.model_type} model, which {auto_class.__name__} "
+                                     "does not know. Choose a base of another kind.") from None
                 raise InputError(f"{args.model_name} cannot be loaded: {why}. Are its files whole?") from None
             notes.append(f"{bits}-bit loading failed, so the base is not quantised: {reason(error)}")
             args.bits = None
@@ -900,7 +903,7 @@ def load_base(args, auto_class, config, precision, notes):
 def not_loaded(info):
     """Return {name: in words} of the weights that transformers did not load; one that is tied to another it did."""
     found = {name: name for name in sorted(info["missing_keys"])}
-    for name, stored, wanted in info["mismatched_keys"]:
+    for name, stored, wanted in sorted(info["mismatched_keys"]):
         found[name] = f"{name}, there {tuple(stored)} in place of {tuple(wanted)}"
     return found
 

@@ -64,6 +64,12 @@ def test_a_causal_model_with_random_weights_is_refused(first, run_sft, tiny_chat
         run_sft("--dry_run", model=base)
 
 
+def test_an_encoder_is_no_causal_model(run_sft, tiny_chat, tmp_path):
+    base = copied(tiny_chat, tmp_path / "base", model_type="distilbert")
+    with pytest.raises(utils.InputError, match="is a distilbert model, which AutoModelForCausalLM does not know"):
+        run_sft("--dry_run", model=base)
+
+
 def test_a_quantised_base_with_random_weights_is_refused(run_embed, tiny_bert, tmp_path):
     base = copied(tiny_bert, tmp_path / "base", num_hidden_layers=3)
     with pytest.raises(utils.InputError, match="16 of 55 weights are not in its files"):
