@@ -1147,10 +1147,11 @@ def squeezed(text):
 class TrainSet(list):
     """Samples {"input_ids" (T,), "supervised" (T,) bool}, or pairs {"sides": [chosen, rejected]} of samples.
 
-    `epoch` is set by the training loop.
+    `epoch` is set by the training loop. `unrolled` is how many times the tokens of each row's longest sample there are.
     """
 
     epoch = 0
+    unrolled = 1.0
 
 
 def encode_row(chat, messages, tools, rejected, args):
@@ -1203,13 +1204,16 @@ def tokenise(examples, chat, args):
     data = utils.cached_map(columns, encode, key, args.num_workers, Features(kinds))
     ids, offsets = utils.ragged(data, "input_ids")
     supervised, _ = utils.ragged(data, "supervised")
-    samples, drops = TrainSet(), defaultdict(list)
+    samples, drops, longest = TrainSet(), defaultdict(list), Counter()
     for i, (row, reason) in enumerate(zip(data["row"], data["reason"], strict=True)):
         part = slice(offsets[i], offsets[i + 1])
         if reason:
             drops[reason].append(examples[row].where)
         else:
             samples.append({"input_ids": ids[part], "supervised": supervised[part]})
+            longest[row] = max(longest[row], len(ids[part]))
+    if samples and not args.pref_loss:
+        samples.unrolled = sum(map(tokens_of, samples)) / longest.total()
     if args.overlong == "error" and TOO_LONG in drops:
         raise InputError(f"{drops[TOO_LONG][0]}: longer than --max_length {args.max_length}. Raise it, or drop "
                          "--overlong error.")
@@ -1979,6 +1983,10 @@ def show_examples(train_set, examples, chat, notes):
             text += f"{on}{part}{off}" if mask[start] else part
         kind = f"{'chosen  ' if i % 2 else 'rejected'} {(i + 1) // 2}" if "sides" in train_set[0] else f"example {i}"
         say(f"{kind} {len(ids):5} tokens, {mask.sum()} supervised: {text}")
+    if train_set.unrolled >= 1.05:
+        notes.append("the chat template rewrites past turns, so that each answer is a sample of its own, of all that "
+                     f"inference sees: {train_set.unrolled:.1f} times the tokens of the conversations. --train_turns "
+                     "last learns the last answer of each alone, without the repeats")
     train_set = flat(train_set)
     learnt = sum(int(sample["supervised"].sum()) for sample in train_set)
     total = sum(len(sample["input_ids"]) for sample in train_set)

@@ -135,6 +135,23 @@ def test_tool_definitions_that_the_template_leaves_out_are_noted(run_sft, tmp_pa
     assert "leaves out the tool definitions of 7 rows" in capsys.readouterr().out
 
 
+def test_the_preflight_says_what_rewritten_history_costs(run_sft, tmp_path, capsys):
+    template = tmp_path / "qwen3.jinja"
+    template.write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ '<think></think>' if m.role != 'user' and loop.last }}"
+        "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think></think>"
+        "{% endif %}"
+    )
+    turns = [{"role": ("user", "assistant")[i % 2], "content": "door"} for i in range(10)]
+    rows = [{"messages": [{"role": "user", "content": f"row {i}"}, *turns[1:]]} for i in range(30)]
+    data, note = write_jsonl(tmp_path / "long.jsonl", rows), "the tokens of the conversations. --train_turns last"
+    run_sft("--dry_run", "--chat_template", template, data=data)
+    said = " ".join(capsys.readouterr().out.split())
+    assert 3.0 <= float(said.split(f" times {note}")[0].split()[-1]) < 3.4  # and the marks of thinking
+    run_sft("--dry_run", "--chat_template", template, "--train_turns", "last", data=data)
+    assert note not in " ".join(capsys.readouterr().out.split())
+
+
 def test_stop_tokens_are_written_for_whoever_serves_the_model(run_sft, tmp_path, tiny_chat):
     AutoModelForCausalLM.from_pretrained(tiny_chat).save_pretrained(tmp_path / "base")
     tokenizer = AutoTokenizer.from_pretrained(tiny_chat)

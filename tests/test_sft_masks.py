@@ -5,7 +5,7 @@ import random
 import types
 
 from conftest import chat_tokenizer
-from train_sft_lora import LEFT_OUT, Chat, Drop
+from train_sft_lora import LEFT_OUT, Chat, Drop, Example, tokenise
 
 import pytest
 from tokenizers import AddedToken, normalizers, pre_tokenizers
@@ -343,6 +343,24 @@ def test_texts_are_cut_where_their_tokens_stay_the_same(before, trait):
     for _ in range(300):
         text = "".join(draw.choices(parts, k=draw.randrange(12)))
         assert chat.ids(text) == chat.tokenised(text), text
+
+
+def ten_turns(length):
+    """Return 10 turns of `length` words each."""
+    text = " ".join(["apple"] * length)
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i in range(10)]
+
+
+def test_tokens_that_rewritten_history_costs_are_counted():
+    examples = [Example("", ten_turns(length)) for length in (50, 100)]
+    settings = flags(num_workers=0, pref_loss=None)
+    chat = make_chat(*FAMILIES["qwen3"][0])
+    train_set = tokenise(examples, chat, settings)[0]
+    sizes = [len(sample["input_ids"]) for sample in train_set]
+    assert len(sizes) == 10 and train_set.unrolled == sum(sizes) / (sizes[4] + sizes[9])
+    assert 2.9 < train_set.unrolled < 3.1  # (1 + 2 + 3 + 4 + 5) / 5
+    assert tokenise(examples, chat, flags(num_workers=0, pref_loss=None, train_turns="last"))[0].unrolled == 1
+    assert tokenise(examples, make_chat(*FAMILIES["chatml"][0]), settings)[0].unrolled == 1
 
 
 @pytest.mark.parametrize("name", ["chatml", "qwen3"])
