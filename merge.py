@@ -520,16 +520,21 @@ def refuse_tied_copies(change, embedding, task, base_config):
 
     Training left those copies as they were, and no file holds them: read from a merged one they would change as well.
     """
+    if change and change.rows:
+        return  # peft ties trained rows
     kind = (base_config.get("architectures") or [""])[0]
-    if base_config.get("is_encoder_decoder"):
+    other_head = kind.endswith(("ForMaskedLM", "ForPreTraining")) or (
+        HEADED.search(kind) and base_config.get("model_type") in OTHER_HEADS)
+    if base_config.get("is_encoder_decoder") or embedding.endswith("shared.weight"):
         copies = "embeddings of encoder and decoder"
-    elif task == "FEATURE_EXTRACTION" or change and change.rows:  # trained without the head; peft ties trained rows
+    elif not other_head:
         return
-    elif kind.endswith(("ForMaskedLM", "ForPreTraining")) or (
-            HEADED.search(kind) and base_config.get("model_type") in OTHER_HEADS):
-        copies = f"head of {kind}"
+    elif task == "FEATURE_EXTRACTION":  # trained, compared and served without the head
+        print(f"note      the head of {kind} is tied to {embedding} and changes with it: use the merged folder for "
+              "embeddings alone")
+        return
     else:
-        return
+        copies = f"head of {kind}"
     raise InputError(f"the adapter changes {embedding}, to which the base ties the {copies}: training left those as "
                      "they were, and no file of the base holds them. Train without embedding and head, or save the "
                      "base untied first.")
