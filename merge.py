@@ -1202,11 +1202,19 @@ def is_base(folder, recorded):
 # ---------------------------------------------------------------- main
 
 
+def flags_of(trained):
+    """Return the flags that a training_config.json (a dict) holds; raises InputError for what is none."""
+    flags = trained.get("flags") or {}
+    if not isinstance(flags, dict):
+        raise InputError(f"training_config.json of the adapter holds {str(flags)[:60]} as flags. Copy it again.")
+    return flags
+
+
 def make_job(args):
     """Read and check everything that is merged; returns what the merge needs, nothing written yet."""
     adapter_folder, config, tensors = read_adapter(args.lora_adapter_path)
     trained = read_json(adapter_folder / "training_config.json") or {}
-    flags, name = trained.get("flags") or {}, args.base_model_path or config.get("base_model_name_or_path") or ""
+    flags, name = flags_of(trained), args.base_model_path or config.get("base_model_name_or_path") or ""
     base_folder = find_base(name, flags.get("model_revision") or config.get("revision"))
     base_config, base = read_base(base_folder)
     recorded = trained.get("base_fingerprint")
@@ -1350,6 +1358,8 @@ def open_output(args):
         old = output.with_name(f".{output.name}.partial").exists()  # the longest name that is used
     except (OSError, ValueError) as error:
         raise InputError(f"--output_path cannot be used ({error}). Name another folder.") from None
+    if output.is_symlink():  # what realpath leaves of a circle
+        raise InputError(f"--output_path {output} is a symbolic link to itself. Name a folder.")
     old = output.with_name(f".{output.name}.old")
     if old.exists() and not output.exists():  # a crash between two renames
         old.rename(output)
@@ -1440,4 +1450,9 @@ if __name__ == "__main__":
         main()
     except InputError as wrong:
         print(f"error: {wrong}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as wrong:
+        if wrong.errno is None:  # not the system's
+            raise
+        print(f"error: a file cannot be read or written: {wrong}. Mend that, and start again.", file=sys.stderr)
         sys.exit(1)

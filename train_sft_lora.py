@@ -34,6 +34,7 @@ from operator import attrgetter
 from pathlib import Path
 from statistics import fmean as mean
 
+import merge
 import utils
 from utils import InputError, integer, named, one_of, real, say
 
@@ -56,6 +57,7 @@ HELD_OUT = 0.2  # of the rows, where no dev set is named
 REQUESTS_AT_ONCE = 8  # to --endpoint
 ANSWER_SECONDS = 8 * 600  # a server with one slot lets the others wait
 PAUSES = (1, 2)  # seconds before the second and the third try
+MAX_LEVELS = 64  # of objects in a tool or in arguments: pickle and templates fail in some hundreds
 SHORT_ANSWER_TOKENS = 64  # --sanity_overfit asks for an exact match up to this length
 PREFERENCE_LOSSES = ("sigmoid", "hinge", "ipo", "kto_pair", "orpo", "simpo")
 WITHOUT_REFERENCE, PER_TOKEN = ("orpo", "simpo"), ("ipo", "orpo", "simpo")
@@ -539,6 +541,14 @@ def read_pair(where, row, system_prompt):
     return example
 
 
+def is_deeper(value, levels):
+    """Tell whether lists and objects stand in more than so many of one another."""
+    if not isinstance(value, dict | list):
+        return False
+    items = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(is_deeper(item, levels - 1) for item in items)
+
+
 def read_examples(rows, args):
     """Turn [(where, row)] into Examples; counts, and says, what cannot be learnt from. Returns (examples, counts)."""
     examples, seen, drops, unknown = [], set(), defaultdict(list), []
@@ -548,6 +558,8 @@ def read_examples(rows, args):
             texts = [*example.messages, *filter(None, [example.rejected])]
             if args.drop_regex and any(re.search(args.drop_regex, m["content"]) for m in texts):
                 raise Drop("rows that match --drop_regex")
+            if is_deeper([texts, example.tools], MAX_LEVELS):
+                raise Drop(f"rows with tools or arguments in more than {MAX_LEVELS} levels")
             key = json.dumps([texts, example.tools], sort_keys=True)
             if key in seen:
                 raise Drop("duplicate rows")
@@ -1909,7 +1921,7 @@ def stored_stops(args, tokenizer):
 def settle_thinking(args, examples):
     """Settle --enable_thinking auto: as the adapter was trained, else true where an answer has reasoning."""
     if args.enable_thinking == "auto":
-        stored = {} if args.endpoint else (utils.base_json(args, "training_config.json") or {}).get("flags", {})
+        stored = {} if args.endpoint else merge.flags_of(utils.base_json(args, "training_config.json") or {})
         reasons = any(m.get("reasoning_content") or "</think>" in m["content"]
                       for example in examples for m in [*example.messages, example.rejected or {"role": ""}]
                       if m["role"] == "assistant")

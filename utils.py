@@ -1017,7 +1017,7 @@ def check_base_of(adapter, base, model_name):
     """Raise InputError if what a trainer recorded beside the adapter is not the fingerprint of the folder `base`."""
     trained = read_json(Path(adapter) / "training_config.json") or {}
     if not merge.is_base(base, trained.get("base_fingerprint")):
-        name = (trained.get("flags") or {}).get("model_name")
+        name = merge.flags_of(trained).get("model_name")
         raise InputError(f"{model_name} is not the base that --init_adapter {adapter} was trained on: its weights are "
                          f"not those of {name}. Pass that one as --model_name; if it is the same model in other files, "
                          f"delete base_fingerprint from {adapter}/training_config.json.")

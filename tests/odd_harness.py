@@ -26,6 +26,7 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)
 SECONDS = 30  # that a row may take
+SHORT_RUN = "--max_steps 2 --checkpoint_steps 1 --dev_size 0 --lr 1e-2 --report_to none"
 SCRIPTS = {"embed": "train_embed_lora.py", "sft": "train_sft_lora.py", "merge": "merge.py"}
 
 
@@ -96,9 +97,8 @@ def build_kitchen(folder):
     turns = [row["messages"] for row in make_chats(24)]
     pairs = [{"prompt": m[-2]["content"], "chosen": m[-1]["content"], "rejected": "no"} for m in turns]
     write_jsonl(folder / "preferences.jsonl", pairs)
-    short = "--max_steps 2 --checkpoint_steps 1 --dev_size 0 --lr 1e-2 --report_to none"
     for script, model, data in (("embed", "bert", "pairs"), ("sft", "chat", "chats")):
-        flags = f"--model_name {folder}/{model} --train_file {folder}/{data}.jsonl {short}"
+        flags = f"--model_name {folder}/{model} --train_file {folder}/{data}.jsonl {SHORT_RUN}"
         start(script, [*flags.split(), "--output_dir", str(folder / f"{script}_run")])
 
 

@@ -12,11 +12,13 @@ import datetime
 import http.server
 import json
 import os
+import shutil
 import threading
 from pathlib import Path
 
-from odd_harness import Row, main, make_chats, make_rows
+from odd_harness import SHORT_RUN, Row, main, make_chats, make_rows
 
+import torch
 from safetensors.torch import load_file, save_file
 
 GOOD_PAIRS = make_rows(8)
@@ -195,6 +197,20 @@ def serve(answer):
     return {"port": server.server_port}
 
 
+def earlier_merge_is_there(folder, text):
+    """Tell what is wrong if a merge that failed took the earlier one away, or left something behind."""
+    left = sorted(path.name for path in folder.iterdir())
+    return None if left == ["out"] and (folder / "out/merge_report.json").exists() else f"left {left}"
+
+
+def first_checkpoint_is_there(folder, text):
+    """Tell what is wrong if a run on a full disk lost its last complete checkpoint."""
+    stored = json.loads((folder / "run/checkpoint-1/trainer_state.json").read_text())
+    return None if stored["global_step"] == 1 else "checkpoint-1 is another"
+
+
+RESUMED = "--model_name {k}/bert --train_file {k}/pairs.jsonl --output_dir run --resume_from_checkpoint " + SHORT_RUN
+TYPED = ("--max_steps", "--dev_size")
 NAN, INF = float("nan"), float("inf")
 DATES = [datetime.date(2026, 1, 1)] * 8
 ENDPOINT = "--eval_only --endpoint http://127.0.0.1:{port} --dev_file {k}/chats.jsonl --dev_sample_limit 2"
@@ -409,6 +425,18 @@ EMBED_FLAGS = [
         files={"here": lambda path: path.symlink_to(path)},
     ),
     embed_flags("a disk that is full at the first checkpoint", 1, "cannot be written", "", file_bytes=20000),
+    Row(
+        "resume: a disk that is full",
+        "embed",
+        f"{RESUMED}",
+        1,
+        "cannot be written",
+        {"run/checkpoint-2": shutil.rmtree, "run/final": shutil.rmtree, "run/training_summary_report.json": None},
+        {"run": "embed_run"},
+        without=TYPED,
+        file_bytes=20000,
+        check=first_checkpoint_is_there,
+    ),
     embed_flags("a dev set called ../x", 1, "letters, digits", "--dev_file ../x={k}/pairs.jsonl"),
     embed_flags("a dev set called a b", 1, "letters, digits", "--dev_file 'a b={k}/pairs.jsonl'"),
     embed_flags(
@@ -566,6 +594,26 @@ SFT_DATA = [
         "".join(map(lambda row: json.dumps(row) + "\n", chat(("user", "\ud83d"), ("assistant", "\ude00 a")))),
     ),
     sft_data("a line that is no JSON", 1, "line 1: no valid JSON", "nothing\n"),
+    sft_data(
+        "tools 500 deep",
+        0,
+        "dropped 1 rows with tools or arguments",
+        chat(("user", "a"), ("assistant", "b"), tools=deep(250)),
+    ),
+    sft_data(
+        "tools 500 deep, as text",
+        0,
+        "dropped 1 rows with tools or arguments",
+        chat(("user", "a"), ("assistant", "b"), tools=json.dumps(deep(240))),
+    ),
+    sft_data(
+        "tools 20,000 deep, as text", 1, "no valid JSON", chat(("user", "a"), ("assistant", "b"), tools="[" * 20000)
+    ),
+    sft_data("an integer of 5,000 digits", 1, "line 1: no valid JSON", f'{{"messages": {"7" * 5000}}}\n'),
+    sft_data("a folder of that name", 1, "Is a directory", Path.mkdir),
+    sft_data("no permission to read", 1, "Permission denied", no_permission),
+    sft_data("Shift_JIS", 1, "Shift_JIS", encoded('{"prompt": "本", "completion": "棚"}', "cp932")),
+    sft_data("objects over several lines", 1, "over several lines", json.dumps(GOOD_CHATS[0], indent=1)),
     sft_data(
         "rejected without chosen", 1, 'no "chosen"', [{"prompt": "a", "rejected": "b"}], flags="--pref_loss orpo"
     ),
@@ -783,6 +831,151 @@ MERGE = [
     merge_adapter("no tensor at all", 1, "holds 0 tensors", {"adapter_model.safetensors": tensors(dict.clear)}),
     merge_adapter(
         "a huge value", 1, "is not base + adapter", {"adapter_model.safetensors": with_value("lora_B", 3e38)}
+    ),
+    merge_adapter("a config that is a list", 1, "adapter_config.json holds a list", {"adapter_config.json": "[]"}),
+    merge_adapter("a config without alpha", 1, "lora_alpha", {"adapter_config.json": {"lora_alpha": None}}),
+    merge_adapter("an alpha that is a text", 1, "lora_alpha", {"adapter_config.json": {"lora_alpha": "many"}}),
+    merge_adapter(
+        "an alpha pattern that is no expression",
+        1,
+        "alpha_pattern",
+        {"adapter_config.json": {"alpha_pattern": {"(": 3}}},
+    ),
+    merge_adapter(
+        "an alpha pattern that is a list", 1, "alpha_pattern", {"adapter_config.json": {"alpha_pattern": ["query"]}}
+    ),
+    merge_adapter("a config that is 20,000 deep", 1, "no valid JSON", {"adapter_config.json": "[" * 20000}),
+    merge_adapter("a config in UTF-16", 1, "no valid JSON", {"adapter_config.json": encoded("{}", "utf-16")}),
+    merge_adapter("a base that is a number", 1, "", {"adapter_config.json": {"base_model_name_or_path": 7}}),
+    merge_adapter("no base", 1, "--base_model_path", {"adapter_config.json": {"base_model_name_or_path": None}}),
+    merge_adapter("a training_config that is no JSON", 1, "no valid JSON", {"training_config.json": "{"}),
+    merge_adapter("a training_config that is a list", 1, "holds a list", {"training_config.json": "[]"}),
+    merge_adapter("flags that are a list", 1, "", {"training_config.json": {"flags": ["a"]}}),
+    merge_adapter(
+        "weights that may not be read", 1, "cannot be read", {"adapter_model.safetensors": lambda p: p.chmod(0)}
+    ),
+    merge_adapter(
+        "a config that may not be read", 1, "cannot be read", {"adapter_config.json": lambda p: p.chmod(0)}
+    ),
+    merge_adapter("a header of 2^63 bytes", 1, "is cut off", {"adapter_model.safetensors": b"\xff" * 64}),
+    merge_adapter(
+        "a header that is a list", 1, "no safetensors file", {"adapter_model.safetensors": b"\x02\0\0\0\0\0\0\0[]"}
+    ),
+    merge_adapter(
+        "a header without shapes",
+        1,
+        "no safetensors file",
+        {"adapter_model.safetensors": b'\x08\0\0\0\0\0\0\0{"a":{}}'},
+    ),
+    merge_adapter(
+        "weights in integers",
+        1,
+        "",
+        {
+            "adapter_model.safetensors": tensors(
+                lambda found: {name: tensor.to(torch.int32) for name, tensor in found.items()}
+            )
+        },
+    ),
+    merge_adapter(
+        "weights in float16",
+        0,
+        "verified",
+        {"adapter_model.safetensors": tensors(lambda found: {name: tensor.half() for name, tensor in found.items()})},
+    ),
+    merge_adapter(
+        "weights in float64",
+        0,
+        "verified",
+        {
+            "adapter_model.safetensors": tensors(
+                lambda found: {name: tensor.double() for name, tensor in found.items()}
+            )
+        },
+    ),
+    merge_adapter(
+        "weights of zeros",
+        1,
+        "it was not trained",
+        {"adapter_model.safetensors": tensors(lambda found: {name: tensor * 0 for name, tensor in found.items()})},
+    ),
+    merge_adapter(
+        "tensors of one dimension",
+        1,
+        "do not belong together",
+        {
+            "adapter_model.safetensors": tensors(
+                lambda found: {name: tensor.flatten() for name, tensor in found.items()}
+            )
+        },
+    ),
+    merge_adapter(
+        "an empty tensor",
+        1,
+        "",
+        {"adapter_model.safetensors": tensors(lambda found: {name: tensor[:0] for name, tensor in found.items()})},
+    ),
+    merge_adapter("a tokenizer that is no JSON", 0, "", {"tokenizer.json": "{"}),
+    merge_adapter("modules.json that is an object", 1, "modules.json", {"modules.json": "{}"}),
+    merge_adapter("modules.json without paths", 1, "modules.json", {"modules.json": "[{}]"}),
+    Row("merge: an output in a file", "merge", "--output_path here/out", 1, "here", {"here": "x"}),
+    Row("merge: an output of 300 letters", "merge", f"--output_path {'x' * 300}", 1, "File name too long"),
+    Row(
+        "merge: an output that may not be made",
+        "merge",
+        "--output_path here/out",
+        1,
+        "Permission denied",
+        {"here": locked},
+    ),
+    Row(
+        "merge: an output that is a link in a circle",
+        "merge",
+        "",
+        1,
+        "symbolic link to itself",
+        {"out": lambda path: path.symlink_to(path)},
+    ),
+    Row("merge: an output without a name", "merge", "--output_path ''", 0, "verified"),
+    Row("merge: the root as output", "merge", "--output_path /", 1, "cannot be a folder"),
+    Row(
+        "merge: an output inside the adapter",
+        "merge",
+        "--lora_adapter_path adapter --output_path adapter/merged",
+        0,
+        "verified",
+        copies={"adapter": "embed_run/final"},
+    ),
+    Row("merge: a disk that is full", "merge", "", 1, "could not be written", file_bytes=100000),
+    Row(
+        "merge: a disk that is full, over an earlier merge",
+        "merge",
+        "--overwrite",
+        1,
+        "could not be written",
+        {"out/merge_report.json": "{}"},
+        file_bytes=100000,
+        check=earlier_merge_is_there,
+    ),
+    Row(
+        "merge: 5 links to the adapter",
+        "merge",
+        "--lora_adapter_path a",
+        0,
+        "verified",
+        {"a": lambda path: path.symlink_to("b"), "b": lambda path: path.symlink_to("adapter")},
+        copies={"adapter": "embed_run/final"},
+    ),
+    Row("merge: a checkpoint of the run", "merge", "--lora_adapter_path {k}/embed_run/checkpoint-1", 0, "verified"),
+    Row("merge: the run's folder", "merge", "--lora_adapter_path {k}/embed_run", 1, "has no adapter_config.json"),
+    Row("merge: SFT", "merge", "--lora_adapter_path {k}/sft_run/final", 0, "verified"),
+    Row(
+        "merge: names of the outside world",
+        "merge",
+        "--lora_adapter_path 'ein Ordner/アダプタ' --output_path 'a b/ü'",
+        0,
+        "verified",
+        copies={"ein Ordner/アダプタ": "embed_run/final"},
     ),
     merge_base("a config that is no JSON", 1, "no valid JSON", {"config.json": "{"}),
     merge_base("no config", 1, "has no config.json", {"config.json": None}),
