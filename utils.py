@@ -287,7 +287,7 @@ def run(main, parse_args):
         os.execv(sys.executable, command)
     try:
         main()
-    except (InputError, OSError, RuntimeError, SafetensorError) as error:
+    except Exception as error:
         text = error if isinstance(error, InputError) else refusal(error)
         if text is None:
             raise
@@ -314,7 +314,8 @@ def quiet_libraries():
 def refusal(error):
     """Return in a sentence what the system refused (a full disk, a missing permission), or None if it was not that."""
     number = getattr(error, "errno", None)
-    writing = isinstance(error, SafetensorError) or "PytorchStreamWriter" in str(error)
+    text = str(error)  # libraries in Rust have no number
+    writing = isinstance(error, SafetensorError) or "PytorchStreamWriter" in text or "(os error " in text
     if writing or number in (ENOSPC, EDQUOT, EFBIG):
         return (f"a file cannot be written: {reason(error)}. Make room; complete checkpoints stay, and the same "
                 "command with --resume_from_checkpoint goes on from the last one.")

@@ -983,7 +983,12 @@ MERGE = [
     merge_base("weights cut off", 1, "is cut off", {"model.safetensors": cut_to(100000)}),
     merge_base("weights of no bytes", 1, "is cut off", {"model.safetensors": b""}),
     merge_base("quantised", 1, "is quantised", {"config.json": {"quantization_config": {"bits": 4}}}),
-    merge_base("an index that is no JSON", 1, "no valid JSON", {"model.safetensors.index.json": "{"}),
+    merge_base(
+        "an index that is no JSON",
+        1,
+        "no valid JSON",
+        {"model.safetensors": None, "model.safetensors.index.json": "{"},
+    ),
     merge_base(
         "an index of files that are not there",
         1,
