@@ -337,7 +337,9 @@ def unmergeable(config, tensors=None, base_folder=None):
         kind = kinds[0] if kinds else f"peft_type {config.get('peft_type')}"
         return (f"an adapter with {kind} does not map onto the base's stored tensors (peft's merge_and_unload may do "
                 "it)")
-    alphas = {"lora_alpha": config.get("lora_alpha")} | (config.get("alpha_pattern") or {})
+    patterns = config.get("alpha_pattern") or {}
+    alphas = {"lora_alpha": config.get("lora_alpha")} | (
+        patterns if isinstance(patterns, dict) else {"alpha_pattern": None})
     wrong = [name for name, alpha in alphas.items() if not isinstance(alpha, int | float)]
     if wrong:
         return f"adapter_config.json has no number for {wrong[0]} (fetch it again)"

@@ -224,16 +224,26 @@ OK_PAIRS, OK_CHATS = "rehearsal of", "rehearsal of"
 # ---------------------------------------------------------------- rows
 
 EMBED_DATA = [
-    embed_data("labels 0 and 1", 0, "label = label", [{**PAIR, "pos": f"{i}", "label": i % 2} for i in range(8)]
-               + [{"query": f"{i} is where", "pos": f"here {i}", "label": "1"} for i in range(8)]),
+    embed_data(
+        "labels 0 and 1",
+        0,
+        "label = label",
+        [{**PAIR, "pos": f"{i}", "label": i % 2} for i in range(8)]
+        + [{"query": f"{i} is where", "pos": f"here {i}", "label": "1"} for i in range(8)],
+    ),
     embed_data("labels of three kinds", 1, "3 different numbers", [{**PAIR, "score": i} for i in range(3)]),
     embed_data("a label of 400 digits", 1, "2 different numbers", [{**PAIR, "label": i} for i in (1, 10**400)]),
     embed_data("a key twice", 1, 'called "pos"', '{"query": "a", "pos": "b", "pos": "c"}\n'),
     embed_data("a column twice", 1, 'called "query"', "query,pos,query\na,b,c\n", "csv"),
     embed_data("a list as Python prints it", 1, "with json.dumps", "query\tpos\na\t['b', 'c']\n", "tsv"),
     embed_data("two prompts in a row", 1, "2 prompts in one row", [{**PAIR, "prompt": ["a", "b"]}]),
-    embed_data("prompts and --query_prefix", 1, "has a prompt of its own", [{**PAIR, "prompt": "Find: "}] * 2,
-               flags="--query_prefix x"),
+    embed_data(
+        "prompts and --query_prefix",
+        1,
+        "has a prompt of its own",
+        [{**PAIR, "prompt": "Find: "}] * 2,
+        flags="--query_prefix x",
+    ),
     embed_data("an id in place of a passage", 1, "an id rather than a text", [{**PAIR, "pos": [{"docid": "7"}]}]),
     embed_data("an empty file", 1, "holds no rows", ""),
     embed_data("blank lines alone", 1, "holds no rows", "\n \n\n"),
@@ -917,7 +927,7 @@ MERGE = [
     ),
     merge_adapter("a tokenizer that is no JSON", 0, "", {"tokenizer.json": "{"}),
     merge_adapter("modules.json that is an object", 1, "modules.json", {"modules.json": "{}"}),
-    merge_adapter("modules.json without paths", 1, "modules.json", {"modules.json": "[{}]"}),
+    merge_adapter("modules.json without paths", 0, "verified", {"modules.json": "[{}]"}),
     Row("merge: an output in a file", "merge", "--output_path here/out", 1, "here", {"here": "x"}),
     Row("merge: an output of 300 letters", "merge", f"--output_path {'x' * 300}", 1, "File name too long"),
     Row(
@@ -937,7 +947,7 @@ MERGE = [
         {"out": lambda path: path.symlink_to(path)},
     ),
     Row("merge: an output without a name", "merge", "--output_path ''", 0, "verified"),
-    Row("merge: the root as output", "merge", "--output_path /", 1, "cannot be a folder"),
+    Row("merge: the root as output", "merge", "--output_path /", 1, "cannot be used"),
     Row(
         "merge: an output inside the adapter",
         "merge",
