@@ -1062,7 +1062,11 @@ class Chat:
         """
         samples, drops, shortened = [], [], 0
         turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight", 1) != 0]
-        for i in turns[-1:] if args.train_turns == "last" else turns:
+        if args.train_turns == "last":
+            turns = turns[-1:]
+        if len(turns) > 1:  # most pieces of all turns in one call of the tokenizer
+            self.ids(self.rendered(messages, False, tools) or "")
+        for i in turns:
             try:
                 prompt, answer = self.turn(messages, i, tools)
                 if len(prompt) + len(answer) > args.max_length:
