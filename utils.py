@@ -1784,7 +1784,7 @@ def describe_run(args, precision, data_fingerprint, checkpoint):
         "data_fingerprint": data_fingerprint,
         "base_fingerprint": base_fingerprint(args),
     }
-    stored = read_json(Path(args.output_dir) / "training_config.json") if checkpoint else None
+    stored = merge.read_json(Path(args.output_dir) / "training_config.json") if checkpoint else None
     if stored:
         compared = ("data_fingerprint", "precision", "processes")
         old, new = (each["flags"] | {name: each[name] for name in compared} for each in (stored, run))

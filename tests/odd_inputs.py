@@ -447,6 +447,62 @@ EMBED_FLAGS = [
         file_bytes=20000,
         check=first_checkpoint_is_there,
     ),
+    *(
+        Row(
+            f"resume: {name}",
+            "embed",
+            RESUMED,
+            code,
+            says,
+            {"run/training_summary_report.json": None, "run/final": shutil.rmtree, f"run/{path}": content},
+            {"run": "embed_run"},
+            without=TYPED,
+        )
+        for name, code, says, path, content in (
+            ("after the last step", 0, "proof", "x", "x"),
+            (
+                "weights cut off",
+                0,
+                "is not complete: it lacks",
+                "checkpoint-2/adapter_model.safetensors",
+                cut_to(5000),
+            ),
+            ("no weights", 0, "is not complete: it lacks", "checkpoint-2/adapter_model.safetensors", None),
+            ("no optimizer", 0, "is not complete: it lacks", "checkpoint-2/optimizer.pt", None),
+            ("half a state", 0, "proof", "checkpoint-2/trainer_state.json", '{"log_history": ['),
+            ("a checkpoint without a number", 0, "proof", "checkpoint-x/trainer_state.json", "{}"),
+            ("a training_config that is no JSON", 1, "training_config.json", "training_config.json", "{"),
+        )
+    ),
+    *(
+        Row(
+            f"resume after step 1: {name}",
+            "embed",
+            RESUMED,
+            code,
+            says,
+            {
+                "run/checkpoint-2": shutil.rmtree,
+                "run/training_summary_report.json": None,
+                "run/final": shutil.rmtree,
+                f"run/{path}": content,
+            },
+            {"run": "embed_run"},
+            without=TYPED,
+        )
+        for name, code, says, path, content in (
+            ("as it is", 0, "proof", "x", "x"),
+            (
+                "weights cut off",
+                0,
+                "is not complete: it lacks",
+                "checkpoint-1/adapter_model.safetensors",
+                cut_to(5000),
+            ),
+            ("an optimizer that is text", 0, "is not complete: it lacks", "checkpoint-1/optimizer.pt", "hello"),
+            ("a random state that is text", 0, "is not complete: it lacks", "checkpoint-1/rng_state.pth", "hello"),
+        )
+    ),
     embed_flags("a dev set called ../x", 1, "letters, digits", "--dev_file ../x={k}/pairs.jsonl"),
     embed_flags("a dev set called a b", 1, "letters, digits", "--dev_file 'a b={k}/pairs.jsonl'"),
     embed_flags(
