@@ -223,8 +223,14 @@ def fault(row, code, text):
 
 
 def spread(rows, count):
-    """Return `count` rows at even distances, which are of all scripts and kinds, for rows stand beside their like."""
-    return [rows[math.floor(i * len(rows) / count)] for i in range(min(count, len(rows)))]
+    """Return `count` rows, always the same: one of each script and kind, the others at even distances."""
+    first = {}
+    for row in rows:
+        first.setdefault((row.script, row.name.partition(":")[0]), row)
+    chosen = list(first.values())
+    rest = [row for row in rows if row not in chosen]
+    more = min(count - len(chosen), len(rest))
+    return chosen + [rest[math.floor(i * len(rest) / more)] for i in range(more)]
 
 
 def main(all_rows, description):
