@@ -552,15 +552,19 @@ def dev_sources(args):
     dev = {}
     for source in args.dev_file or []:
         name, _, path = ("", "", source) if "=" not in source or os.path.exists(source) else source.partition("=")
+        files = expand_files([path])
+        if len(files) > 1:
+            raise InputError(f"--dev_file {source} stands for {len(files)} files ({', '.join(files[:3])}"
+                             f"{', ...' if len(files) > 3 else ''}). Write --dev_file NAME=PATH for each.")
         if re.search(r"[^\w.-]", name):
             raise InputError(f"--dev_file {source}: '{name}' cannot name files and metrics. Use letters, digits, "
                              "'_', '-', '.' alone.")
         if name in dev:
             known = f"a dev set is called '{name}' already" if name else "there is another dev set without a name"
-            twice = expand_files([path])[0] == dev[name]
+            twice = files[0] == dev[name]
             raise InputError(f"--dev_file {source}: " + ("it is given twice. Drop one." if twice else
                                                          f"{known}. Write --dev_file NAME=PATH."))
-        dev[name] = expand_files([path])[0]
+        dev[name] = files[0]
     if len(dev) > 1 and "" in dev:
         dev["dev"] = dev.pop("")
     return dev
