@@ -20,6 +20,7 @@ import tempfile
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from unicodedata import category
 
 import utils
 from utils import InputError, integer, one_of, real, say
@@ -168,7 +169,12 @@ def passages_of(value, where, name):
         if isinstance(value, int | float) and not isinstance(value, bool):
             raise InputError(f"{what}, an id rather than a text. Look the texts up first.")
         raise InputError(f"{what}, not a text. Write it as one.")
-    return [value.encode(errors="replace").decode()] if value.strip() else []  # half an emoji cannot be encoded
+    return [value.encode(errors="replace").decode()] if shows(value) else []  # half an emoji cannot be encoded
+
+
+def shows(text):
+    """Tell whether a text has more than white space and what is not seen, zero-width spaces and controls."""
+    return any(not character.isspace() and category(character) not in ("Cc", "Cf") for character in text)
 
 
 def text_of_passage(passage, where, name):
@@ -370,7 +376,9 @@ def dev_from_beir(folder):
             if "_id" not in row or "text" not in row:
                 raise InputError(f"{where}: no _id or no text. A line is {{\"_id\": \"7\", \"text\": \"...\"}}.")
             passage = {"title": row.get("title"), "text": row["text"] or ""}
-            by_id[str(row["_id"])] = next(iter(texts_of(passage, where, name)), "-")  # an empty document counts too
+            text = next(iter(texts_of(passage, where, name)), "-")  # an empty document counts too
+            if by_id.setdefault(str(row["_id"]), text) != text:
+                raise InputError(f"{where}: the _id {row['_id']} stood before another text. Delete one of the two.")
     corpus, queries, relevant = texts["corpus.jsonl"], texts["queries.jsonl"], {}
     for where, query, document, score in read_qrels(qrels[0], queries):
         if query not in queries or document not in corpus:
@@ -519,6 +527,9 @@ class Texts:
         key = [texts, sides, made_by, query_max_len, passage_max_len]
         data = utils.cached_map({"text": texts, "is_query": sides}, encode, key, workers)
         self.values, self.offsets = utils.ragged(data, "input_ids")
+        if (lengths := np.diff(self.offsets)).min() == 0:
+            raise InputError(f"the base's tokenizer makes no token of the text {texts[lengths.argmin()]!r}. Delete its "
+                             "row, or choose another base.")
         return self
 
     def __getitem__(self, i):
@@ -1163,6 +1174,8 @@ def main(argv=None):
         examples, dev_sets, counts = read_data(args)
 
     config, tokenizer = utils.load_config(args), utils.load_tokenizer(args)
+    if tokenizer.pad_token is None:  # as Llama's: SentenceTransformer cannot encode two texts without
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if args.append_eos:
         tokenizer = append_eos(tokenizer, args, notes)
     stored_pooling, prompts = settle_texts(args, examples, config, tokenizer, notes)

@@ -290,6 +290,12 @@ EMBED_DATA = [
     embed_data(
         "empty texts", 0, "2 rows with an empty", lines({"query": " ", "pos": ["a"]}, {"query": "\t", "pos": "b"})
     ),
+    embed_data(
+        "texts of nothing that is seen",
+        0,
+        "2 rows with an empty",
+        lines({"query": "\u200b", "pos": ["a"]}, {"query": "\ufeff \0", "pos": ["b"]}),
+    ),
     embed_data("no positive in any row", 1, "Add rows", [{"query": f"a {i}", "pos": []} for i in range(9)]),
     embed_data("one row many times", 1, "Add rows", [PAIR] * 20),
     embed_data(
@@ -407,6 +413,24 @@ EMBED_FLAGS = [
             "beir/queries.jsonl": [{"_id": "2", "text": "b"}],
             "beir/qrels/test.tsv": "2\t1\t1.0\n",
         },
+    ),
+    embed_flags(
+        "a corpus with an _id twice",
+        1,
+        "corpus.jsonl, line 2: the _id 1 stood before another text",
+        "--dev_file beir",
+        files={
+            "beir/corpus.jsonl": [{"_id": "1", "text": "a"}, {"_id": 1, "text": "c"}],
+            "beir/queries.jsonl": [{"_id": "2", "text": "b"}],
+            "beir/qrels/test.tsv": "2\t1\t1\n",
+        },
+    ),
+    embed_flags(
+        "two dev files as one",
+        1,
+        "--dev_file dev*.jsonl stands for 2 files (dev1.jsonl, dev2.jsonl)",
+        "--dev_file 'dev*.jsonl'",
+        files={"dev1.jsonl": GOOD_PAIRS, "dev2.jsonl": GOOD_PAIRS},
     ),
     embed_flags("a dev file without rows", 1, "holds no rows", "--dev_file dev.jsonl", files={"dev.jsonl": ""}),
     embed_flags("a data set that is nowhere", 1, "cannot be read", "--dataset_name nobody/nothing"),

@@ -14,7 +14,8 @@ from utils import InputError
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from sentence_transformers import SentenceTransformer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, BertConfig, BertModel, GPTNeoXTokenizer, PreTrainedTokenizerFast
 
 SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "sep_token": "<sep>"}
@@ -180,6 +181,26 @@ def test_a_vocabulary_below_the_tokenizers_is_refused(script, run_embed, run_sft
         model.save_pretrained(folder)
     with pytest.raises(InputError, match=r"has embeddings for 300 tokens, and its tokenizer, of \d+, gives the data"):
         (run_embed if script == "embed" else run_sft)("--dry_run", model=str(folder))
+
+
+def test_a_tokenizer_without_a_padding_token_is_saved_with_one(run_embed, tiny_qwen, tmp_path):
+    folder = tmp_path / "model"  # as Llama's and GPT-2's
+    shutil.copytree(tiny_qwen, folder)
+    special = {"unk_token": "<|unk|>", "eos_token": "<|endoftext|>"}
+    train_tokenizer(special, None).save_pretrained(folder)
+    run_embed("--max_steps", 1, "--lr", 1e-2, "--dev_size", 0, model=str(folder))
+    st = SentenceTransformer(str(tmp_path / "out/final"), device="cpu")
+    texts = ["where is the lamp", "a door"]
+    assert st.encode(texts) == pytest.approx(np.array([st.encode(text) for text in texts]), abs=1e-6)
+
+
+def test_a_text_without_tokens_is_refused():
+    tokenizer, texts = train_tokenizer(SPECIAL, None), Texts()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("lamp", "")
+    for text in ("red door", "lamp"):
+        texts.add("", text, False)
+    with pytest.raises(InputError, match="makes no token of the text 'lamp'"):
+        texts.tokenise(tokenizer, 50, 50, 0)
 
 
 # ---------------------------------------------------------------- unknown tokens
