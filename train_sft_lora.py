@@ -1008,7 +1008,9 @@ class Chat:
 
     def with_stop(self, text, answer):
         """Return text up to the stop token of the answer that it renders; one is appended if there is none."""
-        text = self.ended(text, (called(answer) or [answer["content"]])[-1])
+        said = [part for part in (answer["content"], *called(answer)[-1:]) if part.strip()]
+        # no further than the first stop behind any of them: there inference ends, and what is left out is found missing
+        text = min((self.ended(text, part) for part in said or [""]), key=len)
         return text if text.endswith(tuple(self.stops)) else text + self.end
 
     def answer_behind(self, prompt, prompt_ids, rest, answer):

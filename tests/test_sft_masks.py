@@ -493,6 +493,18 @@ def test_strict_templates_get_the_arguments_of_calls_as_objects(name):
     assert spans == [f"{A1}{settings[1]}", called, f"It rains.{settings[1]}"]
 
 
+def test_text_and_call_with_a_stop_between_them_are_not_learnt_as_one_answer():
+    parted = CHATML.replace(  # Nemotron-Nano's
+        "{{ m.content }}", "{{ m.content }}{% for c in m.tool_calls %}{% if m.content %}<|im_end|>\n<|im_start|>"
+        "assistant\n{% endif %}{{ c.function | tojson }}{% endfor %}"
+    )
+    for chat in (make_chat(parted, "<|im_end|>", "<|im_start|>", False, []), make_chat(*STRICT["r1 distill"][0])):
+        spans, drops = learnt(chat, tool_conversation([call()], "Let me see."))
+        assert len(spans) == 2 and spans[0].startswith(A1) and spans[1].startswith("It rains.")
+        assert len(drops) == 1 and "does not render whole" in drops[0]
+        assert not learnt(chat, tool_conversation([call()]))[1]
+
+
 def test_arguments_that_python_would_print_are_given_as_json():
     printing = CHATML.replace(
         "{{ m.content }}", "{{ m.content }}{% for c in m.tool_calls %}{{ c.function.arguments }}{% endfor %}"
