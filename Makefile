@@ -21,7 +21,7 @@ preference: .venv/ready  ## a tiny model learns to prefer one answer to another:
 	  --pref_loss sigmoid --lr 2e-3 --max_steps 30 --no-gradient_checkpointing --output_dir runs/demo/preference --overwrite
 
 test: .venv/ready  ## all tests, on a CPU and without a network
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # several processes of several threads wait for one another
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=tempfile.mkdtemp(), CUDA_VISIBLE_DEVICES="", MPLBACKEND="Agg")
 
 import train_embed_lora
