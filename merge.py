@@ -1333,8 +1333,7 @@ def written_size(job):
 
 def merge_once(folder, job, mode):
     """Merge into an empty folder in job.dtype and verify it; returns (tensor figures, seconds, verification)."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    empty(folder)
     size = written_size(job)
     free = shutil.disk_usage(folder).free
     if size + 2**26 > free:
@@ -1375,6 +1374,37 @@ def open_output(args):
     return output
 
 
+@contextmanager
+def held(folder):
+    """Make a folder that no other merge can hold at the same time, and delete what is left of it in the end."""
+    import fcntl  # not on Windows
+
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)  # the lock ends with the process, even if that is killed
+    try:
+        with suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"another merge is writing to {folder} at this moment. Wait for it, or pass another "
+                                 "--output_path.") from None
+        try:
+            yield
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(handle)
+
+
+def empty(folder):
+    """Delete everything in a folder."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def put_in_place(folder, output):
     """Make the finished folder appear under its name at once, after everything in it is on the disk."""
     for path in [*folder.rglob("*"), folder]:
@@ -1398,29 +1428,29 @@ def main(argv=None):
     mode, temporary = choose_verification(job), output.with_name(f".{output.name}.partial")
     settle_dtype(job, args.training_precision)
     try:
-        figures, seconds, proof = merge_once(temporary, job, mode)
-        if args.training_precision == "auto" and proof["passed"] is False and job.dtype != torch.float32:
-            lossy, small = job.dtype_name, written_size(job)
-            settle_dtype(job, "float32")
-            print(price_of_float32(lossy, small, written_size(job)), flush=True)
+        with held(temporary):
+            open_output(args)  # again: another merge may have ended in the meantime
             figures, seconds, proof = merge_once(temporary, job, mode)
-        trained_in = PRECISIONS.get(job.trained.get("precision"))
-        report = {
-            "verified": proof["passed"] is True, "base": job.base_name, "base_fingerprint": job.base_fingerprint,
-            "adapter": str(job.adapter_folder), "dtype": job.dtype_name, "base_dtype": str(job.base_dtype)[6:],
-            "trained_in": trained_in, "qlora_base": args.qlora_base, "seconds": seconds,
-            "verification": proof, "tensors": figures,
-        }
-        write_json(temporary / "merge_report.json", report)
-        write_card(temporary, report, output.name)
-        if proof["passed"] is not False or not output.exists():  # else the earlier merge stays
-            put_in_place(temporary, output)
+            if args.training_precision == "auto" and proof["passed"] is False and job.dtype != torch.float32:
+                lossy, small = job.dtype_name, written_size(job)
+                settle_dtype(job, "float32")
+                print(price_of_float32(lossy, small, written_size(job)), flush=True)
+                figures, seconds, proof = merge_once(temporary, job, mode)
+            trained_in = PRECISIONS.get(job.trained.get("precision"))
+            report = {
+                "verified": proof["passed"] is True, "base": job.base_name, "base_fingerprint": job.base_fingerprint,
+                "adapter": str(job.adapter_folder), "dtype": job.dtype_name, "base_dtype": str(job.base_dtype)[6:],
+                "trained_in": trained_in, "qlora_base": args.qlora_base, "seconds": seconds,
+                "verification": proof, "tensors": figures,
+            }
+            write_json(temporary / "merge_report.json", report)
+            write_card(temporary, report, output.name)
+            if proof["passed"] is not False or not output.exists():  # else the earlier merge stays
+                put_in_place(temporary, output)
     except OSError as error:
         if error.errno is None:  # not the system's
             raise
         raise InputError(f"the merged model could not be written ({error}). Nothing is left of it.") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     if trained_in not in (None, job.dtype_name):
         print(f"note      trained in {trained_in}, stored as {job.dtype_name}")
     if proof["passed"] is False:

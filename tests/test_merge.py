@@ -959,3 +959,31 @@ def test_kill_leaves_nothing_that_looks_finished(parts):
     assert partial.exists() and not merged.exists()
     merge.main(["--lora_adapter_path", str(adapter), "--output_path", str(merged)])
     assert (merged / "merge_report.json").exists() and not partial.exists()
+
+
+def test_two_merges_into_one_folder_at_once(parts):
+    _, adapter, merged = parts
+    partial = merged.with_name(".merged.partial")
+    flags = ["--lora_adapter_path", str(adapter), "--output_path", str(merged)]
+    with merge.held(partial):
+        (partial / "model.safetensors").write_text("of the other merge")
+        with pytest.raises(merge.InputError, match="another merge is writing to"):
+            merge.main(flags)
+        assert (partial / "model.safetensors").read_text() == "of the other merge"
+    assert merge.main(flags)["verified"] and not partial.exists()
+
+
+def test_a_merge_that_ended_in_the_meantime_is_kept(parts, monkeypatch):
+    _, adapter, merged = parts
+    flags = ["--lora_adapter_path", str(adapter), "--output_path", str(merged)]
+    make_job = merge.make_job
+
+    def slow(args):
+        monkeypatch.setattr(merge, "make_job", make_job)
+        merge.main(flags)
+        return make_job(args)
+
+    monkeypatch.setattr(merge, "make_job", slow)
+    with pytest.raises(merge.InputError, match="holds a merge already"):
+        merge.main(flags)
+    assert (merged / "merge_report.json").exists()
