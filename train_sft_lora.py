@@ -726,15 +726,18 @@ def cuts_of(tokenizer):
     """Return a pattern of the tokens before which a text may be cut, and its pieces tokenised apart; None without one.
 
     `tokenizers` looks for added tokens first, and treats what stands between them apart. No cut is made before one that
-    takes its surroundings along, or that may stand within another.
+    takes its surroundings along, that may stand within another, or that is a letter behind a token of whole words.
     """
     added = tokenizer.added_tokens_decoder.values()
     if not tokenizer.is_fast or getattr(tokenizer, "split_special_tokens", False):
         return None
     within = {character for token in added for character in token.content[1:]}
     greedy = [token.content for token in added if token.lstrip or token.single_word or token.normalized]
+    whole_words = any(token.single_word for token in added)  # a cut would end the word that a letter goes on with
+    barred = re.compile(r"[^\x00-\x7f]|\w") if whole_words else re.compile("(?!)")
     cuts = [token.content for token in added
-            if token.content[0] not in within and not any(other.startswith(token.content) for other in greedy)]
+            if token.content[0] not in within and not barred.match(token.content)
+            and not any(other.startswith(token.content) for other in greedy)]
     return re.compile("|".join(map(re.escape, cuts))) if cuts else None
 
 

@@ -345,6 +345,14 @@ def test_texts_are_cut_where_their_tokens_stay_the_same(before, trait):
         assert chat.ids(text) == chat.tokenised(text), text
 
 
+def test_a_letter_behind_a_token_of_whole_words_is_no_place_to_cut():
+    tokenizer = chat_tokenizer(CHATML, "<|im_end|>", None, ["<|im_start|>", "End", "\u00c9"])
+    tokenizer.add_tokens([AddedToken("<odd>", single_word=True, normalized=False)])
+    chat = Chat(tokenizer, False, [])
+    for text in ("<odd>End<odd>", "<odd>\u00c9 <odd>", "<odd><|im_end|>", "End<odd>"):
+        assert chat.ids(text) == chat.tokenised(text), text
+
+
 def ten_turns(length):
     """Return 10 turns of `length` words each."""
     text = " ".join(["apple"] * length)
