@@ -945,7 +945,8 @@ class Chat:
 
     def ended(self, text, answer):
         """Return text, rendered messages, up to the first stop token behind the last `answer` in it."""
-        start = max(text.rfind(answer.strip()), 0) + len(answer.strip())
+        words = self.special_pattern.sub(lambda token: "\0" * len(token[0]), text)  # "d" is in <|end|>, too
+        start = max(words.rfind(answer.strip()), 0) + len(answer.strip())
         ends = [text.find(stop, start) + len(stop) for stop in self.stops if stop in text[start:]]
         return text[: min(ends)] if ends else text.rstrip()
 

@@ -5,7 +5,7 @@ import random
 import types
 
 from conftest import chat_tokenizer
-from train_sft_lora import LEFT_OUT, Chat, Drop, Example, tokenise
+from train_sft_lora import LEFT_OUT, Chat, Drop, Example, as_message, tokenise
 
 import pytest
 from tokenizers import AddedToken, normalizers, pre_tokenizers
@@ -400,6 +400,19 @@ def test_tokens_do_not_merge_across_the_border():
     assert answer == chat.ids("pple<|eos|>")
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_answer_that_is_in_the_name_of_a_token_ends_as_any_other(name):
+    chat = make_chat(*FAMILIES[name][0])
+
+    def said(answer):
+        messages = chat.prepare([as_message("user", Q1), as_message("assistant", answer)])
+        return chat.tokenizer.decode(chat.turn(messages, 1)[1])
+
+    ending = said(A1).partition(A1)[2]
+    for answer in ("d", "e", "end", "text", "of", "END", "eos", "im"):
+        assert said(answer).endswith(answer + ending), answer
+
+
 def test_system_turn_is_folded_where_the_template_refuses_it():
     chat = make_chat(*FAMILIES["gemma"][0])
     messages = [{"role": "system", "content": "Be brief."}, *conversation()[:2]]
@@ -503,8 +516,9 @@ def test_strict_templates_get_the_arguments_of_calls_as_objects(name):
 
 def test_text_and_call_with_a_stop_between_them_are_not_learnt_as_one_answer():
     parted = CHATML.replace(  # Nemotron-Nano's
-        "{{ m.content }}", "{{ m.content }}{% for c in m.tool_calls %}{% if m.content %}<|im_end|>\n<|im_start|>"
-        "assistant\n{% endif %}{{ c.function | tojson }}{% endfor %}"
+        "{{ m.content }}",
+        "{{ m.content }}{% for c in m.tool_calls %}{% if m.content %}<|im_end|>\n<|im_start|>"
+        "assistant\n{% endif %}{{ c.function | tojson }}{% endfor %}",
     )
     for chat in (make_chat(parted, "<|im_end|>", "<|im_start|>", False, []), make_chat(*STRICT["r1 distill"][0])):
         spans, drops = learnt(chat, tool_conversation([call()], "Let me see."))
