@@ -1305,7 +1305,7 @@ class RunCallback(ProgressCallback):
     def __init__(self, trainer, args, plan, before):
         super().__init__()
         self.trainer, self.args, self.plan, self.before = trainer, args, plan, before
-        self.signal, self.skipped, self.warnings = None, 0, []
+        self.signal, self.skipped = None, 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.current_step = self.first_step = state.global_step
@@ -1369,7 +1369,6 @@ class RunCallback(ProgressCallback):
         super().on_evaluate(args, state, control, **kwargs)
         for metric, greater_is_better in self.plan.watched:
             if text := worsening(state.log_history, metric, greater_is_better):
-                self.warnings.append(text)
                 say(f"warning   {text}")
 
     def on_save(self, args, state, control, **kwargs):
@@ -1392,6 +1391,16 @@ def worsening(log, metric, greater_is_better):
         return (f"the loss fell from {fmean(early):.3f} to {fmean(late):.3f} while {metric} worsened from "
                 f"{points[0][1]:.4f} to {points[2][1]:.4f}: overfitting. Fewer epochs, or a lower --lr.")
     return None
+
+
+def worsenings(log, watched):
+    """Return the warnings of all evaluations of a run, those before it was resumed too; watched: a plan's."""
+    found = []
+    for count, entry in enumerate(log, 1):
+        for metric, greater_is_better in watched:
+            if f"eval_{metric}" in entry:
+                found.append(worsening(log[:count], metric, greater_is_better))
+    return [text for text in found if text]
 
 
 # ---------------------------------------------------------------- plan, preflight, training, proof
@@ -1624,7 +1633,7 @@ def train(trainer, args, plan, checkpoint):
                      "learning by heart: pass --dev_file or --dev_size")
     for text in final:
         say(f"warning   {text}")
-    return before, after, callback.warnings + final
+    return before, after, worsenings(state.log_history, plan.watched) + final
 
 
 def is_finished(stored, args, plan):
@@ -1824,6 +1833,7 @@ def carry_out(trainer, args, plan, run, checkpoint, tokens, inputs, outputs, aut
     preflight(args, trainer, plan, [trainer.train_dataset[i] for i in heaviest_rows(tokens, plan, args)])
     if args.dry_run:
         return run | {"plan": vars(plan)}
+    resumed_after = read_json(checkpoint / "trainer_state.json")["global_step"] if checkpoint else 0
     started = time.perf_counter()
     if trainer.is_world_process_zero():
         begin_output_dir(args, run)
@@ -1837,7 +1847,8 @@ def carry_out(trainer, args, plan, run, checkpoint, tokens, inputs, outputs, aut
     trainer.accelerator.wait_for_everyone()
     proof = prove(trainer, str(folder / "final"), base, inputs, outputs, auto_class)
     report = write_report(trainer, args, run, {
-        "plan": vars(plan), "metrics": (before, after), "proof": proof, "warnings": warnings, "seconds": seconds})
+        "plan": vars(plan), "metrics": (before, after), "proof": proof, "warnings": warnings, "seconds": seconds,
+        "resumed_after": resumed_after})
     if args.finetune_type != "full" and trainer.is_world_process_zero():
         flags = ["--lora_adapter_path", str(folder / "final"), "--output_path", str(folder / "merged")]
         flags += ["--trust_remote_code"] * args.trust_remote_code
@@ -1929,7 +1940,9 @@ def write_report(trainer, args, run, results):
     for name in plan["shown"]:
         if name in before and name in after:
             say(f"result    {name} {before[name]:.4f} before, {after[name]:.4f} after")
-    say(f"          {report['steps']} steps in {seconds:.0f} s and {trainer.evaluation_seconds:.0f} s of evaluation, "
+    first = results["resumed_after"]  # the seconds and tokens are those of the steps behind it
+    steps = f"{report['steps'] - first} steps" + (f" after step {first}" if first else "")
+    say(f"          {steps} in {seconds:.0f} s and {trainer.evaluation_seconds:.0f} s of evaluation, "
         f"{report['tokens_per_second']:,.0f} tokens/s, {report['padded_per_real_token']:.2f} padded per real token, "
         f"{report['peak_gib']:.1f} GiB")
     return report

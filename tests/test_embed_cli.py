@@ -296,16 +296,20 @@ def test_the_log_has_every_step_and_the_console_has_every_few(run_embed, tmp_pat
     assert all(re.fullmatch(r"\d\d:\d\d", line[-2]) and line[-1] == "left" for line in lines)
 
 
-def test_a_resumed_run_shows_and_stores_what_the_whole_run_does(run_embed, tmp_path, capsys):
+def test_a_resumed_run_shows_and_stores_what_the_whole_run_does(run_embed, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(utils, "worsening", lambda log, metric, greater_is_better: f"{len(log)} entries")
     flags = ["--max_steps", 6, "--logging_steps", 4, "--checkpoint_steps", 3, "--save_best", 0]
-    run_embed(*flags)
+    warnings = run_embed(*flags)["warnings"]
     whole = utils.read_json(tmp_path / "out/detailed_training_logs.json")
     shown = [line.split("  left")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
     shutil.rmtree(tmp_path / "out/checkpoint-6")
     (tmp_path / "out/training_summary_report.json").unlink()
-    run_embed(*flags, "--resume_from_checkpoint")
+    report = run_embed(*flags, "--resume_from_checkpoint")
     assert utils.read_json(tmp_path / "out/detailed_training_logs.json") == whole
-    again = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert report["warnings"] == warnings
+    said = capsys.readouterr().out
+    assert re.search(r"^ +3 steps after step 3 in", said, re.M)
+    again = [line for line in said.splitlines() if line.startswith("step")]
     assert [line.split()[:6] for line in again] == [line.split()[:6] for line in shown[-len(again) :]]
 
 
