@@ -383,9 +383,9 @@ def test_towers_that_text_does_not_pass_get_no_adapter(run_sft, tmp_path, tiny_c
     load_base = utils.load_base
 
     def load(*args):
-        model = load_base(*args)
+        model, absent = load_base(*args)
         model.model.vision = WithTower()
-        return model
+        return model, absent
 
     monkeypatch.setattr(utils, "load_base", load)
     report = run_sft("--max_steps", 2)
