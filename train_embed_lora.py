@@ -977,10 +977,19 @@ def settle_texts(args, examples, config, tokenizer, notes):
     elif len(own) > 1:
         notes.append(f"the rows carry {len(own)} query prefixes and final/ stores one, '{args.query_prefix}': put a "
                      "query's own prompt before it when you encode it")
+    note_typed_breaks(args, own, notes)
     trained = {"query": args.query_prefix, "document": args.doc_prefix}
     if "passage" in prompts:  # the same under the name that e5 uses
         trained["passage"] = args.doc_prefix
     return pooling, prompts | trained
+
+
+def note_typed_breaks(args, prompts, notes):
+    """Note the prefixes with a backslash and an n, which is what a shell and a table make of a line break."""
+    for prefix in sorted({args.query_prefix, args.doc_prefix, *filter(None, prompts)}):
+        if r"\n" in prefix:
+            notes.append(rf"the prefix '{prefix}' holds a backslash and an n, which is no line break: in bash write "
+                         r"$'Instruct: ...\nQuery: ', in a table a real line break")
 
 
 def note_cut_texts(args, texts, tokenizer, notes):

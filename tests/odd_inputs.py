@@ -415,6 +415,19 @@ EMBED_FLAGS = [
         },
     ),
     embed_flags(
+        "a line break that the shell leaves as two characters",
+        0,
+        r"the prefix 'Instruct: a\nQuery: ' holds a backslash and an n, which is no line break",
+        r"--query_prefix 'Instruct: a\nQuery: ' --dry_run",
+    ),
+    embed_data(
+        "a line break that a table leaves as two characters",
+        0,
+        r"the prefix 'Say:\n' holds a backslash and an n",
+        "query,pos,prompt\n" + "".join(f"a {i},b {i},Say:\\n\n" for i in range(8)),
+        "csv",
+    ),
+    embed_flags(
         "a corpus with an _id twice",
         1,
         "corpus.jsonl, line 2: the _id 1 stood before another text",
