@@ -1926,12 +1926,14 @@ def write_report(trainer, args, run, results):
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     before, after = ({key.removeprefix("eval_"): value for key, value in side.items()} for side in results["metrics"])
     seconds = results["seconds"] - trainer.evaluation_seconds
+    tokens = torch.tensor([trainer.real_tokens, trainer.padded_tokens], device=trainer.args.device)
+    real_tokens, padded_tokens = trainer.accelerator.reduce(tokens).tolist()  # of all processes
     report = run | results | {
         "metrics": {"before": before, "after": after},
         "steps": state.global_step, "best_step": state.best_global_step if plan["save_best"] else None,
         "first_loss": losses[0] if losses else None, "last_loss": losses[-1] if losses else None,
-        "tokens_per_second": trainer.real_tokens / seconds, "peak_gib": peak_gib(),
-        "padded_per_real_token": trainer.padded_tokens / max(1, trainer.real_tokens),
+        "tokens_per_second": real_tokens / seconds, "peak_gib": peak_gib(),
+        "padded_per_real_token": padded_tokens / max(1, real_tokens),
     }
     if trainer.is_world_process_zero():
         write_logs(folder, state.log_history, plan["steps_per_epoch"])

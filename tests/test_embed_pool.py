@@ -22,6 +22,7 @@ from train_embed_lora import (
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 
 def test_a_tenth_of_at_most_1000_queries_is_held_out_unless_a_flag_says_how_many(tmp_path):
@@ -135,6 +136,14 @@ def test_all_evaluations_embed_at_most_half_as_many_tokens_as_the_training(run_e
     share = sum(evaluated) / trainers[0].real_tokens
     assert 0.45 < share < 0.51  # of steps drawn otherwise
     assert report["plan"]["evaluation_share"] == pytest.approx(share, rel=0.03)
+
+
+def test_the_report_counts_the_tokens_of_all_processes(run_embed, embedded, monkeypatch):
+    monkeypatch.setattr(Accelerator, "reduce", lambda self, tensor, *_: 2 * tensor)  # two that do the same
+    report, trainer = run_embed("--max_steps", 2), embedded[1][0]
+    seconds = report["seconds"] - trainer.evaluation_seconds
+    assert report["tokens_per_second"] == pytest.approx(2 * trainer.real_tokens / seconds)
+    assert report["padded_per_real_token"] == pytest.approx(trainer.padded_tokens / trainer.real_tokens)
 
 
 def test_evaluations_are_those_of_the_epochs_too():
