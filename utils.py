@@ -1783,7 +1783,7 @@ def begin_output_dir(args, run):
 def describe_run(args, precision, data_fingerprint, checkpoint):
     """Return what makes a run repeatable: flags, versions, fingerprints of data and base.
 
-    Raises InputError if the run is resumed with flags, data, precision or processes other than its own.
+    Raises InputError if the run is resumed with flags, data, base, precision or processes other than its own.
     """
     names = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
     installed = {name: importlib.metadata.version(name) for name in names if importlib.util.find_spec(name)}
@@ -1805,6 +1805,9 @@ def describe_run(args, precision, data_fingerprint, checkpoint):
                    if name not in FREE_ON_RESUME and old.get(name) != new.get(name)]
         if changed:
             raise InputError(f"cannot resume {checkpoint}: {', '.join(changed)}. Give the flags of that run.")
+        if not merge.is_base(base_folder(args), stored.get("base_fingerprint")):
+            raise InputError(f"cannot resume {checkpoint}: the weights of {args.model_name} are not those that it was "
+                             "trained with. Put those back (of a hub model: --model_revision), or start anew.")
     return run
 
 

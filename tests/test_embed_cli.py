@@ -17,6 +17,7 @@ from conftest import ROOT, TOPICS, make_rows, write_jsonl
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture
@@ -362,7 +363,6 @@ def test_final_is_the_best_state_not_the_last(run_embed, tmp_path, monkeypatch):
     monkeypatch.setattr(train_embed_lora, "retrieval_metrics", lambda *_: {"ndcg@10": next(scores), "recall@10": 0.5})
     report = run_embed("--max_steps", 5, "--eval_every", 1, "--logging_steps", -1, "--save_total_limit", 6)
     assert report["best_step"] == 2
-    from safetensors.torch import load_file
 
     out = tmp_path / "out"
     final, best, last = (
@@ -623,6 +623,18 @@ def test_resume_refuses_other_flags_and_other_data(run_embed, tmp_path, pairs):
     write_jsonl(Path(pairs), make_rows(95))
     with pytest.raises(utils.InputError, match="data_fingerprint was .* and is"):
         run_embed("--max_steps", 2, "--resume_from_checkpoint")
+
+
+def test_resume_refuses_another_base_in_the_same_folder(run_embed, tiny_bert, tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_bert, folder)
+    run_embed("--max_steps", 2, "--save_best", 0, model=str(folder))
+    shutil.rmtree(tmp_path / "out/checkpoint-2")
+    (tmp_path / "out/training_summary_report.json").unlink()
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: 2 * weight for name, weight in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(utils.InputError, match="the weights of .*base are not those that it was trained with"):
+        run_embed("--max_steps", 2, "--save_best", 0, "--resume_from_checkpoint", model=str(folder))
 
 
 def test_resume_without_a_checkpoint_starts_at_step_0_and_says_so(run_embed, capsys):
