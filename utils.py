@@ -1186,7 +1186,8 @@ class StepTrainer(Trainer):
         super().__init__(**kwargs)
         self.batch_size, self.measure = batch_size, measure
         self.device_tokens = PIECE_TOKENS.get(self.args.device.type, PIECE_TOKENS["cuda"])
-        self.halvings = self.real_tokens = self.padded_tokens = self.evaluation_seconds = 0
+        self.halvings = self.evaluation_halvings = 0  # of a piece's size, since memory ran out
+        self.real_tokens = self.padded_tokens = self.evaluation_seconds = 0
 
     def training_step(self, model, step, num_items_in_batch=None):
         """Run forward and backward of one step; return its loss."""
@@ -1245,12 +1246,13 @@ class StepTrainer(Trainer):
     def evaluated(self, attempt):
         """Return until_it_fits(attempt) in evaluation mode; the pieces of training steps stay as large as they were."""
         training, halvings = self.model.training, self.halvings
+        self.halvings = max(halvings, self.evaluation_halvings)
         self.model.eval()
         try:
             return self.until_it_fits(attempt)
         finally:
             self.model.train(training)
-            self.halvings = halvings
+            self.evaluation_halvings, self.halvings = self.halvings, halvings
 
     def cut_step(self, step):
         """Return the step's pieces, and how many padded tokens may be in memory at once."""

@@ -1,6 +1,7 @@
 """A step's gradient is that of the uncut step, whatever it is cut into."""
 
 import math
+import re
 
 import train_embed_lora
 import utils
@@ -147,6 +148,24 @@ def test_gradient_is_the_same_after_running_out_of_memory_in_a_backward_pass(
     assert trainer.halvings == 2
     assert relative(found, expected) < 1e-4
     assert "pieces 1/4 the size" in capsys.readouterr().out
+
+
+def test_an_evaluation_remembers_what_did_not_fit_the_one_before(embed_trainer, monkeypatch, capsys):
+    trainer = embed_trainer("--batch_size", 8)
+    texts = [trainer.data_collator.texts[i] for i in range(40)]
+    expected, encode = trainer.embed(texts), trainer.encode
+
+    def small_memory(model, step, piece):
+        if len(piece) * len(step["sequences"][piece[0]]) > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return encode(model, step, piece)
+
+    monkeypatch.setattr(trainer, "encode", small_memory)
+    for _ in range(3):
+        assert relative(trainer.embed(texts), expected) < 1e-5
+    sizes = re.findall(r"ran out.* pieces (\S+) the size", capsys.readouterr().out)
+    assert sizes and len(sizes) == len(set(sizes))  # each is said once
+    assert trainer.halvings == 0
 
 
 def test_memory_that_never_suffices_ends_in_a_message(reference, monkeypatch):
