@@ -1763,6 +1763,10 @@ def open_output_dir(args):
         if not last and (lacking := parts_lacking(checkpoint)):
             raise InputError(f"--resume_from_checkpoint {checkpoint} is no complete checkpoint: it lacks "
                              f"{', '.join(lacking)}. Give no name, and the newest complete one is taken.")
+        is_own = checkpoint.resolve().parent == folder.resolve()
+        if not is_own and folder.is_dir() and any(folder.iterdir()):
+            raise InputError(f"--resume_from_checkpoint {checkpoint} is of another run than what --output_dir {folder} "
+                             "holds. Name a new folder, or give --resume_from_checkpoint no name to go on with that.")
         say(f"resume    from {checkpoint}")
         return checkpoint
     if not args.overwrite and folder.is_dir() and any(folder.iterdir()):
@@ -1799,7 +1803,7 @@ def describe_run(args, precision, data_fingerprint, checkpoint):
         "data_fingerprint": data_fingerprint,
         "base_fingerprint": base_fingerprint(args),
     }
-    stored = merge.read_json(Path(args.output_dir) / "training_config.json") if checkpoint else None
+    stored = merge.read_json(checkpoint.parent / "training_config.json") if checkpoint else None
     if stored:
         compared = ("data_fingerprint", "precision", "processes")
         old, new = (each["flags"] | {name: each[name] for name in compared} for each in (stored, run))

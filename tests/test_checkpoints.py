@@ -106,6 +106,20 @@ def test_a_run_goes_on_from_the_newest_complete_checkpoint(run_embed, tmp_path, 
     assert (out / "final/adapter_model.safetensors").read_bytes() == weights
 
 
+def test_a_checkpoint_of_another_folder(run_embed, tmp_path):
+    whole = run_embed("--max_steps", 4, "--checkpoint_steps", 2, "--eval_strategy", "no")
+    more, new = ["--resume_from_checkpoint", tmp_path / "out/checkpoint-2"], tmp_path / "new"
+    flags = ["--max_steps", 4, "--checkpoint_steps", 2, "--eval_strategy", "no", *more]
+    with pytest.raises(merge.InputError, match="lr was 0.0002 and is 0.001. Give the flags of that run"):
+        run_embed(*flags, "--lr", 1e-3, out=new)
+    assert run_embed(*flags, out=new)["last_loss"] == whole["last_loss"]
+    other = tmp_path / "other"
+    report = run_embed("--max_steps", 1, "--eval_strategy", "no", out=other)
+    with pytest.raises(merge.InputError, match="is of another run than what --output_dir .*other holds"):
+        run_embed(*flags, out=other)
+    assert json.loads((other / "training_summary_report.json").read_text())["steps"] == report["steps"] == 1
+
+
 def test_a_run_whose_folder_moved_ends_with_its_best_state(run_embed, tmp_path, monkeypatch):
     import train_embed_lora
 
