@@ -1087,6 +1087,16 @@ def copy_files(folder, target, patterns):
             shutil.copyfile(path, target / path.name)
 
 
+def copy_tree(folder, target):
+    """Copy a folder; contents only: of one that may not be written to, a copy could never be deleted."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if path.is_dir():
+            copy_tree(path, target / path.name)
+        else:
+            shutil.copyfile(path, target / path.name)
+
+
 def complete_folder(folder, job):
     """Write all that a model folder needs beside its weights; the tokenizer is copied byte for byte, never re-saved."""
     copy_files(job.base_folder, folder, ("*.py", "LICENSE*", "NOTICE*", *PROCESSOR_FILES))
@@ -1098,7 +1108,7 @@ def complete_folder(folder, job):
     for module in read_json(sentences_from / "modules.json", list) or []:
         path = module.get("path") if isinstance(module, dict) else None
         if path and stays_inside(path) and (sentences_from / path).is_dir():
-            shutil.copytree(sentences_from / path, folder / path, copy_function=shutil.copyfile)
+            copy_tree(sentences_from / path, folder / path)
     stored, template = read_json(tokenizer_from / "tokenizer_config.json") or {}, folder / "chat_template.jinja"
     if template.is_file():  # Ollama's importer reads the one place, transformers 5 writes the other
         try:
@@ -1416,7 +1426,10 @@ def put_in_place(folder, output):
         shutil.rmtree(old, ignore_errors=True)  # which a crash has left
         output.rename(old)
         folder.rename(output)
-        shutil.rmtree(old)
+        try:
+            shutil.rmtree(old)
+        except OSError as error:
+            print(f"note      the earlier merge could not be deleted and is left as {old} ({error})", flush=True)
     else:
         folder.rename(output)
 

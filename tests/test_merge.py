@@ -1,5 +1,6 @@
 """A merged folder is base + adapter: for every kind of model, adapter and file, and never half of it."""
 
+import errno
 import json
 import math
 import os
@@ -987,3 +988,33 @@ def test_a_merge_that_ended_in_the_meantime_is_kept(parts, monkeypatch):
     with pytest.raises(merge.InputError, match="holds a merge already"):
         merge.main(flags)
     assert (merged / "merge_report.json").exists()
+
+
+def test_folders_of_a_read_only_adapter_can_be_deleted_again(parts):
+    _, adapter, merged = parts
+    pooling = adapter / "1_Pooling"
+    (pooling / "deeper").mkdir(parents=True)
+    (pooling / "deeper" / "config.json").write_text("{}")
+    (adapter / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "1_Pooling"}]))
+    for folder in (pooling / "deeper", pooling):
+        folder.chmod(0o555)
+    merge.main(["--lora_adapter_path", str(adapter), "--output_path", str(merged)])
+    for folder in ("1_Pooling", "1_Pooling/deeper"):
+        assert (merged / folder).stat().st_mode & 0o200
+    assert (merged / "1_Pooling/deeper/config.json").read_text() == "{}"
+
+
+def test_an_earlier_merge_that_cannot_be_deleted_is_named(parts, monkeypatch, capsys):
+    _, adapter, merged = parts
+    flags = ["--lora_adapter_path", str(adapter), "--output_path", str(merged)]
+    merge.main(flags)
+    rmtree = shutil.rmtree
+
+    def refuse(path, ignore_errors=False):
+        if path.name == ".merged.old" and path.exists() and not ignore_errors:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        rmtree(path, ignore_errors)
+
+    monkeypatch.setattr(merge.shutil, "rmtree", refuse)
+    assert merge.main([*flags, "--overwrite"])["verified"]
+    assert "the earlier merge could not be deleted and is left as " in capsys.readouterr().out
