@@ -549,6 +549,13 @@ def is_deeper(value, levels):
     return levels == 0 or any(is_deeper(item, levels - 1) for item in items)
 
 
+def texts_in(turn):
+    """Return the texts of a turn: its content, its reasoning, the arguments of its calls."""
+    arguments = [function.get("arguments") or "" for function in functions_of(turn)]
+    calls = [each if isinstance(each, str) else json.dumps(each, ensure_ascii=False) for each in arguments]
+    return [turn["content"], turn.get("reasoning_content", ""), *calls]
+
+
 def read_examples(rows, args):
     """Turn [(where, row)] into Examples; counts, and says, what cannot be learnt from. Returns (examples, counts)."""
     examples, seen, drops, unknown = [], set(), defaultdict(list), []
@@ -556,7 +563,7 @@ def read_examples(rows, args):
         try:
             example = (read_pair if args.pref_loss else read_example)(where, row, args.system_prompt)
             texts = [*example.messages, *filter(None, [example.rejected])]
-            if args.drop_regex and any(re.search(args.drop_regex, m["content"]) for m in texts):
+            if args.drop_regex and any(re.search(args.drop_regex, text) for turn in texts for text in texts_in(turn)):
                 raise Drop("rows that match --drop_regex")
             if is_deeper([texts, example.tools], MAX_LEVELS):
                 raise Drop(f"rows with tools or arguments in more than {MAX_LEVELS} levels")
@@ -960,6 +967,8 @@ class Chat:
             messages = [{**{k: v for k, v in m.items() if k not in ("reasoning_content", "thinking")},
                          "content": THINKING.sub("", m["content"]) if m["role"] == "assistant" else m["content"]}
                         for m in messages]
+            if any(m["role"] == "assistant" and not m["content"].strip() and not m.get("tool_calls") for m in messages):
+                raise Drop("rows with a response of thinking alone, which --enable_thinking false leaves out")
         messages = [{**m, "tool_calls": [self.readable(call) for call in m["tool_calls"]]} if "tool_calls" in m else m
                     for m in messages]
         if self.folds_system and messages[0]["role"] == "system":

@@ -413,6 +413,28 @@ def test_every_drop_is_counted_by_reason(run_sft, tmp_path, capsys):
     assert f"with their prompt (first: {data}, line 35)" in said
 
 
+def test_drop_regex_reads_reasoning_and_the_arguments_of_calls(tmp_path):
+    user, plain = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}
+    call = {"function": {"name": "find", "arguments": {"for": "\u540d <br>"}}}
+    odd = ({"content": "<br>"}, {"reasoning_content": "<br>"}, {"tool_calls": [call], "content": ""})
+    rows = [{"messages": [user, plain | part]} for part in ({}, *odd)]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    args = train_sft_lora.parse_args(["--train_file", data, "--drop_regex", "^<br>$|\u540d <br>"])
+    examples, dropped = train_sft_lora.read_examples(list(utils.read_rows(data)), args)
+    assert len(examples) == 1 and dropped == {"rows that match --drop_regex": 3}
+
+
+def test_a_response_of_thinking_alone_is_dropped_where_thinking_is_left_out(run_sft, tmp_path):
+    thought = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "<think>a</think>\n"}]
+    reasoned = [{"role": "user", "content": "z"}, ANSWER | {"reasoning_content": "because"}]
+    rows = [*make_chats(4), {"messages": thought}, {"messages": reasoned}]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    dev = write_jsonl(tmp_path / "dev.jsonl", make_chats(8)[6:])
+    report = run_sft("--dry_run", "--enable_thinking", "false", "--dev_file", dev, data=data)
+    reason = "rows with a response of thinking alone, which --enable_thinking false leaves out"
+    assert report["data"]["dropped"] == {reason: 1}
+
+
 def test_dev_rows_are_held_out_by_prompt(tmp_path):
     rows = [{"prompt": f"question {i % 10}", "completion": f"answer {i}"} for i in range(40)]
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
