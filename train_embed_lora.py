@@ -812,8 +812,19 @@ def replayed(state):
 # ---------------------------------------------------------------- the model
 
 
-def st_files(args):
-    """Read what the base's sentence-transformers files say: (pooling or None, {name: prompt}).
+POOLINGS = {"mean_tokens": "mean", "cls_token": "cls", "lasttoken": "last"}
+
+
+def stored_pooling(stored):
+    """Return how a base's Pooling module pools, as --pooling says it; several ways, which it joins, with a +."""
+    named = stored.get("pooling_mode")  # newer versions
+    names = named if isinstance(named, list) else [named] if named else [
+        key.removeprefix("pooling_mode_") for key, value in stored.items() if key.startswith("pooling_mode_") and value]
+    return " + ".join(str(POOLINGS.get(str(name), name)) for name in names) or None
+
+
+def st_files(args, notes):
+    """Read what the base's sentence-transformers files say: (pooling or None, {name: prompt}); adds to `notes`.
 
     Raises InputError where they hold a layer that would be missing from what is trained here.
     """
@@ -827,12 +838,16 @@ def st_files(args):
     pooling = None
     if "Pooling" in kinds:
         stored = utils.base_json(args, f"{modules[kinds.index('Pooling')].get('path')}/config.json") or {}
-        modes = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last"}
-        pooling = {"lasttoken": "last"}.get(mode := stored.get("pooling_mode"), mode)
-        pooling = next((name for key, name in modes.items() if stored.get(key)), pooling)
-        if args.pooling == "auto" and pooling not in modes.values():
+        pooling = stored_pooling(stored)
+        if args.pooling == "auto" and pooling not in POOLINGS.values():
             raise InputError(f"{args.model_name} pools by {pooling}, which is not known here. Pass --pooling.")
-    prompts = (utils.base_json(args, "config_sentence_transformers.json") or {}).get("prompts") or {}
+        if stored.get("include_prompt") is False:
+            notes.append("the base leaves the tokens of a prompt out of its pooling; here they take part, as in final/")
+    stored = utils.base_json(args, "config_sentence_transformers.json") or {}
+    prompts = stored.get("prompts") or {}
+    if not isinstance(prompts, dict) or not all(isinstance(text, str | None) for text in prompts.values()):
+        raise InputError(f"{args.model_name}: the prompts in config_sentence_transformers.json are no texts with "
+                         "names. Fetch it again, or mend them.")
     return pooling, prompts
 
 
@@ -937,8 +952,10 @@ def save_st_files(folder, args, dimension, prompts):
     pooling = {"word_embedding_dimension": dimension, **modes, "include_prompt": True}
     utils.write_json(folder / "1_Pooling/config.json", pooling)
     utils.write_json(folder / "sentence_bert_config.json", {"max_seq_length": length, "do_lower_case": False})
-    utils.write_json(folder / "config_sentence_transformers.json",
-                     {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"})
+    default = (utils.base_json(args, "config_sentence_transformers.json") or {}).get("default_prompt_name")
+    default = default if isinstance(default, str) and default in prompts else None
+    utils.write_json(folder / "config_sentence_transformers.json", {
+        "prompts": prompts, "default_prompt_name": default, "similarity_fn_name": "cosine"})
 
 
 # ---------------------------------------------------------------- main
@@ -955,7 +972,7 @@ def settle_texts(args, examples, config, tokenizer, notes):
         if wanted > limit:
             notes.append(f"{name} {wanted} is above the {limit} positions of the base model: lowered to {limit}")
         setattr(args, name, int(min(wanted, limit)))
-    pooling, prompts = st_files(args)
+    pooling, prompts = st_files(args, notes)
     if args.query_prefix is None:
         args.query_prefix = prompts.get("query") or ""
     if args.doc_prefix is None:

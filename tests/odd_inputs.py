@@ -625,6 +625,45 @@ EMBED_BASE = [
     embed_model(
         "infinity in the weights", 1, "holds NaN or infinity", {"model.safetensors": with_value("word_emb", INF)}
     ),
+    embed_model(
+        "prompts that are a list",
+        1,
+        "are no texts with names",
+        {"config_sentence_transformers.json": '{"prompts": ["query: "]}'},
+    ),
+    embed_model(
+        "a prompt that is a number",
+        1,
+        "are no texts with names",
+        {"config_sentence_transformers.json": '{"prompts": {"query": 7}}'},
+    ),
+    embed_model(
+        "two ways to pool",
+        1,
+        "pools by mean + cls, which is not known here",
+        {
+            "modules.json": '[{"path": "1_Pooling", "type": "st.Pooling"}]',
+            "1_Pooling/config.json": '{"pooling_mode_mean_tokens": true, "pooling_mode_cls_token": true}',
+        },
+    ),
+    embed_model(
+        "two ways to pool, as they are written now",
+        1,
+        "pools by cls + max, which is not known here",
+        {
+            "modules.json": '[{"path": "1_Pooling", "type": "st.Pooling"}]',
+            "1_Pooling/config.json": '{"pooling_mode": ["cls", "max"]}',
+        },
+    ),
+    embed_model(
+        "a prompt that is not pooled",
+        0,
+        "leaves the tokens of a prompt out",
+        {
+            "modules.json": '[{"path": "1_Pooling", "type": "st.Pooling"}]',
+            "1_Pooling/config.json": '{"pooling_mode": "lasttoken", "include_prompt": false}',
+        },
+    ),
     embed_model("modules.json that is no JSON", 1, "modules.json", {"modules.json": "{"}),
     embed_model("modules.json that is an object", 1, "modules.json", {"modules.json": "{}"}),
     embed_model("modules.json without types", 1, "modules.json", {"modules.json": '[{"path": ""}]'}),

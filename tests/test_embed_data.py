@@ -396,13 +396,15 @@ def test_prompts_of_rows_are_joined_as_they_stand_and_shown(tmp_path, run_embed,
 def test_all_prompts_of_the_base_are_kept_and_named(tmp_path, tiny_bert, run_embed, capsys):
     base = {"passage": "passage: ", "Retrieval-query": "task: search\n", "STS": "alike: "}
     folder = shutil.copytree(tiny_bert, str(tmp_path / "model"))
-    (Path(folder) / "config_sentence_transformers.json").write_text(json.dumps({"prompts": base}))
+    written = {"prompts": base, "default_prompt_name": "passage"}
+    (Path(folder) / "config_sentence_transformers.json").write_text(json.dumps(written))
     run_embed("--max_steps", 1, "--dev_size", 0, "--query_prefix", "Q: ", "--query_max_len", 6, model=folder)
     said = capsys.readouterr().out
     assert "note      96 queries are cut at --query_max_len 6" in said
     assert 'under other names, Retrieval-query, STS (Retrieval-query: "task: search\\n")' in said
-    stored = json.loads((tmp_path / "out/final/config_sentence_transformers.json").read_text())["prompts"]
-    assert stored == base | {"query": "Q: ", "document": "passage: "}
+    stored = json.loads((tmp_path / "out/final/config_sentence_transformers.json").read_text())
+    assert stored["prompts"] == base | {"query": "Q: ", "document": "passage: "}
+    assert stored["default_prompt_name"] == "passage"
 
 
 def test_a_language_that_the_base_cannot_read_is_noted(tmp_path, minilm, run_embed, capsys):
