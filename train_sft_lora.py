@@ -792,7 +792,7 @@ class Chat:
 
     `stops` are the tokens that end an answer: the tokenizer's EOS, those of the base's generation_config, and the
     special token that follows an answer when the conversation goes on. `emits` is the one that the template itself
-    writes; if that is None, `end` is appended.
+    writes; if that is None, `end` is appended. `tail` is all that it writes behind the last answer.
     """
 
     def __init__(self, tokenizer, thinking, base_stops):
@@ -821,8 +821,8 @@ class Chat:
         if self.ids(longer) != self.tokenised(longer):
             self.cuts = None  # a tokenizer of its own kind
         shared = os.path.commonprefix([prompt, alone])
-        opening, _, tail = alone[len(shared) :].partition(ANSWER)
-        self.find_stops(opening, tail, before, after, base_stops)
+        opening, _, self.tail = alone[len(shared) :].partition(ANSWER)
+        self.find_stops(opening, self.tail, before, after, base_stops)
         ended = self.ended(alone, ANSWER)
         self.emits = next((stop for stop in self.stops if ended.endswith(stop)), None)
         self.scaffold = prompt[len(shared) :]  # what only the prompt of an answer has ("<think>\n", say)
@@ -952,7 +952,8 @@ class Chat:
 
     def ended(self, text, answer):
         """Return text, rendered messages, up to the first stop token behind the last `answer` in it."""
-        words = self.special_pattern.sub(lambda token: "\0" * len(token[0]), text)  # "d" is in <|end|>, too
+        words = text.removesuffix(self.tail)  # an answer "a" is in the "assistant" that may follow, too
+        words = self.special_pattern.sub(lambda token: "\0" * len(token[0]), words)  # and "d" in <|end|>
         start = max(words.rfind(answer.strip()), 0) + len(answer.strip())
         ends = [text.find(stop, start) + len(stop) for stop in self.stops if stop in text[start:]]
         return text[: min(ends)] if ends else text.rstrip()
