@@ -340,7 +340,7 @@ def unmergeable(config, tensors=None, base_folder=None):
     patterns = config.get("alpha_pattern") or {}
     alphas = {"lora_alpha": config.get("lora_alpha")} | (
         patterns if isinstance(patterns, dict) else {"alpha_pattern": None})
-    wrong = [name for name, alpha in alphas.items() if not isinstance(alpha, int | float)]
+    wrong = [name for name, alpha in alphas.items() if not isinstance(alpha, int | float) or not math.isfinite(alpha)]
     if wrong:
         return f"adapter_config.json has no number for {wrong[0]} (fetch it again)"
     start = config.get("init_lora_weights", True)
@@ -459,6 +459,12 @@ def make_changes(config, tensors, base_config, base):
         modules[path][kind] = tensor
     find, changes, unused, untied = match_names(base), {}, [], None
     embedding, declared, tied = find_embedding(base_config, base)
+    for path, parts in modules.items():
+        is_dora = "magnitude" in parts
+        if {"a", "b"} <= parts.keys() and not without_nesting(path).endswith("experts") and (
+                is_dora != bool(config.get("use_dora"))):
+            raise InputError(f"{path} of the adapter has {'a' if is_dora else 'no'} DoRA magnitude, but "
+                             f"adapter_config.json says use_dora {config.get('use_dora')}. Copy the adapter again.")
     if config.get("target_parameters"):
         changes |= take_experts(modules, config, base_config, base, find)
     for path, parts in modules.items():
@@ -1058,7 +1064,8 @@ def compare_if_possible(folder, job):
     """Return compare_outputs(), or None, and say why, where a model cannot be run or does not show what was trained."""
     found, why = None, "they do not depend on what was trained"
     try:
-        with in_one_sentence("outputs cannot be compared; pass --verify weights"):
+        cannot = "outputs cannot be compared; pass --verify weights"
+        with in_one_sentence(cannot if job.args.verify == "full" else "base and adapter cannot be run here"):
             found = compare_outputs(folder, job, load_tokenizer(folder, job))
     except InputError as error:
         if job.args.verify == "full":

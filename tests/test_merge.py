@@ -1018,3 +1018,27 @@ def test_an_earlier_merge_that_cannot_be_deleted_is_named(parts, monkeypatch, ca
     monkeypatch.setattr(merge.shutil, "rmtree", refuse)
     assert merge.main([*flags, "--overwrite"])["verified"]
     assert "the earlier merge could not be deleted and is left as " in capsys.readouterr().out
+
+
+def test_dora_in_the_config_alone_is_refused(parts):
+    _, adapter, merged = parts
+    change_json(adapter / "adapter_config.json", use_dora=True)
+    flags = ["--lora_adapter_path", str(adapter), "--output_path", str(merged), "--verify", "weights"]
+    with pytest.raises(merge.InputError, match="has no DoRA magnitude, but adapter_config.json says use_dora True"):
+        merge.main(flags)
+
+
+def test_a_dora_adapter_whose_config_forgot_it_is_refused(tmp_path):
+    make_base("llama", tmp_path / "base")
+    make_adapter(tmp_path / "base", tmp_path / "adapter", use_dora=True)
+    change_json(tmp_path / "adapter/adapter_config.json", use_dora=False)
+    flags = ["--lora_adapter_path", str(tmp_path / "adapter"), "--output_path", str(tmp_path / "merged")]
+    with pytest.raises(merge.InputError, match="has a DoRA magnitude, but adapter_config.json says use_dora False"):
+        merge.main([*flags, "--verify", "weights"])
+
+
+def test_an_alpha_that_is_not_finite_is_refused(parts):
+    _, adapter, merged = parts
+    change_json(adapter / "adapter_config.json", lora_alpha=float("nan"))
+    with pytest.raises(merge.InputError, match="no number for lora_alpha"):
+        merge.main(["--lora_adapter_path", str(adapter), "--output_path", str(merged)])
