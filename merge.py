@@ -343,6 +343,12 @@ def unmergeable(config, tensors=None, base_folder=None):
     wrong = [name for name, alpha in alphas.items() if not isinstance(alpha, int | float) or not math.isfinite(alpha)]
     if wrong:
         return f"adapter_config.json has no number for {wrong[0]} (fetch it again)"
+    zero = [name for name, alpha in alphas.items() if alpha == 0]
+    if zero:
+        return f"adapter_config.json has 0 for {zero[0]}, at which it changes nothing (fetch it again)"
+    targets = config.get("target_parameters") or []
+    if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
+        return "target_parameters in adapter_config.json is no list of names (fetch it again)"
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower() not in ("gaussian", "orthogonal", "eva", "true", "false"):
         return (f"it began with init_lora_weights {start}, which changes the base itself (save it with peft's "

@@ -1760,6 +1760,9 @@ def open_output_dir(args):
         if checkpoint is None:
             say(f"resume    {folder} holds no complete checkpoint: starting at step 0")
             return None
+        if not checkpoint.is_dir():
+            raise InputError(f"--resume_from_checkpoint {checkpoint} is no complete checkpoint: there is no such "
+                             f"folder (looked in {Path.cwd()}). Give no name, and the newest complete one is taken.")
         if not last and (lacking := parts_lacking(checkpoint)):
             raise InputError(f"--resume_from_checkpoint {checkpoint} is no complete checkpoint: it lacks "
                              f"{', '.join(lacking)}. Give no name, and the newest complete one is taken.")

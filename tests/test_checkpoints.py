@@ -106,6 +106,11 @@ def test_a_run_goes_on_from_the_newest_complete_checkpoint(run_embed, tmp_path, 
     assert (out / "final/adapter_model.safetensors").read_bytes() == weights
 
 
+def test_a_named_checkpoint_that_is_not_there_is_said_to_be_so(run_embed, tmp_path):
+    with pytest.raises(merge.InputError, match=r"checkpoint-7 is no complete checkpoint: there is no such folder"):
+        run_embed("--resume_from_checkpoint", tmp_path / "out/checkpoint-7")
+
+
 def test_a_checkpoint_of_another_folder(run_embed, tmp_path):
     whole = run_embed("--max_steps", 4, "--checkpoint_steps", 2, "--eval_strategy", "no")
     more, new = ["--resume_from_checkpoint", tmp_path / "out/checkpoint-2"], tmp_path / "new"

@@ -1037,8 +1037,17 @@ def test_a_dora_adapter_whose_config_forgot_it_is_refused(tmp_path):
         merge.main([*flags, "--verify", "weights"])
 
 
-def test_an_alpha_that_is_not_finite_is_refused(parts):
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"lora_alpha": float("nan")}, "no number for lora_alpha"),
+        ({"lora_alpha": 0}, "has 0 for lora_alpha, at which it changes nothing"),
+        ({"target_parameters": 5}, "target_parameters in adapter_config.json is no list of names"),
+        ({"target_parameters": [5]}, "target_parameters in adapter_config.json is no list of names"),
+    ],
+)
+def test_a_config_that_cannot_be_meant_is_refused(parts, change, words):
     _, adapter, merged = parts
-    change_json(adapter / "adapter_config.json", lora_alpha=float("nan"))
-    with pytest.raises(merge.InputError, match="no number for lora_alpha"):
+    change_json(adapter / "adapter_config.json", **change)
+    with pytest.raises(merge.InputError, match=words):
         merge.main(["--lora_adapter_path", str(adapter), "--output_path", str(merged)])
