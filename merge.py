@@ -347,7 +347,7 @@ def unmergeable(config, tensors=None, base_folder=None):
     if zero:
         return f"adapter_config.json has 0 for {zero[0]}, at which it changes nothing (fetch it again)"
     targets = config.get("target_parameters") or []
-    if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
+    if not isinstance(targets, list | tuple | set) or not all(isinstance(name, str) for name in targets):
         return "target_parameters in adapter_config.json is no list of names (fetch it again)"
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower() not in ("gaussian", "orthogonal", "eva", "true", "false"):
