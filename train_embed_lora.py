@@ -973,6 +973,10 @@ def settle_texts(args, examples, config, tokenizer, notes):
             notes.append(f"{name} {wanted} is above the {limit} positions of the base model: lowered to {limit}")
         setattr(args, name, int(min(wanted, limit)))
     pooling, prompts = st_files(args, notes)
+    lowers = (utils.base_json(args, "sentence_bert_config.json") or {}).get("do_lower_case")
+    if lowers and tokenizer("A")["input_ids"] != tokenizer("a")["input_ids"]:
+        notes.append("sentence-transformers makes this base's texts lower case (do_lower_case), here they stay as they "
+                     "are, as with final/: write yours in lower case")
     if args.query_prefix is None:
         args.query_prefix = prompts.get("query") or ""
     if args.doc_prefix is None:

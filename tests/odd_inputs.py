@@ -664,6 +664,12 @@ EMBED_BASE = [
             "1_Pooling/config.json": '{"pooling_mode": "lasttoken", "include_prompt": false}',
         },
     ),
+    embed_model(
+        "texts that are made lower case",
+        0,
+        "write yours in lower case",
+        {"sentence_bert_config.json": '{"do_lower_case": true}'},
+    ),
     embed_model("modules.json that is no JSON", 1, "modules.json", {"modules.json": "{"}),
     embed_model("modules.json that is an object", 1, "modules.json", {"modules.json": "{}"}),
     embed_model("modules.json without types", 1, "modules.json", {"modules.json": '[{"path": ""}]'}),
