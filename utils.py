@@ -363,7 +363,7 @@ def read_rows(path):
         try:
             refuse_repeats(pyarrow.parquet.read_schema(path).names, path)
             table = pyarrow.parquet.read_table(path).to_pylist()
-            rows = [(f"{path}, row {i}", without_none(row)) for i, row in enumerate(table, 1)]
+            rows = [(f"{path}, row {i}", row) for i, row in enumerate(rows_of_table(table), 1)]
         except (pyarrow.ArrowException, OSError, ValueError) as error:  # no parquet, a broken page, no permission
             raise InputError(f"{path} is no parquet file that can be read ({reason(error)}). Write it again.") from None
     elif kind not in {".jsonl", ".ndjson", ".json", ".csv", ".tsv"}:
@@ -506,10 +506,19 @@ def read_hub_rows(args, split, count=math.inf):
         order = np.random.default_rng(args.seed).permutation(len(data))[:count]  # as data.shuffle(args.seed)
         data = data.select(order, keep_in_memory=True)
     try:
-        return [(f"{args.dataset_name}[{split}], row {i + 1}", without_none(row))
-                for i, row in zip(order, data, strict=True)]
+        return [(f"{args.dataset_name}[{split}], row {i + 1}", row)
+                for i, row in zip(order, rows_of_table(list(data)), strict=True)]
     except ImportError as error:  # sounds and films are decoded by packages that nothing here needs
         raise InputError(f"--dataset_name {args.dataset_name} holds more than text: {reason(error)}") from None
+
+
+def rows_of_table(rows):
+    """Return rows as a file of JSON would have them: without the columns that are empty throughout.
+
+    An empty cell of another column stays, as None: its row lacks a text, its format is that of the others.
+    """
+    filled = {name for row in rows for name, cell in row.items() if cell is not None}
+    return [{name: without_none(cell) for name, cell in row.items() if name in filled} for row in rows]
 
 
 def without_none(value):

@@ -4,10 +4,13 @@ import json
 import math
 import shutil
 
+import train_embed_lora
 import train_sft_lora
 import utils
 from conftest import chat_tokenizer, make_chats, write_jsonl
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from transformers import AutoTokenizer
 
@@ -231,6 +234,18 @@ def test_rows_of_no_use_are_dropped_by_reason(reason, capsys):
     assert [example.answer for example in examples] == ["[]"] * len(rows)  # an answer like any other
     assert counts == {reason: len(rows)}
     assert f"{reason} (first: f, line 0)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", [train_sft_lora, train_embed_lora])
+def test_an_empty_cell_of_a_table_drops_its_row_alone(script, tmp_path, capsys):
+    rows = [{"question": f"q{i}", "answer": f"a{i}", "response": None} for i in range(3)]
+    rows += [{"question": "q", "answer": None}, {"question": None, "answer": "a"}]
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    args = script.parse_args(["--train_file", str(path)])
+    examples, dropped = script.read_examples(utils.read_rows(path), args)
+    assert len(examples) == 3 and sum(dropped.values()) == 2
+    assert "row 4" in capsys.readouterr().out
 
 
 def test_unknown_roles_in_more_than_half_of_the_rows_refuse_the_file():
