@@ -287,6 +287,10 @@ def run(main, parse_args):
         os.execv(sys.executable, command)
     try:
         main()
+        leave_process_group()
+    except SystemExit:  # all processes stop after the same step
+        leave_process_group()
+        raise
     except Exception as error:
         text = error if isinstance(error, InputError) else refusal(error)
         if text is None:
@@ -295,6 +299,15 @@ def run(main, parse_args):
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def leave_process_group():
+    """Leave the process group, if there is one: an interpreter that ends beside gloo's threads may abort.
+
+    https://github.com/pytorch/pytorch/issues/190489
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def shows_bars():

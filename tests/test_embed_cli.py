@@ -1,5 +1,6 @@
 """The command lines people run, from flags to files."""
 
+import contextlib
 import json
 import os
 import re
@@ -555,6 +556,17 @@ def test_fp16_gradients_that_never_fit_end_in_a_message(run_embed, monkeypatch):
 
 
 # ---------------------------------------------------------------- notebooks
+
+
+@pytest.mark.parametrize("ending", [None, 143])
+def test_the_process_group_is_left(monkeypatch, ending):
+    """An interpreter that ends beside gloo's threads aborts now and then."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    monkeypatch.setattr(sys, "argv", ["train_embed_lora.py"])
+    with pytest.raises(SystemExit) if ending else contextlib.nullcontext():
+        utils.run(lambda: ending and sys.exit(ending), list)
+    assert not torch.distributed.is_initialized()
 
 
 def test_pasted_into_a_notebook_cell_it_starts_nothing(monkeypatch, capsys):
