@@ -31,7 +31,10 @@ CASES = {  # name: (data set, max length, measured steps, their loss, whose drop
     "jsquad, cached loss, as they come": ("jsquad", 512, 2, "cached", "theirs", 1),
     "jsquad, cached loss, dropout off": ("jsquad", 512, 2, "cached", "", 2),
 }
-WORDS = {"banking77": (11, 5), "jsquad": (110, 60)}  # made rows: mean and spread of a document's words
+WORDS = {
+    "banking77": (11, 5),
+    "jsquad": (110, 60),
+}  # made rows: mean and spread of a document's words
 
 
 def load_rows(folder, name, count):
@@ -39,11 +42,15 @@ def load_rows(folder, name, count):
     path, rng = Path(folder) / name / "train.jsonl", random.Random(0)
     if path.exists():
         rows = [row for row in map(json.loads, path.open(encoding="utf-8")) if row["neg"]]
-        return "real", [{**row, "pos": row["pos"][:1], "neg": row["neg"][:1]} for row in rng.sample(rows, count)]
+        return "real", [
+            {**row, "pos": row["pos"][:1], "neg": row["neg"][:1]} for row in rng.sample(rows, count)
+        ]
     mean, spread = WORDS[name]
 
     def text():
-        return " ".join(f"w{rng.randrange(5000)}" for _ in range(max(3, int(rng.gauss(mean, spread)))))
+        return " ".join(
+            f"w{rng.randrange(5000)}" for _ in range(max(3, int(rng.gauss(mean, spread))))
+        )
 
     return "made", [{"query": text()[:80], "pos": [text()], "neg": [text()]} for _ in range(count)]
 
@@ -94,7 +101,10 @@ def run_theirs(model, rows_file, length, folder, loss, dropout):
         SentenceTransformerTrainer,
         SentenceTransformerTrainingArguments,
     )
-    from sentence_transformers.losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss
+    from sentence_transformers.losses import (
+        CachedMultipleNegativesRankingLoss,
+        MultipleNegativesRankingLoss,
+    )
 
     rows = [json.loads(line) for line in open(rows_file, encoding="utf-8")]
     data = Dataset.from_dict(
@@ -131,7 +141,9 @@ def run_theirs(model, rows_file, length, folder, loss, dropout):
         disable_tqdm=True,
     )
     loss = kind(st, scale=1 / TEMPERATURE, **cached)
-    SentenceTransformerTrainer(st, arguments, train_dataset=data, loss=loss, callbacks=[clock]).train()
+    SentenceTransformerTrainer(
+        st, arguments, train_dataset=data, loss=loss, callbacks=[clock]
+    ).train()
     return clock.ends, None
 
 
@@ -148,7 +160,9 @@ def run_side(job):
 
 def main():
     """Run the cases, ours and theirs alternating; print medians, and write every figure to --out."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--data", default="data/embed", help="folder with banking77/ and jsquad/")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--rounds", type=int, default=3)
@@ -182,11 +196,19 @@ def main():
                     )
                     figures.append(json.loads(done.stdout.splitlines()[-1]))
         ratio, memory = (
-            statistics.median(a[key] / b[key] for a, b in zip(sides["ours"], sides["theirs"], strict=True))
+            statistics.median(
+                a[key] / b[key] for a, b in zip(sides["ours"], sides["theirs"], strict=True)
+            )
             for key in ("pairs_per_second", "peak_gib")
         )
-        speed = {side: statistics.median(f["pairs_per_second"] for f in figures) for side, figures in sides.items()}
-        peak = {side: statistics.median(f["peak_gib"] for f in figures) for side, figures in sides.items()}
+        speed = {
+            side: statistics.median(f["pairs_per_second"] for f in figures)
+            for side, figures in sides.items()
+        }
+        peak = {
+            side: statistics.median(f["peak_gib"] for f in figures)
+            for side, figures in sides.items()
+        }
         padding = sides["ours"][0]["padded_per_real_token"]
         results[case] = {
             "rows": source,

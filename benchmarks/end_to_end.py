@@ -40,7 +40,8 @@ def make_tokenizer(llama_cpp, folder):
         return [fields[name].parts[i] for i in fields[name].data]
 
     tokens, merges = (
-        [bytes(part).decode() for part in read(f"tokenizer.ggml.{name}")] for name in ("tokens", "merges")
+        [bytes(part).decode() for part in read(f"tokenizer.ggml.{name}")]
+        for name in ("tokens", "merges")
     )
     plain = [int(part[0]) == 1 for part in read("tokenizer.ggml.token_type")]
     tokenizer = Qwen2TokenizerFast(
@@ -83,8 +84,18 @@ def run(script, *flags):
 
 def evaluate(folder, name, *flags):
     """Return the metrics of the two dev sets."""
-    files = [part for dev in ("all", "pos") for part in ("--dev_file", f"{dev}={folder / dev}.jsonl")]
-    run("train_sft_lora.py", "--eval_only", *flags, *files, *ASK, "--output_dir", folder / f"eval-{name}")
+    files = [
+        part for dev in ("all", "pos") for part in ("--dev_file", f"{dev}={folder / dev}.jsonl")
+    ]
+    run(
+        "train_sft_lora.py",
+        "--eval_only",
+        *flags,
+        *files,
+        *ASK,
+        "--output_dir",
+        folder / f"eval-{name}",
+    )
     return json.loads((folder / f"eval-{name}/evaluation_report.json").read_text())["metrics"]
 
 
@@ -93,8 +104,20 @@ def evaluate_gguf(folder, name, path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "llama_cpp.server", "--model", path, "--n_ctx", "1024", "--port", str(port)]
-    server = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [
+        sys.executable,
+        "-m",
+        "llama_cpp.server",
+        "--model",
+        path,
+        "--n_ctx",
+        "1024",
+        "--port",
+        str(port),
+    ]
+    server = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         for _ in range(100):
             try:
@@ -109,13 +132,20 @@ def evaluate_gguf(folder, name, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True, metavar="DIR")
     parser.add_argument("--llama_cpp", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--folder", type=Path, default=Path("runs/end_to_end"), metavar="DIR", help="where files go")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/end_to_end"), metavar="DIR", help="where files go"
+    )
     parser.add_argument("--quantize", default="q4_k_m")
     args = parser.parse_args()
-    folder, learn = args.folder, ["--dev_size", "0", "--weight_decay", "0", "--overwrite", "--report_to", "none"]
+    folder, learn = (
+        args.folder,
+        ["--dev_size", "0", "--weight_decay", "0", "--overwrite", "--report_to", "none"],
+    )
     folder.mkdir(parents=True, exist_ok=True)
     make_rows(args.data, folder)
     make_base(args.llama_cpp, folder / "random")
@@ -123,9 +153,23 @@ def main():
         ("random", "base", "--finetune_type full --lr 2e-3 --max_steps 110"),
         ("base/final", "sft", "--lora_r 64 --lora_alpha 128 --lr 3e-3 --max_steps 300"),
     ):
-        files = ["--model_name", folder / model, "--train_file", folder / "all.jsonl", "--output_dir", folder / out]
+        files = [
+            "--model_name",
+            folder / model,
+            "--train_file",
+            folder / "all.jsonl",
+            "--output_dir",
+            folder / out,
+        ]
         run("train_sft_lora.py", *files, *flags.split(), *learn)
-    run("merge.py", "--lora_adapter_path", folder / "sft/final", "--output_path", folder / "merged", "--overwrite")
+    run(
+        "merge.py",
+        "--lora_adapter_path",
+        folder / "sft/final",
+        "--output_path",
+        folder / "merged",
+        "--overwrite",
+    )
     run("examples/gguf_ollama.py", "--model_path", folder / "merged", "--llama_cpp", args.llama_cpp, "--quantize",
         args.quantize, "--output_path", folder / "gguf", "--overwrite")  # fmt: skip
     metrics = {
@@ -133,7 +177,9 @@ def main():
         "adapter": evaluate(folder, "adapter", "--model_name", folder / "sft/final"),
         "merged": evaluate(folder, "merged", "--model_name", folder / "merged"),
         "f16": evaluate_gguf(folder, "f16", folder / "gguf/model-f16.gguf"),
-        args.quantize: evaluate_gguf(folder, args.quantize, folder / f"gguf/model-{args.quantize}.gguf"),
+        args.quantize: evaluate_gguf(
+            folder, args.quantize, folder / f"gguf/model-{args.quantize}.gguf"
+        ),
     }
     report = {
         "metrics": metrics,
@@ -145,7 +191,11 @@ def main():
     for name, found in metrics.items():
         print(
             name,
-            {key: round(value, 4) for key, value in found.items() if key.endswith(("exact_match", "_f1", "stop_rate"))},
+            {
+                key: round(value, 4)
+                for key, value in found.items()
+                if key.endswith(("exact_match", "_f1", "stop_rate"))
+            },
         )
 
 

@@ -64,7 +64,9 @@ def make_model(folder, layers):
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(folder / "base")
-    model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.002)
@@ -86,7 +88,9 @@ def measure(side, folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--folder", metavar="DIR", help="where the files go [a temporary folder]")
@@ -99,8 +103,14 @@ def main():
         for _ in range(args.rounds):
             for side in SIDES:
                 runs[side].append(measure(side, folder))
-                print(f"{side}: {runs[side][-1][0]:.2f} s, {runs[side][-1][1]:.0f} MiB above bare", flush=True)
-    medians = {side: [statistics.median(column) for column in zip(*rows, strict=True)] for side, rows in runs.items()}
+                print(
+                    f"{side}: {runs[side][-1][0]:.2f} s, {runs[side][-1][1]:.0f} MiB above bare",
+                    flush=True,
+                )
+    medians = {
+        side: [statistics.median(column) for column in zip(*rows, strict=True)]
+        for side, rows in runs.items()
+    }
     report = {
         "gigabytes": gigabytes, "rounds": args.rounds, "runs": runs, "torch": torch.__version__,
         "cores": os.cpu_count(),

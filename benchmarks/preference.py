@@ -32,7 +32,9 @@ def make_pairs(count):
     rng, words = random.Random(0), [f"word{i}" for i in range(3000)]
 
     def text(mean):
-        return " ".join(rng.choice(words) for _ in range(max(8, int(rng.lognormvariate(0, 0.3) * mean))))
+        return " ".join(
+            rng.choice(words) for _ in range(max(8, int(rng.lognormvariate(0, 0.3) * mean)))
+        )
 
     return [{"prompt": text(400), "chosen": text(100), "rejected": text(100)} for _ in range(count)]
 
@@ -75,7 +77,10 @@ def run_theirs(model, rows_file, folder, checkpointing):
 
     rows = [json.loads(line) for line in open(rows_file, encoding="utf-8")]
     roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
-    data = {name: [[{"role": role, "content": row[name]}] for row in rows] for name, role in roles.items()}
+    data = {
+        name: [[{"role": role, "content": row[name]}] for row in rows]
+        for name, role in roles.items()
+    }
     clock, gpu = timer(), torch.cuda.is_available()
     arguments = DPOConfig(
         output_dir=folder,
@@ -94,11 +99,15 @@ def run_theirs(model, rows_file, folder, checkpointing):
         disable_tqdm=True,
     )
     trainer = DPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16 if gpu else torch.float32),
+        model=AutoModelForCausalLM.from_pretrained(
+            model, dtype=torch.bfloat16 if gpu else torch.float32
+        ),
         args=arguments,
         train_dataset=Dataset.from_dict(data),
         processing_class=AutoTokenizer.from_pretrained(model),
-        peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"),
+        peft_config=LoraConfig(
+            r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"
+        ),
         callbacks=[clock],
     )
     trainer.train()
@@ -114,7 +123,11 @@ def run_side(job):
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated() / 2**30
     pair = (ends[-1] - ends[0]) / (len(ends) - 1) / BATCH / ACCUMULATION
-    figures = {"pairs_per_second": 1 / (pair + reference), "pairs_per_second_in_steps": 1 / pair, "peak_gib": peak}
+    figures = {
+        "pairs_per_second": 1 / (pair + reference),
+        "pairs_per_second_in_steps": 1 / pair,
+        "peak_gib": peak,
+    }
     print(json.dumps(figures | {"first_loss": loss}))
 
 
@@ -126,9 +139,17 @@ def learn(data, folder):
     import tiny_qwen3
 
     rows = [json.loads(line) for line in (data / "train.jsonl").open(encoding="utf-8")]
-    texts = [turn["content"] for row in rows for side in row.values() if isinstance(side, list) for turn in side]
+    texts = [
+        turn["content"]
+        for row in rows
+        for side in row.values()
+        if isinstance(side, list)
+        for turn in side
+    ]
     tiny_qwen3.make_model(f"{folder}/model", texts, vocabulary=6000, positions=2048)
-    flags = f"--model_name {folder}/model --train_file {data}/train.jsonl --dev_file {data}/dev.jsonl"
+    flags = (
+        f"--model_name {folder}/model --train_file {data}/train.jsonl --dev_file {data}/dev.jsonl"
+    )
     flags += f" --output_dir {folder}/run"
     flags += " --pref_loss sigmoid --lr 2e-3 --epochs 3 --max_length 1024 --no-gradient_checkpointing --report_to none"
     report = train_sft_lora.main(flags.split())
@@ -140,11 +161,19 @@ def learn(data, folder):
 
 def main():
     """Run both sides in turn; print medians, and write every figure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=2, help="measured steps, after one that warms up")
-    parser.add_argument("--no_checkpointing", action="store_true", help="gradient checkpointing off on both sides")
-    parser.add_argument("--learn", type=Path, metavar="DIR", help="a folder of train.jsonl and dev.jsonl")
+    parser.add_argument(
+        "--steps", type=int, default=2, help="measured steps, after one that warms up"
+    )
+    parser.add_argument(
+        "--no_checkpointing", action="store_true", help="gradient checkpointing off on both sides"
+    )
+    parser.add_argument(
+        "--learn", type=Path, metavar="DIR", help="a folder of train.jsonl and dev.jsonl"
+    )
     parser.add_argument("--side", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
@@ -165,10 +194,20 @@ def main():
         rows_file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         for i in range(args.rounds):
             for side, figures in sides.items():
-                job = {"side": side, "model": model, "rows_file": str(rows_file), "folder": f"{folder}/{side}{i}"}
+                job = {
+                    "side": side,
+                    "model": model,
+                    "rows_file": str(rows_file),
+                    "folder": f"{folder}/{side}{i}",
+                }
                 job["checkpointing"] = not args.no_checkpointing
                 command = [sys.executable, __file__, "--side", json.dumps(job)]
-                done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+                done = subprocess.run(
+                    command,
+                    capture_output=True,
+                    text=True,
+                    env=os.environ | {"HF_HUB_OFFLINE": "1"},
+                )
                 if done.returncode:
                     sys.exit(done.stderr)
                 figures.append(json.loads(done.stdout.splitlines()[-1]))

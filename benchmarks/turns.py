@@ -54,7 +54,10 @@ def make_tokenizer(words):
 def make_conversation(draw, words, turns):
     """Return `turns` turns of 10 to 90 words."""
     return [
-        {"role": ("user", "assistant")[i % 2], "content": " ".join(draw.choices(words, k=draw.randint(10, 90)))}
+        {
+            "role": ("user", "assistant")[i % 2],
+            "content": " ".join(draw.choices(words, k=draw.randint(10, 90))),
+        }
         for i in range(turns)
     ]
 
@@ -85,7 +88,9 @@ def measure(tokenizer, rows, rounds):
 
 def main():
     """Measure every template at every length; print and write the rates."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--model_name", help="tokenizer and template of this base [made ones]")
     parser.add_argument("--turns", type=int, nargs="+", default=[2, 10, 40, 100])
     parser.add_argument("--rounds", type=int, default=3)
@@ -96,7 +101,10 @@ def main():
         tokenizer = AutoTokenizer.from_pretrained(args.model_name)
         templates = {"its own": tokenizer.chat_template}
     else:
-        tokenizer, templates = make_tokenizer(words), {"chatml": CHATML, "rewrites history": REWRITES}
+        tokenizer, templates = (
+            make_tokenizer(words),
+            {"chatml": CHATML, "rewrites history": REWRITES},
+        )
     results = vars(args)
     for name, template in templates.items():
         tokenizer.chat_template = template
@@ -105,8 +113,11 @@ def main():
             rows = [make_conversation(draw, words, turns) for _ in range(max(3, 400 // turns))]
             rates = results[f"{name}, {turns} turns"] = measure(tokenizer, rows, args.rounds)
             times = {way: rates["once"] / rates[way] for way in ("turns", "anew")}
-            print(f"{name}, {turns} turns: once {rates['once']:.0f} rows/s; turns {rates['turns']:.0f} "
-                  f"({times['turns']:.1f}x), anew {rates['anew']:.1f} ({times['anew']:.1f}x)", flush=True)
+            print(
+                f"{name}, {turns} turns: once {rates['once']:.0f} rows/s; turns {rates['turns']:.0f} "
+                f"({times['turns']:.1f}x), anew {rates['anew']:.1f} ({times['anew']:.1f}x)",
+                flush=True,
+            )
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     Path(args.out).write_text(json.dumps(results, indent=2) + "\n")
 

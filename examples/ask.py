@@ -18,11 +18,15 @@ from transformers import AutoModelForCausalLM
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("model", help="folder or hub id; of an adapter the base is found by itself")
     parser.add_argument("questions", nargs="*", metavar="question")
     parser.add_argument("--samples", type=Path, metavar="FILE", help="more questions, one a line")
-    parser.add_argument("--system", metavar="TEXT", help="system turn [the --system_prompt of the training]")
+    parser.add_argument(
+        "--system", metavar="TEXT", help="system turn [the --system_prompt of the training]"
+    )
     more = {"type": utils.integer(1), "default": 256, "metavar": "N"}
     parser.add_argument("--max_new_tokens", **more, help="longest answer, in tokens [256]")
     args = parser.parse_args(argv)
@@ -44,7 +48,10 @@ def read_run(source):
     stored = Path(source) / "adapter_config.json"
     base = utils.read_json(stored)["base_model_name_or_path"] if stored.is_file() else source
     place = SimpleNamespace(
-        init_adapter=source if stored.is_file() else None, model_name=base, model_revision=None, trust_remote_code=False
+        init_adapter=source if stored.is_file() else None,
+        model_name=base,
+        model_revision=None,
+        trust_remote_code=False,
     )
     tokenizer = utils.load_tokenizer(place)
     flags = (utils.base_json(place, "training_config.json") or {}).get("flags", {})

@@ -27,7 +27,9 @@ def docstrings(folder):
     for path in sorted(folder.rglob("*.py")):
         if SKIPPED.isdisjoint(path.relative_to(folder).parts):
             for node in ast.walk(ast.parse(path.read_bytes())):
-                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                if isinstance(
+                    node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+                ):
                     yield ast.get_docstring(node) or ""
 
 
@@ -36,11 +38,19 @@ def main(target):
     pairs, bodies = {}, set()
     for text in docstrings(Path(sysconfig.get_path("stdlib"))):
         summary, body = (" ".join(part.split()) for part in text.partition("\n\n")[::2])
-        if 20 <= len(summary) <= 120 and len(body) >= 80 and summary not in pairs and body not in bodies:
+        if (
+            20 <= len(summary) <= 120
+            and len(body) >= 80
+            and summary not in pairs
+            and body not in bodies
+        ):
             pairs[summary] = body[:1000]
             bodies.add(body)
     Path(target).parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"query": query, "pos": [body]}, ensure_ascii=False) for query, body in pairs.items()]
+    lines = [
+        json.dumps({"query": query, "pos": [body]}, ensure_ascii=False)
+        for query, body in pairs.items()
+    ]
     Path(target).write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{len(lines)} pairs in {target}")
 

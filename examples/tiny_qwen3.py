@@ -12,10 +12,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-NAMES = "Aiko Ben Chen Dora Emil Fatima Goro Hana Ivan Julia Kenji Lena Mika Nora Oscar Priya".split()
+NAMES = (
+    "Aiko Ben Chen Dora Emil Fatima Goro Hana Ivan Julia Kenji Lena Mika Nora Oscar Priya".split()
+)
 ITEMS = "chairs lamps books cups pens boxes clocks mirrors".split()
 COLOURS = "red green blue white black yellow".split()
-FORMS = ("Please send {colour} {item} to {name}.", "{name} would like some {colour} {item}, please.")
+FORMS = (
+    "Please send {colour} {item} to {name}.",
+    "{name} would like some {colour} {item}, please.",
+)
 SYSTEM = "Extract the order as JSON."
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -48,14 +53,26 @@ def make_pairs(rows):
 def make_model(folder, texts, vocabulary=600, positions=512):
     """Save a Qwen3 of 4 layers of 192 with random weights, and a byte-level tokenizer trained on the texts."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special, alphabet = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    special, alphabet = (
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        pre_tokenizers.ByteLevel.alphabet(),
+    )
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocabulary,
+        special_tokens=special,
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHATML,
     )
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
@@ -83,4 +100,6 @@ if __name__ == "__main__":
     for name, part in (("orders", rows), ("preferences", make_pairs(rows[:300]))):
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part)
         (out / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-    print(f"{len(rows)} rows in {out}/orders.jsonl, pairs in {out}/preferences.jsonl, a model in {out}/tiny_qwen3")
+    print(
+        f"{len(rows)} rows in {out}/orders.jsonl, pairs in {out}/preferences.jsonl, a model in {out}/tiny_qwen3"
+    )

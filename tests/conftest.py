@@ -8,8 +8,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # several processes of several threads wait for one another
-os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=tempfile.mkdtemp(), CUDA_VISIBLE_DEVICES="", MPLBACKEND="Agg")
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # several processes of several threads wait for one another
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_CACHE=tempfile.mkdtemp(),
+    CUDA_VISIBLE_DEVICES="",
+    MPLBACKEND="Agg",
+)
 
 import train_embed_lora
 import train_sft_lora
@@ -18,17 +25,24 @@ import utils
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3Model
+from transformers import (
+    BertConfig,
+    BertModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+)
 
 ROOT = Path(__file__).parent.parent
-TOPICS = (
-    "apple bread chair door engine flower guitar house island jacket kettle lamp mirror needle ocean pencil".split()
-)
+TOPICS = "apple bread chair door engine flower guitar house island jacket kettle lamp mirror needle ocean pencil".split()
 SENTENCES = [f"where do I find the {a} with a {b}" for a in TOPICS for b in TOPICS]
 
 
 def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     return str(path)
 
 
@@ -38,8 +52,16 @@ def make_rows(count):
     for i in range(count):
         a, b = TOPICS[i % 16], TOPICS[(i // 16 + 3 * i) % 16]
         long = " and the ".join(TOPICS[: 1 + i % 7])
-        pos = [f"the {a} {i} stands behind the {b} and the {long}", f"look for {a} {i}"][: 2 if i % 4 == 0 else 1]
-        rows.append({"query": f"where is {a} {i}", "pos": pos, "neg": [f"no {b} here", f"{long} {i}"] * (i % 3 > 0)})
+        pos = [f"the {a} {i} stands behind the {b} and the {long}", f"look for {a} {i}"][
+            : 2 if i % 4 == 0 else 1
+        ]
+        rows.append(
+            {
+                "query": f"where is {a} {i}",
+                "pos": pos,
+                "neg": [f"no {b} here", f"{long} {i}"] * (i % 3 > 0),
+            }
+        )
     return rows
 
 
@@ -52,11 +74,17 @@ def make_chats(count):
         things = [] if i % 3 == 0 else [a, b][: 1 + i % 2]
         messages = [
             {"role": "system", "content": "Name the things."},
-            {"role": "user", "content": f"{i}: where do I find the {' with a '.join(things) or 'way'} behind {long}"},
+            {
+                "role": "user",
+                "content": f"{i}: where do I find the {' with a '.join(things) or 'way'} behind {long}",
+            },
             {"role": "assistant", "content": json.dumps({"things": things})},
         ]
         if i % 5 == 0:
-            more = [{"role": "user", "content": f"and {b}?"}, {"role": "assistant", "content": f"no {b} {i}"}]
+            more = [
+                {"role": "user", "content": f"and {b}?"},
+                {"role": "assistant", "content": f"no {b} {i}"},
+            ]
             messages = messages[1:] + more
         rows.append({"messages": messages})
     return rows
@@ -66,18 +94,25 @@ def train_tokenizer(special, template):
     tokenizer = Tokenizer(models.BPE(unk_token=special["unk_token"]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=list(special.values()), initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=list(special.values()), initial_alphabet=alphabet
+    )
     tokenizer.train_from_iterator(SENTENCES, trainer)
     if template:
         ids = [(token, tokenizer.token_to_id(token)) for token in special.values()]
-        tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=ids
+        )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=128, **special)
 
 
 def chat_tokenizer(template, eos, bos=None, special=(), texts=SENTENCES):
     """A byte-level tokenizer with a chat template, which adds no special tokens by itself."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     special, alphabet = list(dict.fromkeys([eos, *special])), pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, initial_alphabet=alphabet)
     tokenizer.train_from_iterator(texts, trainer)
@@ -87,7 +122,12 @@ def chat_tokenizer(template, eos, bos=None, special=(), texts=SENTENCES):
 
 def save_tiny_bert(folder):
     """Write an encoder: 2 layers of 64, positions up to 128, dropout 0.1 in its config."""
-    special = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"}
+    special = {
+        "unk_token": "[UNK]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "pad_token": "[PAD]",
+    }
     train_tokenizer(special, "[CLS] $A [SEP]").save_pretrained(folder)
     torch.manual_seed(0)
     config = BertConfig(
@@ -186,7 +226,14 @@ def run_embed(tmp_path, tiny_bert, pairs):
     """Call main([...]) on the tiny encoder and return its report; flags given again replace these."""
 
     def run(*flags, model=tiny_bert, data=pairs, out=None):
-        base = ["--model_name", model, "--train_file", data, "--output_dir", str(out or tmp_path / "out")]
+        base = [
+            "--model_name",
+            model,
+            "--train_file",
+            data,
+            "--output_dir",
+            str(out or tmp_path / "out"),
+        ]
         return train_embed_lora.main([*base, "--report_to", "none", *map(str, flags)])
 
     return run
@@ -203,7 +250,14 @@ def run_sft(tmp_path, tiny_chat, chats):
     """Call main([...]) on the tiny causal model and return its report; flags given again replace these."""
 
     def run(*flags, model=tiny_chat, data=chats, out=None):
-        base = ["--model_name", model, "--output_dir", str(out or tmp_path / "out"), "--report_to", "none"]
+        base = [
+            "--model_name",
+            model,
+            "--output_dir",
+            str(out or tmp_path / "out"),
+            "--report_to",
+            "none",
+        ]
         base += ["--train_file", data] if data else []
         return train_sft_lora.main([*base, *map(str, flags)])
 
@@ -253,16 +307,27 @@ def gradient(trainer, step):
     """Return the loss and the flat gradient of one training step."""
     trainer.model.zero_grad()
     loss = trainer.training_step(trainer.model, step)
-    return loss, torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad])
+    return loss, torch.cat(
+        [p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad]
+    )
 
 
 def gradients_of_two_processes(folder, module, flags, first_row, rows_per_process, global_step):
     """Return the gradients that DDP leaves on two gloo processes after one step of a script's."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
     script = [str(ROOT / "tests/two_processes.py"), str(folder), module, json.dumps(flags.split())]
     numbers = map(str, (first_row, rows_per_process, global_step))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *script, *numbers], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*command, *script, *numbers], env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(Path(folder) / f"gradient{rank}.pt") for rank in (0, 1)]
 

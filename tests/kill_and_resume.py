@@ -47,7 +47,9 @@ def run_until(out, moment, *more):
 
 
 def contents(out):
-    return load_file(out / "final/adapter_model.safetensors"), read_json(out / "detailed_training_logs.json")
+    return load_file(out / "final/adapter_model.safetensors"), read_json(
+        out / "detailed_training_logs.json"
+    )
 
 
 was_killed, moments = run_until(folder / "whole", 10**6)
@@ -58,7 +60,9 @@ for run in range(kills):
     while (
         done < kills
         and attempts < 3
-        and run_until(out, rng.randrange(moments >> attempts), *["--resume_from_checkpoint"] * (attempts > 0))[0]
+        and run_until(
+            out, rng.randrange(moments >> attempts), *["--resume_from_checkpoint"] * (attempts > 0)
+        )[0]
     ):
         done, attempts = done + 1, attempts + 1
         state = sorted(path.name for path in out.glob("checkpoint-*"))
@@ -66,7 +70,9 @@ for run in range(kills):
     more = ["--resume_from_checkpoint"] if attempts else ["--overwrite"]
     assert not run_until(out, 10**6, *more)[0]
     found_weights, found_log = contents(out)
-    assert all(torch.equal(weights[key], found_weights[key]) for key in weights), f"{out}: other weights"
+    assert all(torch.equal(weights[key], found_weights[key]) for key in weights), (
+        f"{out}: other weights"
+    )
     assert found_log == log, f"{out}: another log\n{found_log}\n{log}"
     if done == kills:
         break

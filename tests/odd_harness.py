@@ -95,7 +95,9 @@ def build_kitchen(folder):
     write_jsonl(folder / "pairs.jsonl", make_rows(24))
     write_jsonl(folder / "chats.jsonl", make_chats(24))
     turns = [row["messages"] for row in make_chats(24)]
-    pairs = [{"prompt": m[-2]["content"], "chosen": m[-1]["content"], "rejected": "no"} for m in turns]
+    pairs = [
+        {"prompt": m[-2]["content"], "chosen": m[-1]["content"], "rejected": "no"} for m in turns
+    ]
     write_jsonl(folder / "preferences.jsonl", pairs)
     for script, model, data in (("embed", "bert", "pairs"), ("sft", "chat", "chats")):
         flags = f"--model_name {folder}/{model} --train_file {folder}/{data}.jsonl {SHORT_RUN}"
@@ -172,7 +174,12 @@ def flags_of(row, kitchen, values):
         }
         for flag in {*row.argv, *row.without} & replaced.keys():
             defaults.pop(replaced[flag])
-    added = [text for name, value in defaults.items() if name not in {*given, *row.without} for text in (name, value)]
+    added = [
+        text
+        for name, value in defaults.items()
+        if name not in {*given, *row.without}
+        for text in (name, value)
+    ]
     return [*given, *added]
 
 
@@ -235,9 +242,13 @@ def spread(rows, count):
 
 def main(all_rows, description):
     """Run the rows that the command line asks for; exits 1 if one ends otherwise than it says."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--sample", type=int, metavar="N", help="run N rows, always the same [all]")
-    parser.add_argument("--only", metavar="REGEX", help="run the rows whose name matches, and print their output")
+    parser.add_argument(
+        "--only", metavar="REGEX", help="run the rows whose name matches, and print their output"
+    )
     args = parser.parse_args()
     rows = [row for row in all_rows if re.search(args.only or "", row.name)]
     rows = spread(rows, args.sample) if args.sample else rows

@@ -32,14 +32,26 @@ PAIR = {"query": "where is the apple", "pos": ["on the chair"]}
 def embed_data(name, code, says, content, kind="jsonl", flags="--dry_run", **more):
     """A training file of the embedding trainer."""
     return Row(
-        f"pairs: {name}", "embed", f"--train_file rows.{kind} {flags}", code, says, {f"rows.{kind}": content}, **more
+        f"pairs: {name}",
+        "embed",
+        f"--train_file rows.{kind} {flags}",
+        code,
+        says,
+        {f"rows.{kind}": content},
+        **more,
     )
 
 
 def sft_data(name, code, says, content, kind="jsonl", flags="--dry_run", **more):
     """A training file of the SFT trainer."""
     return Row(
-        f"chats: {name}", "sft", f"--train_file rows.{kind} {flags}", code, says, {f"rows.{kind}": content}, **more
+        f"chats: {name}",
+        "sft",
+        f"--train_file rows.{kind} {flags}",
+        code,
+        says,
+        {f"rows.{kind}": content},
+        **more,
     )
 
 
@@ -56,13 +68,31 @@ def sft_flags(name, code, says, flags, **more):
 def embed_model(name, code, says, files, flags="--dry_run", **more):
     """A changed base of the embedding trainer."""
     files = {f"model/{path}": content for path, content in files.items()}
-    return Row(f"base: {name}", "embed", f"--model_name model {flags}", code, says, files, {"model": "bert"}, **more)
+    return Row(
+        f"base: {name}",
+        "embed",
+        f"--model_name model {flags}",
+        code,
+        says,
+        files,
+        {"model": "bert"},
+        **more,
+    )
 
 
 def sft_model(name, code, says, files, flags="--dry_run", **more):
     """A changed base of the SFT trainer."""
     files = {f"model/{path}": content for path, content in files.items()}
-    return Row(f"base: {name}", "sft", f"--model_name model {flags}", code, says, files, {"model": "chat"}, **more)
+    return Row(
+        f"base: {name}",
+        "sft",
+        f"--model_name model {flags}",
+        code,
+        says,
+        files,
+        {"model": "chat"},
+        **more,
+    )
 
 
 def merge_adapter(name, code, says, files, flags="", source="embed_run/final", **more):
@@ -84,7 +114,14 @@ def merge_base(name, code, says, files, flags="", **more):
     """A changed base under a good adapter."""
     files = {f"model/{path}": content for path, content in files.items()}
     return Row(
-        f"base: {name}", "merge", f"--base_model_path model {flags}", code, says, files, {"model": "bert"}, **more
+        f"base: {name}",
+        "merge",
+        f"--base_model_path model {flags}",
+        code,
+        says,
+        files,
+        {"model": "bert"},
+        **more,
     )
 
 
@@ -200,7 +237,9 @@ def serve(answer):
 def earlier_merge_is_there(folder, text):
     """Tell what is wrong if a merge that failed took the earlier one away, or left something behind."""
     left = sorted(path.name for path in folder.iterdir())
-    return None if left == ["out"] and (folder / "out/merge_report.json").exists() else f"left {left}"
+    return (
+        None if left == ["out"] and (folder / "out/merge_report.json").exists() else f"left {left}"
+    )
 
 
 def first_checkpoint_is_there(folder, text):
@@ -209,16 +248,23 @@ def first_checkpoint_is_there(folder, text):
     return None if stored["global_step"] == 1 else "checkpoint-1 is another"
 
 
-RESUMED = "--model_name {k}/bert --train_file {k}/pairs.jsonl --output_dir run --resume_from_checkpoint " + SHORT_RUN
+RESUMED = (
+    "--model_name {k}/bert --train_file {k}/pairs.jsonl --output_dir run --resume_from_checkpoint "
+    + SHORT_RUN
+)
 TYPED = ("--max_steps", "--dev_size")
 NAN, INF = float("nan"), float("inf")
 DATES = [datetime.date(2026, 1, 1)] * 8
-ENDPOINT = "--eval_only --endpoint http://127.0.0.1:{port} --dev_file {k}/chats.jsonl --dev_sample_limit 2"
+ENDPOINT = (
+    "--eval_only --endpoint http://127.0.0.1:{port} --dev_file {k}/chats.jsonl --dev_sample_limit 2"
+)
 TEXTS = [row["query"] for row in GOOD_PAIRS]
 ANSWERS = [row["pos"][0] for row in GOOD_PAIRS]
 CSV = "query,pos\n" + "".join(f"{q},{p}\n" for q, p in zip(TEXTS, ANSWERS, strict=True))
 LOOP = "{{% for i in range(99999) %}}{{% for j in range(99999) %}}{}{{% endfor %}}{{% endfor %}}"
-DOUBLING = "{% set n = namespace(x='x') %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}"
+DOUBLING = (
+    "{% set n = namespace(x='x') %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}"
+)
 OK_PAIRS, OK_CHATS = "rehearsal of", "rehearsal of"
 
 # ---------------------------------------------------------------- rows
@@ -231,11 +277,20 @@ EMBED_DATA = [
         [{**PAIR, "pos": f"{i}", "label": i % 2} for i in range(8)]
         + [{"query": f"{i} is where", "pos": f"here {i}", "label": "1"} for i in range(8)],
     ),
-    embed_data("labels of three kinds", 1, "3 different numbers", [{**PAIR, "score": i} for i in range(3)]),
-    embed_data("a label of 400 digits", 1, "2 different numbers", [{**PAIR, "label": i} for i in (1, 10**400)]),
+    embed_data(
+        "labels of three kinds", 1, "3 different numbers", [{**PAIR, "score": i} for i in range(3)]
+    ),
+    embed_data(
+        "a label of 400 digits",
+        1,
+        "2 different numbers",
+        [{**PAIR, "label": i} for i in (1, 10**400)],
+    ),
     embed_data("a key twice", 1, 'called "pos"', '{"query": "a", "pos": "b", "pos": "c"}\n'),
     embed_data("a column twice", 1, 'called "query"', "query,pos,query\na,b,c\n", "csv"),
-    embed_data("a list as Python prints it", 1, "with json.dumps", "query\tpos\na\t['b', 'c']\n", "tsv"),
+    embed_data(
+        "a list as Python prints it", 1, "with json.dumps", "query\tpos\na\t['b', 'c']\n", "tsv"
+    ),
     embed_data("two prompts in a row", 1, "2 prompts in one row", [{**PAIR, "prompt": ["a", "b"]}]),
     embed_data(
         "prompts and --query_prefix",
@@ -244,7 +299,12 @@ EMBED_DATA = [
         [{**PAIR, "prompt": "Find: "}] * 2,
         flags="--query_prefix x",
     ),
-    embed_data("an id in place of a passage", 1, "an id rather than a text", [{**PAIR, "pos": [{"docid": "7"}]}]),
+    embed_data(
+        "an id in place of a passage",
+        1,
+        "an id rather than a text",
+        [{**PAIR, "pos": [{"docid": "7"}]}],
+    ),
     embed_data("an empty file", 1, "holds no rows", ""),
     embed_data("blank lines alone", 1, "holds no rows", "\n \n\n"),
     embed_data("a byte order mark", 0, OK_PAIRS, encoded(lines(), "utf-8-sig")),
@@ -257,7 +317,9 @@ EMBED_DATA = [
     embed_data("a line that is null", 1, "line 9: a NoneType, not a JSON object", lines(None)),
     embed_data("UTF-16", 1, "is not UTF-8", encoded(lines(), "utf-16")),
     embed_data("a NUL inside a text", 0, OK_PAIRS, lines({"query": "a\0b", "pos": ["c\0d"]})),
-    embed_data("half an emoji", 0, OK_PAIRS, lines() + '{"query": "\\ud83d", "pos": ["x \\ude00"]}\n'),
+    embed_data(
+        "half an emoji", 0, OK_PAIRS, lines() + '{"query": "\\ud83d", "pos": ["x \\ude00"]}\n'
+    ),
     embed_data("an array", 0, OK_PAIRS, json.dumps(GOOD_PAIRS), "json"),
     embed_data("an array of lists", 1, "row 1: a list, not a JSON object", '[["a", "b"]]', "json"),
     embed_data("an empty array", 1, "holds no rows", "[]", "json"),
@@ -275,20 +337,42 @@ EMBED_DATA = [
     embed_data("TSV", 0, OK_PAIRS, CSV.replace(",", "\t"), "tsv"),
     embed_data("parquet", 0, OK_PAIRS, parquet(query=TEXTS, pos=ANSWERS), "parquet"),
     embed_data(
-        "parquet with empty cells", 0, OK_PAIRS, parquet(query=[*TEXTS, None], pos=[*ANSWERS, None]), "parquet"
+        "parquet with empty cells",
+        0,
+        OK_PAIRS,
+        parquet(query=[*TEXTS, None], pos=[*ANSWERS, None]),
+        "parquet",
     ),
     embed_data("no parquet", 1, "is no parquet file", lines(), "parquet"),
     embed_data("parquet of no bytes", 1, "is no parquet file", b"", "parquet"),
-    embed_data("numbers as queries", 1, "an id rather than a text", lines({"query": 7, "pos": ["a"]})),
-    embed_data("true as a document", 1, "is the bool True", lines({"query": "a", "pos": [True]})),
-    embed_data("digits alone", 1, "ids rather than texts", [{"query": str(i), "pos": "a b"} for i in range(9)]),
-    embed_data("two queries in a row", 1, "2 queries in one row", lines({"query": ["a", "b"], "pos": ["c"]})),
-    embed_data("no query at all", 1, "no query (fields:", [{"pos": ["a"]}] * 3),
     embed_data(
-        "a column that may be two", 1, "2 columns could be the positive", [{"query": "a", "pos": "b", "answer": "c"}]
+        "numbers as queries", 1, "an id rather than a text", lines({"query": 7, "pos": ["a"]})
+    ),
+    embed_data("true as a document", 1, "is the bool True", lines({"query": "a", "pos": [True]})),
+    embed_data(
+        "digits alone",
+        1,
+        "ids rather than texts",
+        [{"query": str(i), "pos": "a b"} for i in range(9)],
     ),
     embed_data(
-        "empty texts", 0, "2 rows with an empty", lines({"query": " ", "pos": ["a"]}, {"query": "\t", "pos": "b"})
+        "two queries in a row",
+        1,
+        "2 queries in one row",
+        lines({"query": ["a", "b"], "pos": ["c"]}),
+    ),
+    embed_data("no query at all", 1, "no query (fields:", [{"pos": ["a"]}] * 3),
+    embed_data(
+        "a column that may be two",
+        1,
+        "2 columns could be the positive",
+        [{"query": "a", "pos": "b", "answer": "c"}],
+    ),
+    embed_data(
+        "empty texts",
+        0,
+        "2 rows with an empty",
+        lines({"query": " ", "pos": ["a"]}, {"query": "\t", "pos": "b"}),
     ),
     embed_data(
         "texts of nothing that is seen",
@@ -296,7 +380,9 @@ EMBED_DATA = [
         "2 rows with an empty",
         lines({"query": "\u200b", "pos": ["a"]}, {"query": "\ufeff \0", "pos": ["b"]}),
     ),
-    embed_data("no positive in any row", 1, "Add rows", [{"query": f"a {i}", "pos": []} for i in range(9)]),
+    embed_data(
+        "no positive in any row", 1, "Add rows", [{"query": f"a {i}", "pos": []} for i in range(9)]
+    ),
     embed_data("one row many times", 1, "Add rows", [PAIR] * 20),
     embed_data(
         "the same query with many answers",
@@ -310,23 +396,57 @@ EMBED_DATA = [
         "nothing to tell apart",
         [{"query": f"a {i}", "pos": ["b"]} for i in range(9)],
     ),
-    embed_data("a megabyte in a text", 0, OK_PAIRS, lines({"query": "apple " * 170000, "pos": ["chair " * 170000]})),
     embed_data(
-        "emoji, Arabic, no-width space", 0, OK_PAIRS, lines({"query": "👩‍👩‍👧 ሀ مرحبا", "pos": ["\u200b x \u202e y"]})
+        "a megabyte in a text",
+        0,
+        OK_PAIRS,
+        lines({"query": "apple " * 170000, "pos": ["chair " * 170000]}),
+    ),
+    embed_data(
+        "emoji, Arabic, no-width space",
+        0,
+        OK_PAIRS,
+        lines({"query": "👩‍👩‍👧 ሀ مرحبا", "pos": ["\u200b x \u202e y"]}),
     ),
     embed_data("a folder of that name", 1, "Is a directory", Path.mkdir),
     embed_data("links in a circle", 1, "symbolic links", lambda path: path.symlink_to(path)),
     embed_data("no permission to read", 1, "Permission denied", no_permission),
-    embed_data("20,000 brackets", 1, "line 9: no valid JSON", lines() + "[" * 20000 + "]" * 20000 + "\n"),
-    embed_data("20,000 objects in objects", 1, "line 9: no valid JSON", lines() + '{"query":' * 20000 + "\n"),
-    embed_data("an integer of 5,000 digits", 1, "line 9: no valid JSON", lines() + f'{{"query": {"7" * 5000}}}\n'),
-    embed_data("a parquet page that is broken", 1, "is no parquet file", broken_parquet, "parquet"),
-    embed_data("a parquet footer that is broken", 1, "is no parquet file", broken_footer, "parquet"),
     embed_data(
-        "parquet with dates", 1, "is the date 2026-01-01, not a text", parquet(query=DATES, pos=ANSWERS), "parquet"
+        "20,000 brackets", 1, "line 9: no valid JSON", lines() + "[" * 20000 + "]" * 20000 + "\n"
     ),
-    embed_data("parquet with bytes", 1, "is the bytes", parquet(query=[b"a"] * 8, pos=ANSWERS), "parquet"),
-    embed_data("Shift_JIS", 1, 'Excel, save it as "CSV UTF-8"', encoded(CSV + "本はどこ,棚の上\n", "cp932"), "csv"),
+    embed_data(
+        "20,000 objects in objects",
+        1,
+        "line 9: no valid JSON",
+        lines() + '{"query":' * 20000 + "\n",
+    ),
+    embed_data(
+        "an integer of 5,000 digits",
+        1,
+        "line 9: no valid JSON",
+        lines() + f'{{"query": {"7" * 5000}}}\n',
+    ),
+    embed_data("a parquet page that is broken", 1, "is no parquet file", broken_parquet, "parquet"),
+    embed_data(
+        "a parquet footer that is broken", 1, "is no parquet file", broken_footer, "parquet"
+    ),
+    embed_data(
+        "parquet with dates",
+        1,
+        "is the date 2026-01-01, not a text",
+        parquet(query=DATES, pos=ANSWERS),
+        "parquet",
+    ),
+    embed_data(
+        "parquet with bytes", 1, "is the bytes", parquet(query=[b"a"] * 8, pos=ANSWERS), "parquet"
+    ),
+    embed_data(
+        "Shift_JIS",
+        1,
+        'Excel, save it as "CSV UTF-8"',
+        encoded(CSV + "本はどこ,棚の上\n", "cp932"),
+        "csv",
+    ),
     embed_data("CSV with tabs", 0, OK_PAIRS, CSV.replace(",", "\t"), "csv"),
     embed_data("TSV with commas", 0, OK_PAIRS, CSV, "tsv"),
     embed_data(
@@ -335,15 +455,23 @@ EMBED_DATA = [
         "over several lines",
         "\n".join(json.dumps(row, indent=1) for row in GOOD_PAIRS),
     ),
-    embed_data("an array over several lines", 1, "over several lines", json.dumps(GOOD_PAIRS, indent=1)),
+    embed_data(
+        "an array over several lines", 1, "over several lines", json.dumps(GOOD_PAIRS, indent=1)
+    ),
     embed_data("an array on one line", 1, "a list, not a JSON object", json.dumps(GOOD_PAIRS)),
-    embed_data("one row with negatives", 0, OK_PAIRS, [{"query": "a", "pos": ["b"], "neg": ["c", "d"]}]),
+    embed_data(
+        "one row with negatives", 0, OK_PAIRS, [{"query": "a", "pos": ["b"], "neg": ["c", "d"]}]
+    ),
     embed_data("one row without negatives", 1, "in-batch negatives need two", [PAIR]),
-    embed_data("keys of 10,000 letters", 0, OK_PAIRS, lines({"query": "a", "pos": ["b"], "x" * 10000: 1})),
+    embed_data(
+        "keys of 10,000 letters", 0, OK_PAIRS, lines({"query": "a", "pos": ["b"], "x" * 10000: 1})
+    ),
 ]
 
 EMBED_FLAGS = [
-    embed_flags("an unknown one", 2, "unrecognized arguments: --learning_ratio", "--learning_ratio 1"),
+    embed_flags(
+        "an unknown one", 2, "unrecognized arguments: --learning_ratio", "--learning_ratio 1"
+    ),
     embed_flags("a shortened one", 2, "unrecognized arguments", "--batch 8"),
     embed_flags("no data", 2, "no training data", "", without=("--train_file",)),
     embed_flags("batch 0", 2, "outside [1", "--batch_size 0"),
@@ -355,13 +483,21 @@ EMBED_FLAGS = [
     embed_flags("negative seed", 2, "outside [0", "--seed -1"),
     embed_flags("dev_size 1", 2, "outside [0", "--dev_size 1"),
     embed_flags("dims above the model's", 1, "exceeds the model's 64", "--matryoshka_dims 1000"),
-    embed_flags("no layer of that name", 1, "Linear layers here", "--target_modules nothing --dry_run"),
+    embed_flags(
+        "no layer of that name", 1, "Linear layers here", "--target_modules nothing --dry_run"
+    ),
     embed_flags("an unknown metric", 1, "is not measured", "--metric_for_best f1 --dev_size 0.3"),
-    embed_flags("a training file that is not there", 1, "is not there", "--train_file nowhere.jsonl"),
+    embed_flags(
+        "a training file that is not there", 1, "is not there", "--train_file nowhere.jsonl"
+    ),
     embed_flags("a glob that fits nothing", 1, "is not there", "--train_file 'no*.jsonl'"),
     embed_flags("a dev file that is not there", 1, "is not there", "--dev_file nowhere.jsonl"),
-    embed_flags("an output that is a file", 1, "is a file", "--output_dir here", files={"here": "x"}),
-    embed_flags("an output that is not empty", 1, "is not empty", "--output_dir here", files={"here/x": "x"}),
+    embed_flags(
+        "an output that is a file", 1, "is a file", "--output_dir here", files={"here": "x"}
+    ),
+    embed_flags(
+        "an output that is not empty", 1, "is not empty", "--output_dir here", files={"here/x": "x"}
+    ),
     embed_flags("a column that is not there", 1, "no column nothing", "--query_column nothing"),
     embed_flags("a tracker that is not installed", 1, "is not installed", "--report_to wandb"),
     embed_flags(
@@ -371,15 +507,25 @@ EMBED_FLAGS = [
         "--resume_from_checkpoint",
         without=("--output_dir",),
     ),
-    embed_flags("resume and overwrite", 2, "--overwrite deletes", "--resume_from_checkpoint --overwrite"),
+    embed_flags(
+        "resume and overwrite", 2, "--overwrite deletes", "--resume_from_checkpoint --overwrite"
+    ),
     embed_flags("resume of nothing", 0, "starting at step 0", "--resume_from_checkpoint --dry_run"),
-    embed_flags("resume of a folder that is not there", 1, "no complete checkpoint", "--resume_from_checkpoint none"),
+    embed_flags(
+        "resume of a folder that is not there",
+        1,
+        "no complete checkpoint",
+        "--resume_from_checkpoint none",
+    ),
     embed_flags(
         "a BEIR folder without judgements",
         1,
         "no qrels/*.tsv",
         "--dev_file beir",
-        files={"beir/corpus.jsonl": [{"_id": "1", "text": "a"}], "beir/queries.jsonl": [{"_id": "2", "text": "b"}]},
+        files={
+            "beir/corpus.jsonl": [{"_id": "1", "text": "a"}],
+            "beir/queries.jsonl": [{"_id": "2", "text": "b"}],
+        },
     ),
     embed_flags(
         "a judgement of no document",
@@ -445,23 +591,50 @@ EMBED_FLAGS = [
         "--dev_file 'dev*.jsonl'",
         files={"dev1.jsonl": GOOD_PAIRS, "dev2.jsonl": GOOD_PAIRS},
     ),
-    embed_flags("a dev file without rows", 1, "holds no rows", "--dev_file dev.jsonl", files={"dev.jsonl": ""}),
+    embed_flags(
+        "a dev file without rows",
+        1,
+        "holds no rows",
+        "--dev_file dev.jsonl",
+        files={"dev.jsonl": ""},
+    ),
     embed_flags("a data set that is nowhere", 1, "cannot be read", "--dataset_name nobody/nothing"),
-    embed_flags("a step larger than the data", 0, "the step is shrunk", "--gradient_accumulation 1000 --dry_run"),
-    embed_flags("batches larger than the data", 0, "the step is shrunk", "--batch_size 100000 --dry_run"),
-    embed_flags("a length above the positions", 0, "lowered to 128", "--max_length 100000 --dry_run"),
+    embed_flags(
+        "a step larger than the data",
+        0,
+        "the step is shrunk",
+        "--gradient_accumulation 1000 --dry_run",
+    ),
+    embed_flags(
+        "batches larger than the data", 0, "the step is shrunk", "--batch_size 100000 --dry_run"
+    ),
+    embed_flags(
+        "a length above the positions", 0, "lowered to 128", "--max_length 100000 --dry_run"
+    ),
     embed_flags("the shortest length", 0, OK_PAIRS, "--max_length 4 --dry_run"),
     embed_flags("a seed of 2^32", 2, "outside [0, 4294967295]", "--seed 4294967296"),
     embed_flags("the largest seed", 0, "final, read back from disk", "--seed 4294967295"),
     embed_flags("dropout 1", 2, "outside [0", "--lora_dropout 1"),
-    embed_flags("an output in a file", 1, "here is a file", "--output_dir here/out", files={"here": "x"}),
-    embed_flags("an output of 300 letters", 1, "File name too long", f"--output_dir {'x' * 300}"),
-    embed_flags("an output of 5,000 letters", 1, "File name too long", f"--output_dir {'x/' * 2500}"),
     embed_flags(
-        "an output that may not be written", 1, "may not be written", "--output_dir here", files={"here": locked}
+        "an output in a file", 1, "here is a file", "--output_dir here/out", files={"here": "x"}
+    ),
+    embed_flags("an output of 300 letters", 1, "File name too long", f"--output_dir {'x' * 300}"),
+    embed_flags(
+        "an output of 5,000 letters", 1, "File name too long", f"--output_dir {'x/' * 2500}"
     ),
     embed_flags(
-        "an output that may not be made", 1, "may not be written", "--output_dir here/a/b", files={"here": locked}
+        "an output that may not be written",
+        1,
+        "may not be written",
+        "--output_dir here",
+        files={"here": locked},
+    ),
+    embed_flags(
+        "an output that may not be made",
+        1,
+        "may not be written",
+        "--output_dir here/a/b",
+        files={"here": locked},
     ),
     embed_flags("an output in /proc", 1, "/proc", "--output_dir /proc/out"),
     embed_flags(
@@ -471,14 +644,20 @@ EMBED_FLAGS = [
         "--output_dir here",
         files={"here": lambda path: path.symlink_to(path)},
     ),
-    embed_flags("a disk that is full at the first checkpoint", 1, "cannot be written", "", file_bytes=20000),
+    embed_flags(
+        "a disk that is full at the first checkpoint", 1, "cannot be written", "", file_bytes=20000
+    ),
     Row(
         "resume: a disk that is full",
         "embed",
         f"{RESUMED}",
         1,
         "cannot be written",
-        {"run/checkpoint-2": shutil.rmtree, "run/final": shutil.rmtree, "run/training_summary_report.json": None},
+        {
+            "run/checkpoint-2": shutil.rmtree,
+            "run/final": shutil.rmtree,
+            "run/training_summary_report.json": None,
+        },
         {"run": "embed_run"},
         without=TYPED,
         file_bytes=20000,
@@ -491,7 +670,11 @@ EMBED_FLAGS = [
             RESUMED,
             code,
             says,
-            {"run/training_summary_report.json": None, "run/final": shutil.rmtree, f"run/{path}": content},
+            {
+                "run/training_summary_report.json": None,
+                "run/final": shutil.rmtree,
+                f"run/{path}": content,
+            },
             {"run": "embed_run"},
             without=TYPED,
         )
@@ -504,11 +687,23 @@ EMBED_FLAGS = [
                 "checkpoint-2/adapter_model.safetensors",
                 cut_to(5000),
             ),
-            ("no weights", 0, "is not complete: it lacks", "checkpoint-2/adapter_model.safetensors", None),
+            (
+                "no weights",
+                0,
+                "is not complete: it lacks",
+                "checkpoint-2/adapter_model.safetensors",
+                None,
+            ),
             ("no optimizer", 0, "is not complete: it lacks", "checkpoint-2/optimizer.pt", None),
             ("half a state", 0, "proof", "checkpoint-2/trainer_state.json", '{"log_history": ['),
             ("a checkpoint without a number", 0, "proof", "checkpoint-x/trainer_state.json", "{}"),
-            ("a training_config that is no JSON", 1, "training_config.json", "training_config.json", "{"),
+            (
+                "a training_config that is no JSON",
+                1,
+                "training_config.json",
+                "training_config.json",
+                "{",
+            ),
         )
     ),
     *(
@@ -536,8 +731,20 @@ EMBED_FLAGS = [
                 "checkpoint-1/adapter_model.safetensors",
                 cut_to(5000),
             ),
-            ("an optimizer that is text", 0, "is not complete: it lacks", "checkpoint-1/optimizer.pt", "hello"),
-            ("a random state that is text", 0, "is not complete: it lacks", "checkpoint-1/rng_state.pth", "hello"),
+            (
+                "an optimizer that is text",
+                0,
+                "is not complete: it lacks",
+                "checkpoint-1/optimizer.pt",
+                "hello",
+            ),
+            (
+                "a random state that is text",
+                0,
+                "is not complete: it lacks",
+                "checkpoint-1/rng_state.pth",
+                "hello",
+            ),
         )
     ),
     embed_flags("a dev set called ../x", 1, "letters, digits", "--dev_file ../x={k}/pairs.jsonl"),
@@ -549,7 +756,12 @@ EMBED_FLAGS = [
         "--dev_file a.b-c_1=dev.jsonl --dry_run",
         files={"dev.jsonl": [{"query": f"new {i}", "pos": [f"old {i}"]} for i in range(8)]},
     ),
-    embed_flags("one dev file twice", 1, "given twice", "--dev_file {k}/pairs.jsonl --dev_file {k}/pairs.jsonl"),
+    embed_flags(
+        "one dev file twice",
+        1,
+        "given twice",
+        "--dev_file {k}/pairs.jsonl --dev_file {k}/pairs.jsonl",
+    ),
     embed_flags(
         "two dev files without names",
         1,
@@ -557,16 +769,33 @@ EMBED_FLAGS = [
         "--dev_file {k}/pairs.jsonl --dev_file dev.jsonl",
         files={"dev.jsonl": [PAIR]},
     ),
-    embed_flags("a dev file of the training rows", 1, "The dev sets took the others", "--dev_file {k}/pairs.jsonl"),
-    embed_flags("a dev share that leaves one row", 1, "in-batch negatives need two", "--dev_size 0.99"),
+    embed_flags(
+        "a dev file of the training rows",
+        1,
+        "The dev sets took the others",
+        "--dev_file {k}/pairs.jsonl",
+    ),
+    embed_flags(
+        "a dev share that leaves one row", 1, "in-batch negatives need two", "--dev_size 0.99"
+    ),
 ]
 
 EMBED_BASE = [
-    embed_flags("a base that is nowhere", 1, "neither a folder here nor a hub model", "--model_name nobody/nothing"),
+    embed_flags(
+        "a base that is nowhere",
+        1,
+        "neither a folder here nor a hub model",
+        "--model_name nobody/nothing",
+    ),
     embed_flags("a base without a name", 1, "neither a folder here nor", "--model_name ''"),
     embed_model("a config that is no JSON", 1, "not a valid JSON", {"config.json": "{"}),
     embed_model("no config", 1, "neither a folder here nor a hub model", {"config.json": None}),
-    embed_model("an unknown architecture", 1, "known model", {"config.json": {"model_type": "perceptron9000"}}),
+    embed_model(
+        "an unknown architecture",
+        1,
+        "known model",
+        {"config.json": {"model_type": "perceptron9000"}},
+    ),
     embed_model(
         "code of its own",
         1,
@@ -575,7 +804,9 @@ EMBED_BASE = [
     ),
     embed_model("an encoder-decoder", 1, "encoder-decoder", {"config.json": {"model_type": "t5"}}),
     embed_model("no weights", 1, "cannot be loaded", {"model.safetensors": None}),
-    embed_model("weights of other sizes", 1, "would be random", {"config.json": {"hidden_size": 32}}),
+    embed_model(
+        "weights of other sizes", 1, "would be random", {"config.json": {"hidden_size": 32}}
+    ),
     embed_model(
         "a layer behind the pooling",
         1,
@@ -583,15 +814,28 @@ EMBED_BASE = [
         {"modules.json": '[{"idx": 0, "name": "0", "path": "", "type": "st.Dense"}]'},
     ),
     embed_model("weights cut off", 1, "cannot be loaded", {"model.safetensors": cut_to(100000)}),
-    embed_model("weights cut off in the header", 1, "cannot be loaded", {"model.safetensors": cut_to(500)}),
+    embed_model(
+        "weights cut off in the header", 1, "cannot be loaded", {"model.safetensors": cut_to(500)}
+    ),
     embed_model("weights of no bytes", 1, "cannot be loaded", {"model.safetensors": b""}),
     embed_model(
-        "weights that are text", 1, "cannot be loaded", {"model.safetensors": "version https://git-lfs\n" * 5}
+        "weights that are text",
+        1,
+        "cannot be loaded",
+        {"model.safetensors": "version https://git-lfs\n" * 5},
     ),
     embed_model(
-        "a pickle that is none", 1, "cannot be loaded", {"model.safetensors": None, "pytorch_model.bin": "hello"}
+        "a pickle that is none",
+        1,
+        "cannot be loaded",
+        {"model.safetensors": None, "pytorch_model.bin": "hello"},
     ),
-    embed_model("a pickle of no bytes", 1, "cannot be loaded", {"model.safetensors": None, "pytorch_model.bin": b""}),
+    embed_model(
+        "a pickle of no bytes",
+        1,
+        "cannot be loaded",
+        {"model.safetensors": None, "pytorch_model.bin": b""},
+    ),
     embed_model(
         "a pickle of a list",
         1,
@@ -611,19 +855,37 @@ EMBED_BASE = [
         {"model.safetensors": None, "model.safetensors.index.json": "{}"},
     ),
     embed_model("a size that is a text", 1, "config", {"config.json": {"hidden_size": "many"}}),
-    embed_model("a negative size", 1, "cannot be loaded", {"config.json": {"intermediate_size": -1}}),
-    embed_model("heads that do not divide", 1, "cannot be loaded", {"config.json": {"num_attention_heads": 7}}),
+    embed_model(
+        "a negative size", 1, "cannot be loaded", {"config.json": {"intermediate_size": -1}}
+    ),
+    embed_model(
+        "heads that do not divide",
+        1,
+        "cannot be loaded",
+        {"config.json": {"num_attention_heads": 7}},
+    ),
     embed_model("no layers", 1, "", {"config.json": {"num_hidden_layers": 0}}),
-    embed_model("an unknown activation", 1, "cannot be loaded", {"config.json": {"hidden_act": "swooosh"}}),
+    embed_model(
+        "an unknown activation", 1, "cannot be loaded", {"config.json": {"hidden_act": "swooosh"}}
+    ),
     embed_model("a config that is a list", 1, "config", {"config.json": "[]"}),
     embed_model(
-        "no permission to read the weights", 1, "cannot be loaded", {"model.safetensors": lambda path: path.chmod(0)}
+        "no permission to read the weights",
+        1,
+        "cannot be loaded",
+        {"model.safetensors": lambda path: path.chmod(0)},
     ),
     embed_model(
-        "NaN in the weights", 1, "holds NaN or infinity", {"model.safetensors": with_value("query.weight", NAN)}
+        "NaN in the weights",
+        1,
+        "holds NaN or infinity",
+        {"model.safetensors": with_value("query.weight", NAN)},
     ),
     embed_model(
-        "infinity in the weights", 1, "holds NaN or infinity", {"model.safetensors": with_value("word_emb", INF)}
+        "infinity in the weights",
+        1,
+        "holds NaN or infinity",
+        {"model.safetensors": with_value("word_emb", INF)},
     ),
     embed_model(
         "prompts that are a list",
@@ -672,7 +934,9 @@ EMBED_BASE = [
     ),
     embed_model("modules.json that is no JSON", 1, "modules.json", {"modules.json": "{"}),
     embed_model("modules.json that is an object", 1, "modules.json", {"modules.json": "{}"}),
-    embed_model("modules.json without types", 1, "modules.json", {"modules.json": '[{"path": ""}]'}),
+    embed_model(
+        "modules.json without types", 1, "modules.json", {"modules.json": '[{"path": ""}]'}
+    ),
     embed_flags("an adapter as the base", 1, "--init_adapter", "--model_name {k}/embed_run/final"),
     embed_flags("a run's folder as the base", 1, "neither a folder", "--model_name {k}/embed_run"),
     embed_model("a tokenizer that is no JSON", 1, "no tokenizer", {"tokenizer.json": "{"}),
@@ -683,19 +947,41 @@ SFT_DATA = [
     sft_data("text alone", 1, "does not say which part is the response", [{"text": "a"}]),
     sft_data("no known format", 1, "none of the known formats", [{"a": "b"}]),
     sft_data(
-        "a preference without the flag", 1, "For chosen/rejected pass --pref_loss", [{"chosen": "b", "rejected": "c"}]
+        "a preference without the flag",
+        1,
+        "For chosen/rejected pass --pref_loss",
+        [{"chosen": "b", "rejected": "c"}],
     ),
-    sft_data("a number as content", 1, "the content of a user turn is a int", chat(("user", 5), ("assistant", "a"))),
-    sft_data("an object as an answer", 1, "Write JSON answers as text", chat(("user", "a"), ("assistant", {"b": 1}))),
+    sft_data(
+        "a number as content",
+        1,
+        "the content of a user turn is a int",
+        chat(("user", 5), ("assistant", "a")),
+    ),
+    sft_data(
+        "an object as an answer",
+        1,
+        "Write JSON answers as text",
+        chat(("user", "a"), ("assistant", {"b": 1})),
+    ),
     sft_data(
         "an image",
         1,
         "images cannot be trained on",
         chat(("user", [{"type": "image", "image": "x.png"}]), ("assistant", "a")),
     ),
-    sft_data("messages that are a number", 1, "messages is the int 7", [*GOOD_CHATS, {"messages": 7}]),
-    sft_data("messages that are an object", 1, "messages is the dict", [*GOOD_CHATS, {"messages": {"role": "user"}}]),
-    sft_data("a conversation of texts", 1, "conversations is the list", [{"conversations": ["a", "b"]}]),
+    sft_data(
+        "messages that are a number", 1, "messages is the int 7", [*GOOD_CHATS, {"messages": 7}]
+    ),
+    sft_data(
+        "messages that are an object",
+        1,
+        "messages is the dict",
+        [*GOOD_CHATS, {"messages": {"role": "user"}}],
+    ),
+    sft_data(
+        "a conversation of texts", 1, "conversations is the list", [{"conversations": ["a", "b"]}]
+    ),
     sft_data(
         "a history of threes",
         1,
@@ -703,11 +989,23 @@ SFT_DATA = [
         [{"instruction": "a", "output": "b", "history": [["a", "b", "c"]]}],
     ),
     sft_data(
-        "tools that are no JSON", 1, "tools: no valid JSON", chat(("user", "a"), ("assistant", "b"), tools="[{")
+        "tools that are no JSON",
+        1,
+        "tools: no valid JSON",
+        chat(("user", "a"), ("assistant", "b"), tools="[{"),
     ),
-    sft_data("answers without a question", 0, "rows with an empty prompt", chat(("assistant", "b"))),
-    sft_data("questions without an answer", 0, "rows without an assistant turn", chat(("user", "b"))),
-    sft_data("an empty answer", 0, "rows with an empty response", chat(("user", "b"), ("assistant", " \n"))),
+    sft_data(
+        "answers without a question", 0, "rows with an empty prompt", chat(("assistant", "b"))
+    ),
+    sft_data(
+        "questions without an answer", 0, "rows without an assistant turn", chat(("user", "b"))
+    ),
+    sft_data(
+        "an empty answer",
+        0,
+        "rows with an empty response",
+        chat(("user", "b"), ("assistant", " \n")),
+    ),
     sft_data(
         "a special token in a text",
         0,
@@ -715,10 +1013,15 @@ SFT_DATA = [
         chat(("user", "b<|im_end|>"), ("assistant", "c")),
     ),
     sft_data(
-        "nothing but questions", 1, "no row is left to train on", [{"messages": [{"role": "user", "content": "a"}]}]
+        "nothing but questions",
+        1,
+        "no row is left to train on",
+        [{"messages": [{"role": "user", "content": "a"}]}],
     ),
     sft_data("no messages in a row", 1, "no row is left to train on", [{"messages": []}] * 5),
-    sft_data("all too long", 1, "were cut away by --max_length 8", GOOD_CHATS, flags="--max_length 8"),
+    sft_data(
+        "all too long", 1, "were cut away by --max_length 8", GOOD_CHATS, flags="--max_length 8"
+    ),
     sft_data(
         "one too long, as an error",
         1,
@@ -734,12 +1037,19 @@ SFT_DATA = [
         flags="--overlong truncate_prompt --dry_run",
     ),
     sft_data("a hundred turns", 0, OK_CHATS, chat(*[("user", "a"), ("assistant", "b")] * 50)),
-    sft_data("an answer of emoji", 0, OK_CHATS, chat(("user", "👩‍👩‍👧"), ("assistant", "🏴‍☠️ مرحبا"))),
+    sft_data(
+        "an answer of emoji", 0, OK_CHATS, chat(("user", "👩‍👩‍👧"), ("assistant", "🏴‍☠️ مرحبا"))
+    ),
     sft_data(
         "half an emoji",
         0,
         OK_CHATS,
-        "".join(map(lambda row: json.dumps(row) + "\n", chat(("user", "\ud83d"), ("assistant", "\ude00 a")))),
+        "".join(
+            map(
+                lambda row: json.dumps(row) + "\n",
+                chat(("user", "\ud83d"), ("assistant", "\ude00 a")),
+            )
+        ),
     ),
     sft_data("a line that is no JSON", 1, "line 1: no valid JSON", "nothing\n"),
     sft_data(
@@ -755,18 +1065,33 @@ SFT_DATA = [
         chat(("user", "a"), ("assistant", "b"), tools=json.dumps(deep(240))),
     ),
     sft_data(
-        "tools 20,000 deep, as text", 1, "no valid JSON", chat(("user", "a"), ("assistant", "b"), tools="[" * 20000)
+        "tools 20,000 deep, as text",
+        1,
+        "no valid JSON",
+        chat(("user", "a"), ("assistant", "b"), tools="[" * 20000),
     ),
-    sft_data("an integer of 5,000 digits", 1, "line 1: no valid JSON", f'{{"messages": {"7" * 5000}}}\n'),
+    sft_data(
+        "an integer of 5,000 digits", 1, "line 1: no valid JSON", f'{{"messages": {"7" * 5000}}}\n'
+    ),
     sft_data("a folder of that name", 1, "Is a directory", Path.mkdir),
     sft_data("no permission to read", 1, "Permission denied", no_permission),
     sft_data("Shift_JIS", 1, "Shift_JIS", encoded('{"prompt": "本", "completion": "棚"}', "cp932")),
-    sft_data("objects over several lines", 1, "over several lines", json.dumps(GOOD_CHATS[0], indent=1)),
     sft_data(
-        "rejected without chosen", 1, 'no "chosen"', [{"prompt": "a", "rejected": "b"}], flags="--pref_loss orpo"
+        "objects over several lines", 1, "over several lines", json.dumps(GOOD_CHATS[0], indent=1)
     ),
     sft_data(
-        "pairs without a prompt", 1, "no prompt beside", [{"chosen": "a", "rejected": "b"}], flags="--pref_loss orpo"
+        "rejected without chosen",
+        1,
+        'no "chosen"',
+        [{"prompt": "a", "rejected": "b"}],
+        flags="--pref_loss orpo",
+    ),
+    sft_data(
+        "pairs without a prompt",
+        1,
+        "no prompt beside",
+        [{"chosen": "a", "rejected": "b"}],
+        flags="--pref_loss orpo",
     ),
     sft_data(
         "pairs of equal answers",
@@ -779,10 +1104,19 @@ SFT_DATA = [
 
 SFT_FLAGS = [
     sft_flags("a regular expression that is none", 2, "--drop_regex (", "--drop_regex '('"),
-    sft_flags("a regular expression for everything", 1, "no row is left", "--drop_regex ''" + " --drop_regex ."),
+    sft_flags(
+        "a regular expression for everything",
+        1,
+        "no row is left",
+        "--drop_regex ''" + " --drop_regex .",
+    ),
     sft_flags("overfit and evaluate", 2, "pass one", "--sanity_overfit 2 --eval_only"),
-    sft_flags("evaluate nothing", 2, "needs rows to evaluate on", "--eval_only", without=("--train_file",)),
-    sft_flags("an endpoint without evaluation", 2, "add --eval_only", "--endpoint http://localhost:1"),
+    sft_flags(
+        "evaluate nothing", 2, "needs rows to evaluate on", "--eval_only", without=("--train_file",)
+    ),
+    sft_flags(
+        "an endpoint without evaluation", 2, "add --eval_only", "--endpoint http://localhost:1"
+    ),
     sft_flags(
         "a server that is not there",
         1,
@@ -792,7 +1126,13 @@ SFT_FLAGS = [
     sft_flags("beta without a loss", 2, "need --pref_loss", "--pref_beta 1"),
     sft_flags("an unknown loss", 2, "invalid choice", "--pref_loss dpo2"),
     sft_flags("a template that is not there", 1, "cannot be read", "--chat_template nowhere.jinja"),
-    sft_flags("a template that is no text", 1, "cannot be read", "--chat_template t", files={"t": b"\xff\xfe\x00"}),
+    sft_flags(
+        "a template that is no text",
+        1,
+        "cannot be read",
+        "--chat_template t",
+        files={"t": b"\xff\xfe\x00"},
+    ),
     sft_flags(
         "a template that is no Jinja",
         1,
@@ -818,20 +1158,46 @@ SFT_FLAGS = [
         sft_flags(f"a template {name}", 1, says, "--chat_template t", files={"t": template})
         for name, says, template in (
             ("that divides by zero", "division by zero", "{{ 1 / 0 }}"),
-            ("of a billion turns", "Range too big", "{% for i in range(1000000000) %}x{% endfor %}"),
-            ("of a broken range", "cannot render a simple conversation", "{% for i in range(1e9) %}x{% endfor %}"),
+            (
+                "of a billion turns",
+                "Range too big",
+                "{% for i in range(1000000000) %}x{% endfor %}",
+            ),
+            (
+                "of a broken range",
+                "cannot render a simple conversation",
+                "{% for i in range(1e9) %}x{% endfor %}",
+            ),
             ("without an end", "takes more than 10 s", LOOP.format("{% set a = j %}")),
             ("that calls itself", "recursion", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"),
             ("that fills the memory", "MemoryError", DOUBLING),
-            ("of twenty loops in loops", "nested blocks", "{% for a in [1] %}" * 25 + "{% endfor %}" * 25),
+            (
+                "of twenty loops in loops",
+                "nested blocks",
+                "{% for a in [1] %}" * 25 + "{% endfor %}" * 25,
+            ),
             ("that asks for the 99th turn", "has no element 99", "{{ messages[99].content.x }}"),
-            ("that cuts by a text", "cannot render a simple conversation", "{{ messages[0]['content'][:'a'] }}"),
+            (
+                "that cuts by a text",
+                "cannot render a simple conversation",
+                "{{ messages[0]['content'][:'a'] }}",
+            ),
         )
     ),
     *(
-        sft_flags(f"a server that answers {name}", 1, says, ENDPOINT, before=lambda answer=answer: serve(answer))
+        sft_flags(
+            f"a server that answers {name}",
+            1,
+            says,
+            ENDPOINT,
+            before=lambda answer=answer: serve(answer),
+        )
         for name, says, answer in (
-            ("a number", "answers with", {"choices": [{"message": {"content": 5}, "finish_reason": "stop"}]}),
+            (
+                "a number",
+                "answers with",
+                {"choices": [{"message": {"content": 5}, "finish_reason": "stop"}]},
+            ),
             ("an error", "no such model", {"error": {"message": "no such model"}}),
             ("an error in words", "no such model", {"error": "no such model"}),
             ("a list", "answers with", []),
@@ -840,22 +1206,39 @@ SFT_FLAGS = [
             ("null", "answers with", None),
             ("no JSON", "answers with", b"<html>"),
             ("nothing", "answers with", b""),
-            ("half an emoji", "half a character", {"choices": [{"message": {"content": "\ud83d"}}]}),
+            (
+                "half an emoji",
+                "half a character",
+                {"choices": [{"message": {"content": "\ud83d"}}]},
+            ),
             ("a message that is null", "answers with", {"choices": [{"message": None}]}),
         )
     ),
     *(
         sft_flags(
-            f"a server that answers {name}", 0, "stop_rate", ENDPOINT, before=lambda answer=answer: serve(answer)
+            f"a server that answers {name}",
+            0,
+            "stop_rate",
+            ENDPOINT,
+            before=lambda answer=answer: serve(answer),
         )
         for name, answer in (
-            ("null as content", {"choices": [{"message": {"content": None}, "finish_reason": "length"}]}),
+            (
+                "null as content",
+                {"choices": [{"message": {"content": None}, "finish_reason": "length"}]},
+            ),
             ("40,000 brackets", {"choices": [{"message": {"content": "[" * 40000}}]}),
         )
     ),
-    sft_flags("a disk that is full at the first checkpoint", 1, "cannot be written", "", file_bytes=20000),
     sft_flags(
-        "an output that may not be written", 1, "may not be written", "--output_dir here", files={"here": locked}
+        "a disk that is full at the first checkpoint", 1, "cannot be written", "", file_bytes=20000
+    ),
+    sft_flags(
+        "an output that may not be written",
+        1,
+        "may not be written",
+        "--output_dir here",
+        files={"here": locked},
     ),
     sft_flags(
         "an adapter's config that is no JSON",
@@ -890,9 +1273,21 @@ SFT_FLAGS = [
             ("with NaN", "holds NaN or infinity", with_value("lora_B", NAN)),
         )
     ),
-    sft_flags("an encoder as the base", 1, "neither a chat template nor an EOS", "--model_name {k}/bert"),
-    sft_flags("preferences", 0, OK_CHATS, "--pref_loss sigmoid --train_file {k}/preferences.jsonl --dry_run"),
-    sft_flags("continue with other ranks", 2, "drop the flag", "--init_adapter {k}/sft_run/final --lora_r 3"),
+    sft_flags(
+        "an encoder as the base", 1, "neither a chat template nor an EOS", "--model_name {k}/bert"
+    ),
+    sft_flags(
+        "preferences",
+        0,
+        OK_CHATS,
+        "--pref_loss sigmoid --train_file {k}/preferences.jsonl --dry_run",
+    ),
+    sft_flags(
+        "continue with other ranks",
+        2,
+        "drop the flag",
+        "--init_adapter {k}/sft_run/final --lora_r 3",
+    ),
     sft_flags(
         "continue an adapter of the other trainer",
         1,
@@ -900,14 +1295,21 @@ SFT_FLAGS = [
         "--init_adapter {k}/embed_run/final",
     ),
     sft_flags("continue", 0, OK_CHATS, "--init_adapter {k}/sft_run/final --dry_run"),
-    sft_flags("continue what is no adapter", 2, "has no adapter_config.json", "--init_adapter {k}/chat"),
+    sft_flags(
+        "continue what is no adapter", 2, "has no adapter_config.json", "--init_adapter {k}/chat"
+    ),
 ]
 
 SFT_BASE = [
     sft_model("no weights", 1, "cannot be loaded", {"model.safetensors": None}),
     sft_model("no chat template", 0, "has no chat template", {"chat_template.jinja": None}),
     sft_model("a config that is no JSON", 1, "not a valid JSON", {"config.json": "{"}),
-    sft_model("a generation_config that is no JSON", 1, "is no valid JSON", {"generation_config.json": "{"}),
+    sft_model(
+        "a generation_config that is no JSON",
+        1,
+        "is no valid JSON",
+        {"generation_config.json": "{"},
+    ),
 ]
 
 MERGE = [
@@ -919,27 +1321,83 @@ MERGE = [
         0,
         "verified",
     ),
-    Row("merge: no adapter there", "merge", "--lora_adapter_path nowhere", 1, "has no adapter_config.json"),
-    Row("merge: a model, not an adapter", "merge", "--lora_adapter_path {k}/bert", 1, "has no adapter_config.json"),
-    Row("merge: no flags", "merge", "", 2, "required", without=("--lora_adapter_path", "--output_path")),
+    Row(
+        "merge: no adapter there",
+        "merge",
+        "--lora_adapter_path nowhere",
+        1,
+        "has no adapter_config.json",
+    ),
+    Row(
+        "merge: a model, not an adapter",
+        "merge",
+        "--lora_adapter_path {k}/bert",
+        1,
+        "has no adapter_config.json",
+    ),
+    Row(
+        "merge: no flags",
+        "merge",
+        "",
+        2,
+        "required",
+        without=("--lora_adapter_path", "--output_path"),
+    ),
     Row("merge: no such device", "merge", "--device tpu9", 2, "--device tpu9"),
     Row("merge: an output that is a file", "merge", "", 1, "is a file", {"out": "x"}),
     Row("merge: an output that is not empty", "merge", "", 1, "is not empty", {"out/x": "x"}),
-    Row("merge: onto an earlier merge", "merge", "", 1, "holds a merge already", {"out/merge_report.json": "{}"}),
-    Row("merge: over an earlier merge", "merge", "--overwrite", 0, "verified", {"out/merge_report.json": "{}"}),
+    Row(
+        "merge: onto an earlier merge",
+        "merge",
+        "",
+        1,
+        "holds a merge already",
+        {"out/merge_report.json": "{}"},
+    ),
+    Row(
+        "merge: over an earlier merge",
+        "merge",
+        "--overwrite",
+        0,
+        "verified",
+        {"out/merge_report.json": "{}"},
+    ),
     Row("merge: onto the base", "merge", "--output_path {k}/bert", 1, "is not empty"),
-    Row("merge: a base that is nowhere", "merge", "--base_model_path nobody/nothing", 1, "is no folder here"),
+    Row(
+        "merge: a base that is nowhere",
+        "merge",
+        "--base_model_path nobody/nothing",
+        1,
+        "is no folder here",
+    ),
     Row("merge: another base", "merge", "--base_model_path {k}/chat", 1, "fit nothing in the base"),
     Row("merge: float16", "merge", "--training_precision float16", 0, "float16"),
     merge_adapter("a config that is no JSON", 1, "no valid JSON", {"adapter_config.json": "{"}),
     merge_adapter("no weights", 1, "does not exist", {"adapter_model.safetensors": None}),
     merge_adapter("weights cut off", 1, "is cut off", {"adapter_model.safetensors": cut_to(5000)}),
     merge_adapter("weights of no bytes", 1, "is cut off", {"adapter_model.safetensors": b""}),
-    merge_adapter("weights that are text", 1, "is cut off", {"adapter_model.safetensors": "hello, hello, hello"}),
+    merge_adapter(
+        "weights that are text",
+        1,
+        "is cut off",
+        {"adapter_model.safetensors": "hello, hello, hello"},
+    ),
     merge_adapter("IA3", 1, "peft_type IA3", {"adapter_config.json": {"peft_type": "IA3"}}),
-    merge_adapter("PiSSA", 1, "init_lora_weights pissa", {"adapter_config.json": {"init_lora_weights": "pissa"}}),
-    merge_adapter("NaN", 1, "not finite", {"adapter_model.safetensors": with_value("lora_B", float("nan"))}),
-    merge_adapter("infinity", 1, "not finite", {"adapter_model.safetensors": with_value("lora_A", float("inf"))}),
+    merge_adapter(
+        "PiSSA",
+        1,
+        "init_lora_weights pissa",
+        {"adapter_config.json": {"init_lora_weights": "pissa"}},
+    ),
+    merge_adapter(
+        "NaN", 1, "not finite", {"adapter_model.safetensors": with_value("lora_B", float("nan"))}
+    ),
+    merge_adapter(
+        "infinity",
+        1,
+        "not finite",
+        {"adapter_model.safetensors": with_value("lora_A", float("inf"))},
+    ),
     merge_adapter(
         "A without B",
         1,
@@ -960,7 +1418,9 @@ MERGE = [
         "fit nothing in the base",
         {
             "adapter_model.safetensors": tensors(
-                lambda found: {name.replace("layer.1.", "layer.9."): tensor for name, tensor in found.items()}
+                lambda found: {
+                    name.replace("layer.1.", "layer.9."): tensor for name, tensor in found.items()
+                }
             )
         },
     ),
@@ -971,18 +1431,33 @@ MERGE = [
         {
             "adapter_model.safetensors": tensors(
                 lambda found: {
-                    name: tensor[:4].clone() if "lora_A" in name else tensor for name, tensor in found.items()
+                    name: tensor[:4].clone() if "lora_A" in name else tensor
+                    for name, tensor in found.items()
                 }
             )
         },
     ),
-    merge_adapter("no tensor at all", 1, "holds 0 tensors", {"adapter_model.safetensors": tensors(dict.clear)}),
     merge_adapter(
-        "a huge value", 1, "is not base + adapter", {"adapter_model.safetensors": with_value("lora_B", 3e38)}
+        "no tensor at all", 1, "holds 0 tensors", {"adapter_model.safetensors": tensors(dict.clear)}
     ),
-    merge_adapter("a config that is a list", 1, "adapter_config.json holds a list", {"adapter_config.json": "[]"}),
-    merge_adapter("a config without alpha", 1, "lora_alpha", {"adapter_config.json": {"lora_alpha": None}}),
-    merge_adapter("an alpha that is a text", 1, "lora_alpha", {"adapter_config.json": {"lora_alpha": "many"}}),
+    merge_adapter(
+        "a huge value",
+        1,
+        "is not base + adapter",
+        {"adapter_model.safetensors": with_value("lora_B", 3e38)},
+    ),
+    merge_adapter(
+        "a config that is a list",
+        1,
+        "adapter_config.json holds a list",
+        {"adapter_config.json": "[]"},
+    ),
+    merge_adapter(
+        "a config without alpha", 1, "lora_alpha", {"adapter_config.json": {"lora_alpha": None}}
+    ),
+    merge_adapter(
+        "an alpha that is a text", 1, "lora_alpha", {"adapter_config.json": {"lora_alpha": "many"}}
+    ),
     merge_adapter(
         "an alpha pattern that is no expression",
         1,
@@ -990,24 +1465,53 @@ MERGE = [
         {"adapter_config.json": {"alpha_pattern": {"(": 3}}},
     ),
     merge_adapter(
-        "an alpha pattern that is a list", 1, "alpha_pattern", {"adapter_config.json": {"alpha_pattern": ["query"]}}
+        "an alpha pattern that is a list",
+        1,
+        "alpha_pattern",
+        {"adapter_config.json": {"alpha_pattern": ["query"]}},
     ),
-    merge_adapter("a config that is 20,000 deep", 1, "no valid JSON", {"adapter_config.json": "[" * 20000}),
-    merge_adapter("a config in UTF-16", 1, "no valid JSON", {"adapter_config.json": encoded("{}", "utf-16")}),
-    merge_adapter("a base that is a number", 1, "", {"adapter_config.json": {"base_model_name_or_path": 7}}),
-    merge_adapter("no base", 1, "--base_model_path", {"adapter_config.json": {"base_model_name_or_path": None}}),
-    merge_adapter("a training_config that is no JSON", 1, "no valid JSON", {"training_config.json": "{"}),
-    merge_adapter("a training_config that is a list", 1, "holds a list", {"training_config.json": "[]"}),
+    merge_adapter(
+        "a config that is 20,000 deep", 1, "no valid JSON", {"adapter_config.json": "[" * 20000}
+    ),
+    merge_adapter(
+        "a config in UTF-16", 1, "no valid JSON", {"adapter_config.json": encoded("{}", "utf-16")}
+    ),
+    merge_adapter(
+        "a base that is a number", 1, "", {"adapter_config.json": {"base_model_name_or_path": 7}}
+    ),
+    merge_adapter(
+        "no base",
+        1,
+        "--base_model_path",
+        {"adapter_config.json": {"base_model_name_or_path": None}},
+    ),
+    merge_adapter(
+        "a training_config that is no JSON", 1, "no valid JSON", {"training_config.json": "{"}
+    ),
+    merge_adapter(
+        "a training_config that is a list", 1, "holds a list", {"training_config.json": "[]"}
+    ),
     merge_adapter("flags that are a list", 1, "", {"training_config.json": {"flags": ["a"]}}),
     merge_adapter(
-        "weights that may not be read", 1, "cannot be read", {"adapter_model.safetensors": lambda p: p.chmod(0)}
+        "weights that may not be read",
+        1,
+        "cannot be read",
+        {"adapter_model.safetensors": lambda p: p.chmod(0)},
     ),
     merge_adapter(
-        "a config that may not be read", 1, "cannot be read", {"adapter_config.json": lambda p: p.chmod(0)}
+        "a config that may not be read",
+        1,
+        "cannot be read",
+        {"adapter_config.json": lambda p: p.chmod(0)},
     ),
-    merge_adapter("a header of 2^63 bytes", 1, "is cut off", {"adapter_model.safetensors": b"\xff" * 64}),
     merge_adapter(
-        "a header that is a list", 1, "no safetensors file", {"adapter_model.safetensors": b"\x02\0\0\0\0\0\0\0[]"}
+        "a header of 2^63 bytes", 1, "is cut off", {"adapter_model.safetensors": b"\xff" * 64}
+    ),
+    merge_adapter(
+        "a header that is a list",
+        1,
+        "no safetensors file",
+        {"adapter_model.safetensors": b"\x02\0\0\0\0\0\0\0[]"},
     ),
     merge_adapter(
         "a header without shapes",
@@ -1029,7 +1533,11 @@ MERGE = [
         "weights in float16",
         0,
         "verified",
-        {"adapter_model.safetensors": tensors(lambda found: {name: tensor.half() for name, tensor in found.items()})},
+        {
+            "adapter_model.safetensors": tensors(
+                lambda found: {name: tensor.half() for name, tensor in found.items()}
+            )
+        },
     ),
     merge_adapter(
         "weights in float64",
@@ -1045,7 +1553,11 @@ MERGE = [
         "weights of zeros",
         1,
         "it was not trained",
-        {"adapter_model.safetensors": tensors(lambda found: {name: tensor * 0 for name, tensor in found.items()})},
+        {
+            "adapter_model.safetensors": tensors(
+                lambda found: {name: tensor * 0 for name, tensor in found.items()}
+            )
+        },
     ),
     merge_adapter(
         "tensors of one dimension",
@@ -1061,13 +1573,23 @@ MERGE = [
         "an empty tensor",
         1,
         "",
-        {"adapter_model.safetensors": tensors(lambda found: {name: tensor[:0] for name, tensor in found.items()})},
+        {
+            "adapter_model.safetensors": tensors(
+                lambda found: {name: tensor[:0] for name, tensor in found.items()}
+            )
+        },
     ),
     merge_adapter("a tokenizer that is no JSON", 0, "", {"tokenizer.json": "{"}),
     merge_adapter("modules.json that is an object", 1, "modules.json", {"modules.json": "{}"}),
     merge_adapter("modules.json without paths", 0, "verified", {"modules.json": "[{}]"}),
     Row("merge: an output in a file", "merge", "--output_path here/out", 1, "here", {"here": "x"}),
-    Row("merge: an output of 300 letters", "merge", f"--output_path {'x' * 300}", 1, "File name too long"),
+    Row(
+        "merge: an output of 300 letters",
+        "merge",
+        f"--output_path {'x' * 300}",
+        1,
+        "File name too long",
+    ),
     Row(
         "merge: an output that may not be made",
         "merge",
@@ -1114,8 +1636,20 @@ MERGE = [
         {"a": lambda path: path.symlink_to("b"), "b": lambda path: path.symlink_to("adapter")},
         copies={"adapter": "embed_run/final"},
     ),
-    Row("merge: a checkpoint of the run", "merge", "--lora_adapter_path {k}/embed_run/checkpoint-1", 0, "verified"),
-    Row("merge: the run's folder", "merge", "--lora_adapter_path {k}/embed_run", 1, "has no adapter_config.json"),
+    Row(
+        "merge: a checkpoint of the run",
+        "merge",
+        "--lora_adapter_path {k}/embed_run/checkpoint-1",
+        0,
+        "verified",
+    ),
+    Row(
+        "merge: the run's folder",
+        "merge",
+        "--lora_adapter_path {k}/embed_run",
+        1,
+        "has no adapter_config.json",
+    ),
     Row("merge: SFT", "merge", "--lora_adapter_path {k}/sft_run/final", 0, "verified"),
     Row(
         "merge: names of the outside world",
@@ -1130,7 +1664,9 @@ MERGE = [
     merge_base("no weights", 1, "lacks model.safetensors", {"model.safetensors": None}),
     merge_base("weights cut off", 1, "is cut off", {"model.safetensors": cut_to(100000)}),
     merge_base("weights of no bytes", 1, "is cut off", {"model.safetensors": b""}),
-    merge_base("quantised", 1, "is quantised", {"config.json": {"quantization_config": {"bits": 4}}}),
+    merge_base(
+        "quantised", 1, "is quantised", {"config.json": {"quantization_config": {"bits": 4}}}
+    ),
     merge_base(
         "an index that is no JSON",
         1,
@@ -1141,9 +1677,17 @@ MERGE = [
         "an index of files that are not there",
         1,
         "lacks gone.safetensors",
-        {"model.safetensors.index.json": {"weight_map": {"a": "gone.safetensors"}}, "model.safetensors": None},
+        {
+            "model.safetensors.index.json": {"weight_map": {"a": "gone.safetensors"}},
+            "model.safetensors": None,
+        },
     ),
-    merge_base("other weights", 1, "is not the base that", {"model.safetensors": with_value("query.weight", 1.0)}),
+    merge_base(
+        "other weights",
+        1,
+        "is not the base that",
+        {"model.safetensors": with_value("query.weight", 1.0)},
+    ),
 ]
 
 ROWS = [*EMBED_DATA, *EMBED_FLAGS, *EMBED_BASE, *SFT_DATA, *SFT_FLAGS, *SFT_BASE, *MERGE]

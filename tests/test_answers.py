@@ -117,7 +117,9 @@ def test_perfect_answers_in_a_frame_are_counted(run_sft, harmony, tmp_path, monk
         tokenizer = AutoTokenizer.from_pretrained(harmony)
         found = []
         for prompt in prompts:
-            gold = expected[tokenizer.decode(prompt).rpartition("user<|message|>")[2].partition("<|end|>")[0]]
+            gold = expected[
+                tokenizer.decode(prompt).rpartition("user<|message|>")[2].partition("<|end|>")[0]
+            ]
             found.append((tokenizer(f"<|channel|>final<|message|>{gold}")["input_ids"], True))
         return found
 
@@ -125,9 +127,14 @@ def test_perfect_answers_in_a_frame_are_counted(run_sft, harmony, tmp_path, monk
     expected = {row["messages"][1]["content"]: row["messages"][2]["content"] for row in rows}
     monkeypatch.setattr(train_sft_lora, "generate_greedily", perfect)
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
-    found = run_sft("--eval_only", "--dev_file", data, "--eval_generate", 9, model=harmony, data=None)["metrics"]
+    found = run_sft(
+        "--eval_only", "--dev_file", data, "--eval_generate", 9, model=harmony, data=None
+    )["metrics"]
     assert found["exact_match"] == found["f1"] == found["json_valid"] == 1
-    lines = [json.loads(line) for line in (tmp_path / "out/predictions-dev-0.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (tmp_path / "out/predictions-dev-0.jsonl").read_text().splitlines()
+    ]
     assert len(lines) == 9 and all(line["prediction"] == line["reference"] for line in lines)
 
 
@@ -150,7 +157,9 @@ def ask_and_catch(monkeypatch, model, *flags):
 
 def test_ask_answers_as_the_evaluation_does(sft_trainer, tiny_chat, tmp_path, monkeypatch, capsys):
     (tmp_path / "more.txt").write_text("two\n\nthree\n")
-    answers, prompts = ask_and_catch(monkeypatch, tiny_chat, "one", "--samples", str(tmp_path / "more.txt"))
+    answers, prompts = ask_and_catch(
+        monkeypatch, tiny_chat, "one", "--samples", str(tmp_path / "more.txt")
+    )
     question = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     assert prompts == [question.format(text) for text in ("one", "two", "three")]
     trainer = sft_trainer("--max_new_tokens", 5)
@@ -159,11 +168,17 @@ def test_ask_answers_as_the_evaluation_does(sft_trainer, tiny_chat, tmp_path, mo
     assert answers == [answer_of(text) for text, _ in expected]
     said = capsys.readouterr().out
     assert f"three\n-> {answers[2]}\n" in said
-    assert said.count("no stop token within 5 tokens") == sum(not stopped for _, stopped in expected)
+    assert said.count("no stop token within 5 tokens") == sum(
+        not stopped for _, stopped in expected
+    )
 
 
-@pytest.mark.parametrize("thinking, opening", [("true", ""), ("false", "<think>\n\n</think>\n\n"), (None, None)])
-def test_ask_reads_what_the_run_was_trained_with(tiny_chat, tmp_path, monkeypatch, thinking, opening):
+@pytest.mark.parametrize(
+    "thinking, opening", [("true", ""), ("false", "<think>\n\n</think>\n\n"), (None, None)]
+)
+def test_ask_reads_what_the_run_was_trained_with(
+    tiny_chat, tmp_path, monkeypatch, thinking, opening
+):
     folder = tmp_path / "merged"
     shutil.copytree(tiny_chat, folder)
     (folder / "chat_template.jinja").write_text(FAMILIES["qwen3"][0][0])
@@ -179,7 +194,9 @@ def test_ask_reads_what_the_run_was_trained_with(tiny_chat, tmp_path, monkeypatc
 
 
 def test_ask_finds_base_and_settings_of_an_adapter(tiny_chat, tmp_path, monkeypatch):
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_chat), LoraConfig(task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_chat), LoraConfig(task_type="CAUSAL_LM")
+    )
     randomise_adapters(model)
     model.save_pretrained(tmp_path)  # without a tokenizer, as others leave it
     utils.write_json(tmp_path / "training_config.json", {"flags": {"enable_thinking": "true"}})
@@ -193,7 +210,11 @@ def test_ask_finds_base_and_settings_of_an_adapter(tiny_chat, tmp_path, monkeypa
 
 def test_ask_needs_a_question(tiny_chat, tmp_path, capsys):
     (tmp_path / "empty.txt").write_text("\n")
-    for flags in ([], ["--samples", str(tmp_path / "empty.txt")], ["--samples", str(tmp_path / "nowhere.txt")]):
+    for flags in (
+        [],
+        ["--samples", str(tmp_path / "empty.txt")],
+        ["--samples", str(tmp_path / "nowhere.txt")],
+    ):
         with pytest.raises(SystemExit):
             ask.main([tiny_chat, *flags])
     assert "there is nothing to ask" in capsys.readouterr().err
@@ -202,7 +223,9 @@ def test_ask_needs_a_question(tiny_chat, tmp_path, capsys):
     with pytest.raises(SystemExit):
         ask.main([tiny_chat, "--samples", str(tmp_path / "latin.txt")])
     assert "is no UTF-8" in capsys.readouterr().err
-    assert ask.parse_args([tiny_chat, "--samples", str(tmp_path / "bom.txt")]).questions == ["Where?"]
+    assert ask.parse_args([tiny_chat, "--samples", str(tmp_path / "bom.txt")]).questions == [
+        "Where?"
+    ]
     with pytest.raises(utils.InputError, match="cannot be loaded"):
         (tmp_path / "model.safetensors").write_bytes(b"\xff" * 99)
         (tmp_path / "config.json").write_text((Path(tiny_chat) / "config.json").read_text())

@@ -25,7 +25,9 @@ def test_every_flag_is_read(script):
     declared = re.findall(r'add\("--(\w+)"', source)
     assert len(declared) > 65
     unread = [name for name in declared if not re.search(rf"\b(args|flags)\.{name}\b", source)]
-    by_kind = ["query_column", "positive_column"] if 'getattr(args, f"{kind}_column")' in source else []
+    by_kind = (
+        ["query_column", "positive_column"] if 'getattr(args, f"{kind}_column")' in source else []
+    )
     assert unread == by_kind
 
 
@@ -36,7 +38,11 @@ def test_every_documented_command_parses(script, tmp_path, monkeypatch):
         (tmp_path / f"runs/{continued}/final").mkdir(parents=True)
         (tmp_path / f"runs/{continued}/final/adapter_config.json").write_text("{}")
     lines = (README + SCRIPTS[script].__doc__).replace("\\\n", " ").splitlines()
-    commands = [line.strip().lstrip("!$ ") for line in lines if re.match(rf"\s*[!$ ]*python {script}\.py", line)]
+    commands = [
+        line.strip().lstrip("!$ ")
+        for line in lines
+        if re.match(rf"\s*[!$ ]*python {script}\.py", line)
+    ]
     assert len(commands) >= 8
     for command in commands:
         SCRIPTS[script].parse_args(shlex.split(command, comments=True)[2:])
@@ -55,7 +61,9 @@ def test_merge_reads_and_documents_every_flag():
     declared = re.findall(r'add\("--(\w+)"(?:, "--(\w+)")?', source)
     assert len(declared) == 9
     assert [name for name, _ in declared if not re.search(rf"\bargs\.{name}\b", source)] == []
-    assert [name for names in declared for name in names if name and f"`--{name}`" not in README] == []
+    assert [
+        name for names in declared for name in names if name and f"`--{name}`" not in README
+    ] == []
     commands = re.findall(r"^\s*python (merge\.py .*)$", README + merge.__doc__, re.M)
     assert len(commands) >= 5
     for command in commands:
@@ -63,8 +71,14 @@ def test_merge_reads_and_documents_every_flag():
 
 
 def test_the_oldest_python_is_named_alike_and_a_notebook_keeps_its_torch():
-    oldest = importlib.metadata.metadata("transformers")["Requires-Python"].lstrip(">=").removesuffix(".0")
-    assert f'target-version = "py{oldest.replace(".", "")}"' in (ROOT / "pyproject.toml").read_text()
+    oldest = (
+        importlib.metadata.metadata("transformers")["Requires-Python"]
+        .lstrip(">=")
+        .removesuffix(".0")
+    )
+    assert (
+        f'target-version = "py{oldest.replace(".", "")}"' in (ROOT / "pyproject.toml").read_text()
+    )
     for file in ("README.md", "requirements.txt", ".ci/run"):
         assert re.findall(r"Python (3\.\d+) or newer", (ROOT / file).read_text()) == [oldest], file
 
@@ -78,7 +92,10 @@ def test_the_oldest_python_is_named_alike_and_a_notebook_keeps_its_torch():
 
 
 def test_both_trainers_have_the_same_banners_in_the_same_order():
-    banners = [re.findall(r"^# -{10,} (.*)$", source_of(script).split('"""What both')[0], re.M) for script in SCRIPTS]
+    banners = [
+        re.findall(r"^# -{10,} (.*)$", source_of(script).split('"""What both')[0], re.M)
+        for script in SCRIPTS
+    ]
     common = [name for name in banners[0] if name in banners[1]]
     assert common == [name for name in banners[1] if name in banners[0]]
     assert {"arguments", "data", "loss and metrics", "training", "main"} <= set(common)

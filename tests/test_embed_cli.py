@@ -56,7 +56,9 @@ def test_colab_command(hub_folder, tiny_bert, tmp_path, capsys):
     assert "no split 'dev' (there are: train)" in said
     assert "float32, no GPU for --fp16" in said
     assert "8-bit base" in said
-    prompts = utils.read_json(f"{tmp_path}/nv8bit_t4_mini_eval/final/config_sentence_transformers.json")["prompts"]
+    prompts = utils.read_json(
+        f"{tmp_path}/nv8bit_t4_mini_eval/final/config_sentence_transformers.json"
+    )["prompts"]
     assert prompts == {"query": "<|query|> ", "document": "<|document|> "}
     assert "lowered to 128" in said  # --max_length 192 on a model of 128 positions
     steps = [
@@ -123,7 +125,9 @@ def test_two_gpus_without_a_launcher_restart_on_two_processes(tiny_bert, tmp_pat
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "torch.distributed.run --standalone --nproc_per_node 2 train_embed_lora.py" in done.stdout
+    assert (
+        "torch.distributed.run --standalone --nproc_per_node 2 train_embed_lora.py" in done.stdout
+    )
     assert "x 2 processes" in done.stdout
     assert done.stdout.count("proof ") == 1  # one process speaks
     report = utils.read_json(tmp_path / "out/training_summary_report.json")
@@ -150,7 +154,9 @@ def test_command_line_script(tiny_bert, pairs, tmp_path):
         timeout=300,
     )
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith(f"error: --output_dir {tmp_path}/out is not empty")
+    assert done.stderr.splitlines()[-1].startswith(
+        f"error: --output_dir {tmp_path}/out is not empty"
+    )
     assert "Traceback" not in done.stderr
 
 
@@ -165,13 +171,19 @@ def check_final(folder, tokenizer_folder, queries, documents, trainer_vectors):
     from transformers import AutoModel, AutoTokenizer
 
     st = SentenceTransformer(str(folder), device="cpu")
-    st_vectors = np.concatenate([st.encode(queries, prompt_name="query"), st.encode(documents, prompt_name="document")])
+    st_vectors = np.concatenate(
+        [st.encode(queries, prompt_name="query"), st.encode(documents, prompt_name="document")]
+    )
     assert np.abs(st_vectors - trainer_vectors).max() < 1e-5
-    model = PeftModel.from_pretrained(AutoModel.from_pretrained(tokenizer_folder), str(folder)).eval()
+    model = PeftModel.from_pretrained(
+        AutoModel.from_pretrained(tokenizer_folder), str(folder)
+    ).eval()
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
     prompts = utils.read_json(folder / "config_sentence_transformers.json")["prompts"]
     pooling = utils.read_json(folder / "1_Pooling/config.json")
-    for i, text in enumerate([prompts["query"] + q for q in queries] + [prompts["document"] + d for d in documents]):
+    for i, text in enumerate(
+        [prompts["query"] + q for q in queries] + [prompts["document"] + d for d in documents]
+    ):
         ids = tokenizer(text, truncation=True, max_length=st.max_seq_length, return_tensors="pt")
         with torch.no_grad():
             hidden = model(**ids).last_hidden_state[0]
@@ -198,10 +210,15 @@ def test_final_folder_loads_everywhere_with_the_same_embeddings(
     ]
     flags += ["--append_eos"] if kind == "decoder" else []
     caught, prove = [], utils.prove
-    monkeypatch.setattr(utils, "prove", lambda trainer, *rest: caught.append(trainer) or prove(trainer, *rest))
+    monkeypatch.setattr(
+        utils, "prove", lambda trainer, *rest: caught.append(trainer) or prove(trainer, *rest)
+    )
     run_embed(*flags, model=model)
     trainer = caught[0]
-    queries, documents = ["where is apple 3", "a b c"], ["the lamp " * 30, "short"]  # the first is cut at 40 tokens
+    queries, documents = (
+        ["where is apple 3", "a b c"],
+        ["the lamp " * 30, "short"],
+    )  # the first is cut at 40 tokens
     tokenizer = trainer.processing_class
     ids = [
         tokenizer(text, truncation=True, max_length=40)["input_ids"]
@@ -214,13 +231,18 @@ def test_final_folder_loads_everywhere_with_the_same_embeddings(
 
 def test_real_model_gets_better_and_loads_in_sentence_transformers(minilm, tmp_path, monkeypatch):
     rows = [
-        {"anchor": f"which page explains {a} and {b}?", "positive": f"Manual of the {a}: care for your {b}."}
+        {
+            "anchor": f"which page explains {a} and {b}?",
+            "positive": f"Manual of the {a}: care for your {b}.",
+        }
         for a in TOPICS
         for b in TOPICS
     ]
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
     caught, prove = [], utils.prove
-    monkeypatch.setattr(utils, "prove", lambda trainer, *rest: caught.append(trainer) or prove(trainer, *rest))
+    monkeypatch.setattr(
+        utils, "prove", lambda trainer, *rest: caught.append(trainer) or prove(trainer, *rest)
+    )
     report = train_embed_lora.main(
         [
             "--model_name",
@@ -243,13 +265,17 @@ def test_real_model_gets_better_and_loads_in_sentence_transformers(minilm, tmp_p
     assert "pooler.dense" in " ".join(report["plan"]["notes"])
     queries, documents = ["which page explains apple?"], ["Manual of the apple."]
     tokenizer = caught[0].processing_class
-    vectors = caught[0].embed([tokenizer(text)["input_ids"] for text in queries + documents]).numpy()
+    vectors = (
+        caught[0].embed([tokenizer(text)["input_ids"] for text in queries + documents]).numpy()
+    )
     check_final(tmp_path / "out/final", minilm, queries, documents, vectors)
 
 
 def test_files_of_a_run(run_embed, tmp_path):
     pytest.importorskip("tensorboard")
-    report = run_embed("--epochs", 2, "--batch_size", 8, "--gradient_accumulation", 1, "--report_to", "tensorboard")
+    report = run_embed(
+        "--epochs", 2, "--batch_size", 8, "--gradient_accumulation", 1, "--report_to", "tensorboard"
+    )
     out = tmp_path / "out"
     names = {
         "final",
@@ -273,10 +299,17 @@ def test_files_of_a_run(run_embed, tmp_path):
     }
     assert final <= {path.name for path in (out / "final").iterdir()}
     assert (out / "final/adapter_model.safetensors").stat().st_mode & 0o777 == 0o644
-    assert report == json.loads(json.dumps(report)) == utils.read_json(out / "training_summary_report.json")
+    assert (
+        report
+        == json.loads(json.dumps(report))
+        == utils.read_json(out / "training_summary_report.json")
+    )
     log = utils.read_json(out / "detailed_training_logs.json")
     assert log[0]["step"] == 0 and log[0]["eval_ndcg@10"] == report["metrics"]["before"]["ndcg@10"]
-    best = max((entry for entry in log[1:] if "eval_ndcg@10" in entry), key=lambda entry: entry["eval_ndcg@10"])
+    best = max(
+        (entry for entry in log[1:] if "eval_ndcg@10" in entry),
+        key=lambda entry: entry["eval_ndcg@10"],
+    )
     assert report["metrics"]["after"]["ndcg@10"] == best["eval_ndcg@10"]
     assert [entry["epoch"] for entry in utils.read_json(out / "training_losses.json")] == [1, 2]
     assert (out / "training_curves.png").read_bytes()[:4] == b"\x89PNG"
@@ -298,12 +331,20 @@ def test_the_log_has_every_step_and_the_console_has_every_few(run_embed, tmp_pat
     assert all(re.fullmatch(r"\d\d:\d\d", line[-2]) and line[-1] == "left" for line in lines)
 
 
-def test_a_resumed_run_shows_and_stores_what_the_whole_run_does(run_embed, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(utils, "worsening", lambda log, metric, greater_is_better: f"{len(log)} entries")
+def test_a_resumed_run_shows_and_stores_what_the_whole_run_does(
+    run_embed, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(
+        utils, "worsening", lambda log, metric, greater_is_better: f"{len(log)} entries"
+    )
     flags = ["--max_steps", 6, "--logging_steps", 4, "--checkpoint_steps", 3, "--save_best", 0]
     warnings = run_embed(*flags)["warnings"]
     whole = utils.read_json(tmp_path / "out/detailed_training_logs.json")
-    shown = [line.split("  left")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    shown = [
+        line.split("  left")[0]
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("step")
+    ]
     shutil.rmtree(tmp_path / "out/checkpoint-6")
     (tmp_path / "out/training_summary_report.json").unlink()
     report = run_embed(*flags, "--resume_from_checkpoint")
@@ -312,7 +353,9 @@ def test_a_resumed_run_shows_and_stores_what_the_whole_run_does(run_embed, tmp_p
     said = capsys.readouterr().out
     assert re.search(r"^ +3 steps after step 3 in", said, re.M)
     again = [line for line in said.splitlines() if line.startswith("step")]
-    assert [line.split()[:6] for line in again] == [line.split()[:6] for line in shown[-len(again) :]]
+    assert [line.split()[:6] for line in again] == [
+        line.split()[:6] for line in shown[-len(again) :]
+    ]
 
 
 def test_without_log_lines_every_step_is_stored_all_the_same(run_embed, tmp_path, capsys):
@@ -361,13 +404,20 @@ def test_flags_of_a_run_hold_bits_only_where_the_base_is_quantised(run_embed):
 
 def test_final_is_the_best_state_not_the_last(run_embed, tmp_path, monkeypatch):
     scores = iter([0.1, 0.5, 0.9, 0.3, 0.2, 0.1, 0.1])
-    monkeypatch.setattr(train_embed_lora, "retrieval_metrics", lambda *_: {"ndcg@10": next(scores), "recall@10": 0.5})
-    report = run_embed("--max_steps", 5, "--eval_every", 1, "--logging_steps", -1, "--save_total_limit", 6)
+    monkeypatch.setattr(
+        train_embed_lora,
+        "retrieval_metrics",
+        lambda *_: {"ndcg@10": next(scores), "recall@10": 0.5},
+    )
+    report = run_embed(
+        "--max_steps", 5, "--eval_every", 1, "--logging_steps", -1, "--save_total_limit", 6
+    )
     assert report["best_step"] == 2
 
     out = tmp_path / "out"
     final, best, last = (
-        load_file(out / f"{name}/adapter_model.safetensors") for name in ("final", "checkpoint-2", "checkpoint-5")
+        load_file(out / f"{name}/adapter_model.safetensors")
+        for name in ("final", "checkpoint-2", "checkpoint-5")
     )
     assert all(torch.equal(final[key], best[key]) for key in final)
     assert any(not torch.equal(final[key], last[key]) for key in final)
@@ -375,7 +425,11 @@ def test_final_is_the_best_state_not_the_last(run_embed, tmp_path, monkeypatch):
 
 def test_early_stopping(run_embed, monkeypatch):
     scores = iter([0.1, 0.9, *[0.3] * 10])
-    monkeypatch.setattr(train_embed_lora, "retrieval_metrics", lambda *_: {"ndcg@10": next(scores), "recall@10": 0.5})
+    monkeypatch.setattr(
+        train_embed_lora,
+        "retrieval_metrics",
+        lambda *_: {"ndcg@10": next(scores), "recall@10": 0.5},
+    )
     report = run_embed("--max_steps", 10, "--eval_every", 1, "--early_stopping_patience", 2)
     assert report["steps"] == 3 and report["best_step"] == 1
 
@@ -383,7 +437,11 @@ def test_early_stopping(run_embed, monkeypatch):
 def test_a_run_killed_after_early_stopping_trains_no_further(run_embed, monkeypatch, tmp_path):
     flags = ["--max_steps", 10, "--eval_every", 1, "--early_stopping_patience", 2]
     scores = iter([0.1, 0.9, 0.3, 0.3])
-    monkeypatch.setattr(train_embed_lora, "retrieval_metrics", lambda *_: {"ndcg@10": next(scores), "recall@10": 0.5})
+    monkeypatch.setattr(
+        train_embed_lora,
+        "retrieval_metrics",
+        lambda *_: {"ndcg@10": next(scores), "recall@10": 0.5},
+    )
     first = run_embed(*flags)
     shutil.rmtree(tmp_path / "out/final")
     (tmp_path / "out/training_summary_report.json").unlink()
@@ -394,7 +452,10 @@ def test_a_run_killed_after_early_stopping_trains_no_further(run_embed, monkeypa
 
 def test_early_stopping_counts_on_after_a_kill(run_embed, monkeypatch, tmp_path):
     flags = ["--max_steps", 10, "--eval_every", 1, "--early_stopping_patience", 3]
-    scores, handler = iter([0.1, 0.9, 0.3, KeyboardInterrupt, 0.3, 0.3]), signal.getsignal(signal.SIGINT)
+    scores, handler = (
+        iter([0.1, 0.9, 0.3, KeyboardInterrupt, 0.3, 0.3]),
+        signal.getsignal(signal.SIGINT),
+    )
 
     def score(*_):
         if (value := next(scores)) is KeyboardInterrupt:
@@ -456,11 +517,15 @@ def test_flags_run_to_the_end(run_embed, flags):
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("flags", [[], ["--load_in_4bit"], ["--load_in_8bit"], ["--finetune_type", "full"]])
+@pytest.mark.parametrize(
+    "flags", [[], ["--load_in_4bit"], ["--load_in_8bit"], ["--finetune_type", "full"]]
+)
 def test_half_precision_bases_keep_float32_adapters(run_embed, monkeypatch, tmp_path, flags):
     monkeypatch.setattr(utils, "choose_precision", lambda args: ("bf16", "bf16"))
     caught, train = [], utils.train
-    monkeypatch.setattr(utils, "train", lambda trainer, *rest: caught.append(trainer) or train(trainer, *rest))
+    monkeypatch.setattr(
+        utils, "train", lambda trainer, *rest: caught.append(trainer) or train(trainer, *rest)
+    )
     report = run_embed("--batch_size", 8, "--max_steps", 3, "--lr", "1e-3", *flags)
     assert report["proof"]["relative_change"] > 0
     trained = {p.dtype for p in caught[0].model.parameters() if p.requires_grad}
@@ -471,9 +536,26 @@ def test_half_precision_bases_keep_float32_adapters(run_embed, monkeypatch, tmp_
 
 
 def test_init_adapter_goes_on_where_stage_one_ended(run_embed, tmp_path):
-    run_embed("--max_steps", 4, "--lora_r", 4, "--pooling", "cls", "--query_prefix", "Q: ", out=tmp_path / "one")
+    run_embed(
+        "--max_steps",
+        4,
+        "--lora_r",
+        4,
+        "--pooling",
+        "cls",
+        "--query_prefix",
+        "Q: ",
+        out=tmp_path / "one",
+    )
     report = run_embed(
-        "--max_steps", 2, "--lora_dropout", 0.1, "--init_adapter", tmp_path / "one/final", "--eval_every", 1
+        "--max_steps",
+        2,
+        "--lora_dropout",
+        0.1,
+        "--init_adapter",
+        tmp_path / "one/final",
+        "--eval_every",
+        1,
     )
     assert report["flags"]["lora_r"] == 4
     assert report["flags"]["pooling"] == "cls" and report["flags"]["query_prefix"] == "Q: "
@@ -488,11 +570,19 @@ def test_a_relative_model_folder_is_stored_absolute(run_embed, tiny_bert, tmp_pa
 
 
 def test_a_prompt_that_all_rows_share_is_saved(run_embed, tmp_path, capsys):
-    data = write_jsonl(tmp_path / "bge.jsonl", [{**row, "prompt": "Find it: "} for row in make_rows(40)])
-    run_embed("--max_steps", 2, data=data)
-    assert utils.read_json(tmp_path / "out/final/config_sentence_transformers.json")["prompts"]["query"] == "Find it: "
     data = write_jsonl(
-        tmp_path / "mixed.jsonl", [{**row, "prompt": f"Find {i % 2}: "} for i, row in enumerate(make_rows(40))]
+        tmp_path / "bge.jsonl", [{**row, "prompt": "Find it: "} for row in make_rows(40)]
+    )
+    run_embed("--max_steps", 2, data=data)
+    assert (
+        utils.read_json(tmp_path / "out/final/config_sentence_transformers.json")["prompts"][
+            "query"
+        ]
+        == "Find it: "
+    )
+    data = write_jsonl(
+        tmp_path / "mixed.jsonl",
+        [{**row, "prompt": f"Find {i % 2}: "} for i, row in enumerate(make_rows(40))],
     )
     run_embed("--dry_run", "--overwrite", data=data)
     assert "the rows carry 2 query prefixes and final/ stores one" in capsys.readouterr().out
@@ -507,7 +597,9 @@ def test_several_named_dev_sets(run_embed, tmp_path, capsys):
     assert report["plan"]["metric"] == "first_ndcg@10" and report["plan"]["save_best"]
     assert {"first_recall@10", "second_recall@10"} <= set(report["metrics"]["after"])
     assert report["data"]["dev"]["second"]["queries"] == 10
-    report = run_embed("--max_steps", 2, *files, "--metric_for_best", "second_mrr@10", "--overwrite")
+    report = run_embed(
+        "--max_steps", 2, *files, "--metric_for_best", "second_mrr@10", "--overwrite"
+    )
     assert report["plan"]["metric"] == "second_mrr@10"
     assert {"second_mrr@10", "first_ndcg@10", "second_recall@10"} <= set(report["plan"]["shown"])
     assert "result    second_recall@10" in capsys.readouterr().out
@@ -525,12 +617,24 @@ def test_a_base_that_cannot_be_quantised_is_loaded_without_and_said_so(run_embed
     monkeypatch.setattr(utils, "BitsAndBytesConfig", fail)
     report = run_embed("--max_steps", 2, "--load_in_4bit")
     assert report["flags"].get("bits") is None
-    assert "4-bit loading failed, so the base is not quantised: no bitsandbytes here" in report["plan"]["notes"]
+    assert (
+        "4-bit loading failed, so the base is not quantised: no bitsandbytes here"
+        in report["plan"]["notes"]
+    )
 
 
 def test_the_plan_matches_what_ran(run_embed, tmp_path):
     report = run_embed(
-        "--batch_size", 4, "--gradient_accumulation", 3, "--epochs", 1.5, "--eval_every", 4, "--logging_steps", 3
+        "--batch_size",
+        4,
+        "--gradient_accumulation",
+        3,
+        "--epochs",
+        1.5,
+        "--eval_every",
+        4,
+        "--logging_steps",
+        3,
     )
     plan, log = report["plan"], utils.read_json(tmp_path / "out/detailed_training_logs.json")
     assert plan["steps_per_epoch"] == report["data"]["train_rows"] // 12
@@ -644,8 +748,14 @@ def test_resume_refuses_another_base_in_the_same_folder(run_embed, tiny_bert, tm
     shutil.rmtree(tmp_path / "out/checkpoint-2")
     (tmp_path / "out/training_summary_report.json").unlink()
     weights = load_file(folder / "model.safetensors")
-    save_file({name: 2 * weight for name, weight in weights.items()}, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(utils.InputError, match="the weights of .*base are not those that it was trained with"):
+    save_file(
+        {name: 2 * weight for name, weight in weights.items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(
+        utils.InputError, match="the weights of .*base are not those that it was trained with"
+    ):
         run_embed("--max_steps", 2, "--save_best", 0, "--resume_from_checkpoint", model=str(folder))
 
 
@@ -657,7 +767,14 @@ def test_resume_without_a_checkpoint_starts_at_step_0_and_says_so(run_embed, cap
 
 def test_kill_and_resume_three_times(tiny_bert, tmp_path):
     done = subprocess.run(
-        [sys.executable, "tests/kill_and_resume.py", "train_embed_lora.py", tiny_bert, str(tmp_path), "3"],
+        [
+            sys.executable,
+            "tests/kill_and_resume.py",
+            "train_embed_lora.py",
+            tiny_bert,
+            str(tmp_path),
+            "3",
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -5,7 +5,13 @@ import random
 from unittest.mock import Mock
 
 import train_embed_lora
-from train_embed_lora import best_columns, contrastive_loss, excluded_columns, pool, retrieval_metrics
+from train_embed_lora import (
+    best_columns,
+    contrastive_loss,
+    excluded_columns,
+    pool,
+    retrieval_metrics,
+)
 from utils import running_mean, text_id, worsening, write_logs
 
 import numpy as np
@@ -17,22 +23,32 @@ import torch.nn.functional as F
 def test_loss_equals_a_hand_worked_number():
     query_emb = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     doc_emb = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
-    target, excluded = torch.tensor([0, 1]), torch.tensor([[False, False, False], [False, False, True]])
+    target, excluded = (
+        torch.tensor([0, 1]),
+        torch.tensor([[False, False, False], [False, False, True]]),
+    )
     # query 0: cosines 1, 0.6, 0; query 1: 0, 0.8, the third excluded; temperature 0.5
     first = math.log(math.exp(2) + math.exp(1.2) + 1) - 2
     second = math.log(1 + math.exp(1.6)) - 1.6
-    assert contrastive_loss(query_emb, doc_emb, target, excluded, 0.5).item() == pytest.approx((first + second) / 2)
+    assert contrastive_loss(query_emb, doc_emb, target, excluded, 0.5).item() == pytest.approx(
+        (first + second) / 2
+    )
     # a margin of 0.1 leaves nothing above query 1's positive (0.8); one of -1 leaves query 0 its positive alone
     loss = contrastive_loss(query_emb, doc_emb, target, excluded, 0.5, margin=0.1)
     assert loss.item() == pytest.approx((first + second) / 2)
-    target = torch.tensor([1, 1])  # query 0: document 0 at 1.0 exceeds the positive's 0.6 by more than 0.3
+    target = torch.tensor(
+        [1, 1]
+    )  # query 0: document 0 at 1.0 exceeds the positive's 0.6 by more than 0.3
     loss = contrastive_loss(query_emb, doc_emb, target, excluded, 0.5, margin=0.3)
     assert loss.item() == pytest.approx((math.log(math.exp(1.2) + 1) - 1.2 + second) / 2)
 
 
 def test_matryoshka_loss_is_the_mean_over_the_prefixes():
     torch.manual_seed(0)
-    query_emb, doc_emb = F.normalize(torch.randn(4, 8), dim=1), F.normalize(torch.randn(6, 8), dim=1)
+    query_emb, doc_emb = (
+        F.normalize(torch.randn(4, 8), dim=1),
+        F.normalize(torch.randn(6, 8), dim=1),
+    )
     target, excluded = torch.arange(4), torch.zeros(4, 6, dtype=torch.bool)
     each = []
     for dim in (8, 3):
@@ -53,17 +69,23 @@ def test_matryoshka_leaves_no_part_of_the_vector_without_gradient(embed_trainer)
 
 def test_mask_spares_the_target_and_covers_siblings_and_the_query_itself():
     a, b, c, query = (text_id(text) for text in ("A text", "another", "third", "the query"))
-    ids = torch.tensor([a, b, c, query, text_id("a  TEXT")])  # the last is the first in other case and spacing
+    ids = torch.tensor(
+        [a, b, c, query, text_id("a  TEXT")]
+    )  # the last is the first in other case and spacing
     mask = excluded_columns(ids, torch.tensor([0, 2]), torch.tensor([[a, b, query], [c, query, 0]]))
     assert mask.tolist() == [[False, True, False, True, True], [False, False, False, True, False]]
 
 
 def test_pooling_counts_real_tokens_only():
-    hidden = torch.tensor([[[1.0, 0.0], [0.0, 3.0], [9.0, 9.0]], [[3.0, 4.0], [0.0, 0.0], [3.0, 4.0]]])
+    hidden = torch.tensor(
+        [[[1.0, 0.0], [0.0, 3.0], [9.0, 9.0]], [[3.0, 4.0], [0.0, 0.0], [3.0, 4.0]]]
+    )
     lengths = torch.tensor([2, 3])
     assert torch.allclose(pool(hidden, lengths, "cls"), torch.tensor([[1.0, 0.0], [0.6, 0.8]]))
     assert torch.allclose(pool(hidden, lengths, "last"), torch.tensor([[0.0, 1.0], [0.6, 0.8]]))
-    assert torch.allclose(pool(hidden, lengths, "mean"), F.normalize(torch.tensor([[0.5, 1.5], [2.0, 8 / 3]]), dim=1))
+    assert torch.allclose(
+        pool(hidden, lengths, "mean"), F.normalize(torch.tensor([[0.5, 1.5], [2.0, 8 / 3]]), dim=1)
+    )
     assert pool(hidden.half(), lengths, "mean").dtype == torch.float32
 
 
@@ -72,7 +94,9 @@ def retrieval_case(ties, seed=0, queries=40, documents=150):
     query_emb, corpus_emb = (torch.randn(n, 6, generator=generator) for n in (queries, documents))
     if ties:  # signs of 0.5 in four dimensions: unit vectors whose cosines are exact and mostly tie
         query_emb, corpus_emb = query_emb[:, :4].sign() / 2, corpus_emb[:, :4].sign() / 2
-    relevant = [set(rng.sample(range(documents), rng.choice([0, 1, 1, 3, 12]))) for _ in range(queries)]
+    relevant = [
+        set(rng.sample(range(documents), rng.choice([0, 1, 1, 3, 12]))) for _ in range(queries)
+    ]
     return F.normalize(query_emb, dim=1), F.normalize(corpus_emb, dim=1), relevant
 
 
@@ -146,7 +170,10 @@ def test_vectors_that_are_not_numbers_rank_as_in_a_stable_sort(monkeypatch):
     query_emb, corpus_emb, relevant = retrieval_case(ties=True, documents=400)
     corpus_emb[::3], query_emb[7] = torch.nan, torch.nan
     found = retrieval_metrics(query_emb, corpus_emb, relevant)
-    stable = lambda scores, count: scores.sort(dim=1, descending=True, stable=True).indices[:, :count]  # noqa: E731
+
+    def stable(scores, count):
+        return scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
+
     monkeypatch.setattr(train_embed_lora, "best_columns", stable)
     assert retrieval_metrics(query_emb, corpus_emb, relevant) == found
 
@@ -183,7 +210,10 @@ def test_epoch_losses_are_means_over_steps(tmp_path):
 
     log = [{"step": 3, "loss": 3.0}, {"step": 4, "loss": 7.0}, {"step": 8, "loss": 1.0}]
     write_logs(tmp_path, log, 4)
-    assert read_json(tmp_path / "training_losses.json") == [{"epoch": 1, "loss": 4.0}, {"epoch": 2, "loss": 1.0}]
+    assert read_json(tmp_path / "training_losses.json") == [
+        {"epoch": 1, "loss": 4.0},
+        {"epoch": 2, "loss": 1.0},
+    ]
 
 
 def test_running_mean_is_over_a_tenth_of_all_values():

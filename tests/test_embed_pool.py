@@ -33,7 +33,12 @@ def test_a_tenth_of_at_most_1000_queries_is_held_out_unless_a_flag_says_how_many
         assert len(dev_sets[""].queries) == counts["dev"]["dev"]["queries"] == queries, flags
         assert len(examples) == 10400 - queries
     examples = [Example(f"q{i // 3}", [f"p{i}"], []) for i in range(60)]
-    for flags, most, rows in (("", 2, 6), ("--dev_size 0.5", 2, 30), ("--dev_sample_limit 9", 2, 9), ("", 9, 12)):
+    for flags, most, rows in (
+        ("", 2, 6),
+        ("--dev_size 0.5", 2, 30),
+        ("--dev_sample_limit 9", 2, 9),
+        ("", 9, 12),
+    ):
         args = parse_args(["--train_file", "x", *flags.split()])
         held = utils.hold_out(examples, by_query, args, "query", 0.2, most=most)[1]
         assert len(held[""]) == rows, flags
@@ -48,17 +53,23 @@ def test_sft_still_holds_a_fifth_out(tmp_path):
 def test_no_known_positive_of_a_dev_query_is_spare():
     dev = DevSet({"q1": ("where?", None), "q2": ("who?", None)}, {"d1": "here", "d2": "nobody"}, {})
     trained = [
-        Example("other", ["fine", "HERE "], ["nobody", "Fine", "Where?"]),  # two of the corpus, one twice, a query
+        Example(
+            "other", ["fine", "HERE "], ["nobody", "Fine", "Where?"]
+        ),  # two of the corpus, one twice, a query
         Example("like where", ["where?"], ["good"]),
         Example("third", ["like  Where", "at home"], []),
     ]
     rest = [*trained, Example("WHO?", ["at home"], ["bad"])]
     assert sorted(spare_documents(dev, trained, rest, 0)) in (["Fine", "good"], ["fine", "good"])
-    assert len(spare_documents(dev, trained, [], 0)) == 4  # nothing known of "at home" and "like  Where"
+    assert (
+        len(spare_documents(dev, trained, [], 0)) == 4
+    )  # nothing known of "at home" and "like  Where"
 
 
 def test_a_querys_own_text_in_its_pool_is_known():
-    dev = dev_from_examples([Example("a", ["b"], []), Example("b", ["A ", "c"], []), Example("d", ["D"], ["e"])])
+    dev = dev_from_examples(
+        [Example("a", ["b"], []), Example("b", ["A ", "c"], []), Example("d", ["D"], ["e"])]
+    )
     ids = {text: name for name, text in dev.corpus.items()}
     own = {dev.queries[query][0]: name for query, name in dev.own.items()}
     assert own == {"a": ids["A "], "b": ids["b"]}  # "d" is its own positive
@@ -86,7 +97,15 @@ def test_the_corpus_is_filled_up_to_the_room_and_the_limit(monkeypatch):
     args.doc_prefix = ""
     dev = DevSet({"q": ("q", None)}, {"d0": "own"}, {"q": {"d0"}}, spare=["a", "b", "c"])
     texts = tokenised({"own": 9, "a": 5, "b": 3, "c": 2})
-    for room, expected in ((100, "abc"), (10, "abc"), (9, "ab"), (8, "ab"), (7, "a"), (4, ""), (-3, "")):
+    for room, expected in (
+        (100, "abc"),
+        (10, "abc"),
+        (9, "ab"),
+        (8, "ab"),
+        (7, "a"),
+        (4, ""),
+        (-3, ""),
+    ):
         full = filled(dev, texts, args, room)
         assert sorted(full.corpus.values()) == sorted(["own", *expected])
         assert full.corpus["d0"] == "own" and full.relevant == dev.relevant
@@ -119,17 +138,24 @@ def embedded(monkeypatch):
         return embed(trainer, sequences)
 
     monkeypatch.setattr(train_embed_lora.EmbedTrainer, "embed", counted)
-    monkeypatch.setattr(utils, "prove", lambda trainer, *rest: trainers.append(trainer) or prove(trainer, *rest))
+    monkeypatch.setattr(
+        utils, "prove", lambda trainer, *rest: trainers.append(trainer) or prove(trainer, *rest)
+    )
     return calls, trainers
 
 
-def test_all_evaluations_embed_at_most_half_as_many_tokens_as_the_training(run_embed, tmp_path, embedded, capsys):
+def test_all_evaluations_embed_at_most_half_as_many_tokens_as_the_training(
+    run_embed, tmp_path, embedded, capsys
+):
     calls, trainers = embedded
     data = write_jsonl(tmp_path / "rows.jsonl", make_rows(400))
     report = run_embed("--max_steps", 24, "--eval_every", 9, data=data)
     size = report["data"]["dev"]["dev"]
     said = capsys.readouterr().out
-    assert f"pool      dev: {size['corpus']} documents, " in said and "4 evaluations embed 50% as many tokens" in said
+    assert (
+        f"pool      dev: {size['corpus']} documents, " in said
+        and "4 evaluations embed 50% as many tokens" in said
+    )
     evaluated = [tokens for texts, tokens in calls if texts in size.values()]
     assert len(evaluated) == 8  # queries and documents, four times
     assert size["corpus"] > 100
@@ -139,11 +165,15 @@ def test_all_evaluations_embed_at_most_half_as_many_tokens_as_the_training(run_e
 
 
 def test_the_report_counts_the_tokens_of_all_processes(run_embed, embedded, monkeypatch):
-    monkeypatch.setattr(Accelerator, "reduce", lambda self, tensor, *_: 2 * tensor)  # two that do the same
+    monkeypatch.setattr(
+        Accelerator, "reduce", lambda self, tensor, *_: 2 * tensor
+    )  # two that do the same
     report, trainer = run_embed("--max_steps", 2), embedded[1][0]
     seconds = report["seconds"] - trainer.evaluation_seconds
     assert report["tokens_per_second"] == pytest.approx(2 * trainer.real_tokens / seconds)
-    assert report["padded_per_real_token"] == pytest.approx(trainer.padded_tokens / trainer.real_tokens)
+    assert report["padded_per_real_token"] == pytest.approx(
+        trainer.padded_tokens / trainer.real_tokens
+    )
 
 
 def test_evaluations_are_those_of_the_epochs_too():
@@ -153,11 +183,15 @@ def test_evaluations_are_those_of_the_epochs_too():
 
 
 def test_a_dev_file_is_never_filled_and_a_small_pool_is_noted(run_embed, tmp_path, capsys):
-    dev = write_jsonl(tmp_path / "dev.jsonl", [{"query": f"dev {i}", "pos": [f"found {i}"]} for i in range(8)])
+    dev = write_jsonl(
+        tmp_path / "dev.jsonl", [{"query": f"dev {i}", "pos": [f"found {i}"]} for i in range(8)]
+    )
     report = run_embed("--dry_run", "--dev_file", dev, "--max_steps", 200, "--eval_every", 0)
     assert report["data"]["dev"]["dev"] == {"queries": 8, "corpus": 8}
-    assert "note      dev: 8 documents to search in hardly tell models apart: take more dev rows\n" in (
-        capsys.readouterr().out)
+    assert (
+        "note      dev: 8 documents to search in hardly tell models apart: take more dev rows\n"
+        in (capsys.readouterr().out)
+    )
     report = run_embed("--dry_run", "--max_steps", 200, "--eval_every", 100)
     assert report["data"]["dev"]["dev"]["corpus"] > 100  # the same rows held out: all documents
     said = capsys.readouterr().out

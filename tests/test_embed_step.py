@@ -16,7 +16,9 @@ def naive_gradient(trainer, rows, temperature=0.05):
     """One padded forward pass of every text of the step, a loop over queries for the loss, one backward pass."""
     model, texts = trainer.model, trainer.data_collator.texts
     documents = list(
-        dict.fromkeys(document for _, positive, negatives, _ in rows for document in (positive, *negatives))
+        dict.fromkeys(
+            document for _, positive, negatives, _ in rows for document in (positive, *negatives)
+        )
     )
     ids = [texts[row[0]] for row in rows] + [texts[i] for i, _ in documents]
     width = max(map(len, ids))
@@ -27,7 +29,11 @@ def naive_gradient(trainer, rows, temperature=0.05):
     query_emb, doc_emb = vectors[: len(rows)], vectors[len(rows) :]
     losses = []
     for i, (_, positive, _, known) in enumerate(rows):
-        kept = [j for j, document in enumerate(documents) if document == positive or document[1] not in known]
+        kept = [
+            j
+            for j, document in enumerate(documents)
+            if document == positive or document[1] not in known
+        ]
         scores = (doc_emb[kept] @ query_emb[i]) / temperature
         losses.append(torch.logsumexp(scores, 0) - scores[kept.index(documents.index(positive))])
     loss = torch.stack(losses).mean()
@@ -52,7 +58,9 @@ def test_gradient_does_not_depend_on_the_cut(reference, batch_size, piece_tokens
     step = trainer.data_collator(rows)
     pieces, tokens_at_once = trainer.cut_step(step)
     padded = sum(len(piece) * len(step["sequences"][piece[0]]) for piece in pieces)
-    assert tokens_at_once == pytest.approx(padded * batch_size / 32)  # all for one plain pass, else gradient caching
+    assert tokens_at_once == pytest.approx(
+        padded * batch_size / 32
+    )  # all for one plain pass, else gradient caching
     found_loss, found = gradient(trainer, step)
     assert found_loss.item() == pytest.approx(loss.item(), abs=1e-5)
     assert relative(found, expected) < 1e-4
@@ -64,7 +72,11 @@ def test_gradient_of_a_decoder_without_mask_equals_the_padded_one(embed_trainer,
     step = trainer.data_collator([trainer.train_dataset[i] for i in range(16)])
     trainer.batch_size = 16
     _, expected = gradient(trainer, step)
-    trainer.causal, trainer.batch_size, trainer.device_tokens = False, 4, 10000  # with a mask, in other pieces
+    trainer.causal, trainer.batch_size, trainer.device_tokens = (
+        False,
+        4,
+        10000,
+    )  # with a mask, in other pieces
     _, found = gradient(trainer, step)
     assert relative(found, expected) < 1e-4
 
@@ -81,7 +93,9 @@ def test_cached_gradient_replays_the_dropout_of_the_direct_one(embed_trainer):
         trainer.model.train()
         trainer.model.zero_grad()
         trainer.run_step(trainer.model, step, pieces, tokens_at_once)
-        gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad]))
+        gradients.append(
+            torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad])
+        )
     assert relative(*gradients) < 1e-5
     torch.manual_seed(8)
     trainer.model.zero_grad()
@@ -122,11 +136,25 @@ def test_training_begins_at_the_scale_of_the_rehearsal(run_embed, tmp_path, monk
         scales.append(trainer.accelerator.scaler.get_scale())
 
     monkeypatch.setattr(utils, "preflight", rehearse_scaled)
-    data = write_jsonl(tmp_path / "eight.jsonl", make_rows(8))  # one step, all of which is rehearsed
-    run_embed("--max_steps", 1, "--batch_size", 8, "--eval_strategy", "no", "--max_grad_norm", 0, data=data)
+    data = write_jsonl(
+        tmp_path / "eight.jsonl", make_rows(8)
+    )  # one step, all of which is rehearsed
+    run_embed(
+        "--max_steps",
+        1,
+        "--batch_size",
+        8,
+        "--eval_strategy",
+        "no",
+        "--max_grad_norm",
+        0,
+        data=data,
+    )
     assert 1 < scales[0] < 2.0**40
     assert f"finite gradients at a loss scale of {scales[0]:g}" in capsys.readouterr().out
-    assert torch.load(tmp_path / "out/checkpoint-1/scaler.pt")["scale"] == scales[0]  # no step was skipped
+    assert (
+        torch.load(tmp_path / "out/checkpoint-1/scaler.pt")["scale"] == scales[0]
+    )  # no step was skipped
 
 
 @pytest.mark.parametrize("batch_size", [32, 4])
@@ -150,7 +178,9 @@ def test_gradient_is_the_same_after_running_out_of_memory_in_a_backward_pass(
     assert "pieces 1/4 the size" in capsys.readouterr().out
 
 
-def test_an_evaluation_remembers_what_did_not_fit_the_one_before(embed_trainer, monkeypatch, capsys):
+def test_an_evaluation_remembers_what_did_not_fit_the_one_before(
+    embed_trainer, monkeypatch, capsys
+):
     trainer = embed_trainer("--batch_size", 8)
     texts = [trainer.data_collator.texts[i] for i in range(40)]
     expected, encode = trainer.embed(texts), trainer.encode
@@ -172,7 +202,9 @@ def test_memory_that_never_suffices_ends_in_a_message(reference, monkeypatch):
     trainer, rows, _, _ = reference
 
     def fail(loss):
-        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+        raise RuntimeError(
+            "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+        )
 
     monkeypatch.setattr(trainer.accelerator, "backward", fail)
     with pytest.raises(utils.InputError, match="out of memory: lower --max_length"):
@@ -181,7 +213,9 @@ def test_memory_that_never_suffices_ends_in_a_message(reference, monkeypatch):
 
 def test_other_runtime_errors_are_not_taken_for_lack_of_memory(reference, monkeypatch):
     trainer, rows, _, _ = reference
-    monkeypatch.setattr(trainer, "run_step", lambda *_: (_ for _ in ()).throw(RuntimeError("shape mismatch")))
+    monkeypatch.setattr(
+        trainer, "run_step", lambda *_: (_ for _ in ()).throw(RuntimeError("shape mismatch"))
+    )
     with pytest.raises(RuntimeError, match="shape mismatch"):
         gradient(trainer, trainer.data_collator(rows))
 
@@ -202,7 +236,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(reference):
 
 
 @pytest.mark.parametrize("cross_device, batch_size", [(True, 4), (True, 16), (False, 4)])
-def test_two_processes_give_the_gradient_of_one(reference, tmp_path, tiny_bert, pairs, cross_device, batch_size):
+def test_two_processes_give_the_gradient_of_one(
+    reference, tmp_path, tiny_bert, pairs, cross_device, batch_size
+):
     trainer, rows, _, expected = reference
     if not cross_device:  # each process contrasts its own half
         halves = [naive_gradient(trainer, half)[1] for half in (rows[:16], rows[16:])]
@@ -223,7 +259,8 @@ def test_cut_sorts_and_respects_the_budget():
 
 def test_positives_and_negatives_depend_on_seed_epoch_and_row_alone(tmp_path):
     examples = [
-        train_embed_lora.Example(f"q{i}", [f"p{i}a", f"p{i}b"], [f"n{i}{j}" for j in range(5)]) for i in range(20)
+        train_embed_lora.Example(f"q{i}", [f"p{i}a", f"p{i}b"], [f"n{i}{j}" for j in range(5)])
+        for i in range(20)
     ]
     flags = ["--train_file", "x", "--max_negs", "2"]
 

@@ -76,7 +76,10 @@ def serve(tmp_path, monkeypatch):
 def make_examples(count):
     examples = []
     for i in range(count):
-        messages = [{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": f"answer {i}"}]
+        messages = [
+            {"role": "user", "content": f"{i}"},
+            {"role": "assistant", "content": f"answer {i}"},
+        ]
         examples.append(Example(f"rows.jsonl, line {i + 1}", messages))
     return examples
 
@@ -104,7 +107,9 @@ def test_eight_are_asked_at_once_and_the_file_has_the_order_of_the_rows(serve, t
     assert 0 < max(map(len, seen)) < 24  # lines stand in the file while others are asked
     assert "rows.jsonl, line 1" not in seen[10]
     train_sft_lora.write_predictions(args, "dev-0", make_examples(24), answers)
-    assert [line["where"] for line in written(tmp_path)] == [f"rows.jsonl, line {i + 1}" for i in range(24)]
+    assert [line["where"] for line in written(tmp_path)] == [
+        f"rows.jsonl, line {i + 1}" for i in range(24)
+    ]
     assert [line["prediction"] for line in written(tmp_path)] == [f"answer {i}" for i in range(24)]
 
 
@@ -122,12 +127,20 @@ def test_messages_are_sent_as_openai_takes_them(serve, thinking):
     server, args = serve(lambda text: completion("Yes."))
     args.enable_thinking = thinking
     tools = [{"name": "f", "parameters": {}}, {"type": "function", "function": {"name": "g"}}]
-    train_sft_lora.ask(args, Example("line 1", [*CALLS, {"role": "assistant", "content": "Yes."}], tools))
+    train_sft_lora.ask(
+        args, Example("line 1", [*CALLS, {"role": "assistant", "content": "Yes."}], tools)
+    )
     (body,) = server.bodies
-    assert body["tools"] == [{"type": "function", "function": {"name": "f", "parameters": {}}}, tools[1]]
+    assert body["tools"] == [
+        {"type": "function", "function": {"name": "f", "parameters": {}}},
+        tools[1],
+    ]
     assert body["chat_template_kwargs"] == {"enable_thinking": thinking == "true"}
     question, answer, *results, last = body["messages"]
-    assert question == {"role": "user", "content": "Rain?"} and last == {"role": "user", "content": "So?"}
+    assert question == {"role": "user", "content": "Rain?"} and last == {
+        "role": "user",
+        "content": "So?",
+    }
     calls = answer.pop("tool_calls")
     assert [call["function"] for call in calls] == [
         {"name": "f", "arguments": '{"city": "Köln"}'}, {"name": "g", "arguments": '{"x": 1}'},
@@ -136,7 +149,11 @@ def test_messages_are_sent_as_openai_takes_them(serve, thinking):
     assert [result["tool_call_id"] for result in results] == [call["id"] for call in calls]
     assert len({call["id"] for call in calls}) == 3 and results[1]["name"] == "g"
     if thinking == "true":
-        assert answer == {"role": "assistant", "content": CALLS[1]["content"], "reasoning_content": "hm"}
+        assert answer == {
+            "role": "assistant",
+            "content": CALLS[1]["content"],
+            "reasoning_content": "hm",
+        }
     else:  # as a model is trained: without it
         assert answer == {"role": "assistant", "content": "Let me see."}
 
@@ -164,7 +181,10 @@ BAD = {
     "a number": (completion(5), "content that is the int 5, not a text"),
     "parts": (completion([{"type": "text", "text": "x"}]), "content that is the list"),
     "half an emoji": (completion("so \ud83d"), r"half a character in .so .ud83d"),
-    "half an emoji in bytes": ((200, b'{"choices": [{"message": {"content": "\xf0\x9f'), "what is no JSON"),
+    "half an emoji in bytes": (
+        (200, b'{"choices": [{"message": {"content": "\xf0\x9f'),
+        "what is no JSON",
+    ),
     "an error": ((200, b'{"error": {"message": "no room"}}'), "no choices.*no room"),
     "no choice": ((200, b'{"choices": []}'), "no choices"),
     "no message": ((200, b'{"choices": [5]}'), "no choices"),
@@ -183,7 +203,9 @@ def test_bad_replies_are_asked_for_three_times_and_end_in_a_sentence(serve, name
     server, args = serve(lambda text: reply)
     with pytest.raises(utils.InputError, match=sentence) as error:
         train_sft_lora.ask(args, make_examples(1)[0])
-    assert len(server.bodies) == 3 and "asked 3 times, last for rows.jsonl, line 1" in str(error.value)
+    assert len(server.bodies) == 3 and "asked 3 times, last for rows.jsonl, line 1" in str(
+        error.value
+    )
     assert "\n" not in str(error.value)
 
 
@@ -206,7 +228,10 @@ def test_a_failure_keeps_the_answers_that_came(serve, tmp_path):
         return completion(f"answer {text}") if int(text) < 19 else (404, b"gone")
 
     server, args = serve(reply)
-    with pytest.raises(utils.InputError, match="answers 404: gone. (19|2.) of 40 answers are in .*predictions-dev-0"):
+    with pytest.raises(
+        utils.InputError,
+        match="answers 404: gone. (19|2.) of 40 answers are in .*predictions-dev-0",
+    ):
         train_sft_lora.ask_all(args, "dev-0", make_examples(40))
     assert {line["prediction"] for line in written(tmp_path)} == {f"answer {i}" for i in range(19)}
     assert len(server.bodies) < 40  # those that had not begun were not asked

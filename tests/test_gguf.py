@@ -39,7 +39,9 @@ def merged(tiny_chat, tmp_path):
     def make(base=tiny_chat, **report):
         folder = tmp_path / "merged"
         shutil.copytree(base, folder)
-        (folder / "merge_report.json").write_text(json.dumps({"verified": True, "base": str(base)} | report))
+        (folder / "merge_report.json").write_text(
+            json.dumps({"verified": True, "base": str(base)} | report)
+        )
         return folder
 
     return make
@@ -62,8 +64,12 @@ def flags(model, llama_cpp, *more):
     return ["--model_path", str(model), "--llama_cpp", str(llama_cpp), *map(str, more)]
 
 
-def test_unproven_merges_and_missing_parts_are_refused_before_any_work(merged, llama_cpp, tmp_path, monkeypatch):
-    monkeypatch.setattr(gguf_ollama, "load", lambda folder: pytest.fail("loaded a model that it must refuse"))
+def test_unproven_merges_and_missing_parts_are_refused_before_any_work(
+    merged, llama_cpp, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        gguf_ollama, "load", lambda folder: pytest.fail("loaded a model that it must refuse")
+    )
     folder, out, full = merged(verified=False), tmp_path / "out", tmp_path / "full"
     full.mkdir()
     (full / "note.txt").write_text("mine")
@@ -91,7 +97,11 @@ def test_an_encoder_without_pooling_is_refused(merged, llama_cpp, tiny_bert, tmp
 
 
 def test_the_command_ends_with_one_sentence(tiny_chat, tmp_path):
-    command = [sys.executable, str(ROOT / "examples/gguf_ollama.py"), *flags(tiny_chat, tmp_path, "--output_path", "x")]
+    command = [
+        sys.executable,
+        str(ROOT / "examples/gguf_ollama.py"),
+        *flags(tiny_chat, tmp_path, "--output_path", "x"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
     assert done.stderr.startswith(f"error: {tiny_chat} has no merge_report.json")
@@ -132,8 +142,12 @@ def test_answers_without_a_stop_token_are_reported_and_none_with_one_is_refused(
     assert ([each["stopped"] for each in answers], stops) == ([True, False], [1, 2])
     prompt = tokenizer("<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
     assert sequences[0] == [*prompt, 9, 2]
-    with pytest.raises(InputError, match=r"None of 2 answers stops .* \[7\]"):  # an integer, as most configs have it
-        gguf_ollama.answer(FakeModel(7, [[9, 2], [9, 9]]), tokenizer, chat_of(tokenizer), ["one", "two"])
+    with pytest.raises(
+        InputError, match=r"None of 2 answers stops .* \[7\]"
+    ):  # an integer, as most configs have it
+        gguf_ollama.answer(
+            FakeModel(7, [[9, 2], [9, 9]]), tokenizer, chat_of(tokenizer), ["one", "two"]
+        )
     with pytest.raises(InputError, match=r"None of 1 answers stops .* \[None\]"):
         gguf_ollama.answer(FakeModel(None, [[9]]), tokenizer, chat_of(tokenizer), ["one"])
 
@@ -145,11 +159,15 @@ def test_kl_top1_and_what_is_retained_are_the_hand_worked_numbers():
     merged = torch.tensor([[0.5, 0.5], [0.8, 0.2]]).log()
     other = torch.tensor([[0.25, 0.75], [0.8, 0.2]]).log()
     figures = gguf_ollama.compare("q4_k_m", merged, None, other)
-    assert figures["kl"] == pytest.approx((0.5 * 0.693147 - 0.5 * 0.405465) / 2, abs=1e-5)  # ln 2, ln 1.5
+    assert figures["kl"] == pytest.approx(
+        (0.5 * 0.693147 - 0.5 * 0.405465) / 2, abs=1e-5
+    )  # ln 2, ln 1.5
     assert figures == {"kl": figures["kl"], "top1": 0.5}
     base = merged - torch.tensor([[3.0, 0.0], [0.0, 4.0]])  # d, of length 5
     other = base + torch.tensor([[3.0, 2.0], [0.0, 3.0]])  # e: <e,d> = 9 + 12, |e - d|^2 = 4 + 1
-    figures = gguf_ollama.compare("q4_k_m", merged, base, merged) | gguf_ollama.compare("q8_0", merged, base, other)
+    figures = gguf_ollama.compare("q4_k_m", merged, base, merged) | gguf_ollama.compare(
+        "q8_0", merged, base, other
+    )
     assert figures["retained"] == pytest.approx(21 / 25)
     assert figures["residual"] == pytest.approx((5 / 25) ** 0.5)
 
@@ -158,16 +176,24 @@ def test_cosine_is_that_of_the_worst_text():
     merged = torch.eye(2)
     other = torch.tensor([[1.0, 0.0], [0.28, 0.96]])
     assert gguf_ollama.compare("q4_k_m", merged, None, other) == {"cosine": pytest.approx(0.96)}
-    with pytest.raises(InputError, match="f16 GGUF is not the merged model: cosine 0.96, limit 0.999"):
+    with pytest.raises(
+        InputError, match="f16 GGUF is not the merged model: cosine 0.96, limit 0.999"
+    ):
         gguf_ollama.compare("f16", merged, None, other)
 
 
-@pytest.mark.parametrize("noise, kind, passes", [(0.0, "f16", 1), (0.2, "f16", 0), (0.2, "q4_0", 1), (9.0, "q4_0", 0)])
+@pytest.mark.parametrize(
+    "noise, kind, passes", [(0.0, "f16", 1), (0.2, "f16", 0), (0.2, "q4_0", 1), (9.0, "q4_0", 0)]
+)
 def test_another_model_is_refused(noise, kind, passes):
     torch.manual_seed(0)
     logits = torch.randn(50, 20) * 3
     merged, other = (x.log_softmax(-1) for x in (logits, logits + noise * torch.randn(50, 20)))
-    with contextlib.nullcontext() if passes else pytest.raises(InputError, match=f"{kind} GGUF is not the merged"):
+    with (
+        contextlib.nullcontext()
+        if passes
+        else pytest.raises(InputError, match=f"{kind} GGUF is not the merged")
+    ):
         gguf_ollama.compare(kind, merged, None, other)
 
 
@@ -203,10 +229,14 @@ class FakeGguf:
         return -1 if self.bos is None else self.bos
 
 
-@pytest.mark.parametrize("wrong", ["\n\n", "   ", "\t", "1234567", "日", "한", "ש", "🙂", "<|endoftext|>", "mine"])
+@pytest.mark.parametrize(
+    "wrong", ["\n\n", "   ", "\t", "1234567", "日", "한", "ש", "🙂", "<|endoftext|>", "mine"]
+)
 def test_one_text_that_is_split_otherwise_is_enough(tiny_chat, wrong):
     tokenizer = AutoTokenizer.from_pretrained(tiny_chat)
-    check = partial(gguf_ollama.check_tokens, tokenizer=tokenizer, chat=chat_of(tokenizer), texts=["mine"])
+    check = partial(
+        gguf_ollama.check_tokens, tokenizer=tokenizer, chat=chat_of(tokenizer), texts=["mine"]
+    )
     count, adds_bos, warnings = check(FakeGguf(tokenizer), stops=[tokenizer.eos_token_id])
     assert count > 800 and (adds_bos, warnings) == (False, [])
     with pytest.raises(InputError, match="other token ids") as error:
@@ -216,20 +246,26 @@ def test_one_text_that_is_split_otherwise_is_enough(tiny_chat, wrong):
 
 def test_stop_tokens_and_bos_must_be_those_of_the_model(tiny_chat):
     tokenizer = AutoTokenizer.from_pretrained(tiny_chat)
-    check = partial(gguf_ollama.check_tokens, tokenizer=tokenizer, chat=chat_of(tokenizer), texts=[])
+    check = partial(
+        gguf_ollama.check_tokens, tokenizer=tokenizer, chat=chat_of(tokenizer), texts=[]
+    )
     with pytest.raises(InputError, match=r"stops at token 5, generation_config.json at \[0, 6\]"):
         check(FakeGguf(tokenizer, eos=5), stops=[0, 6])
     with pytest.raises(InputError, match="adds a BOS that the chat template has not"):
         check(FakeGguf(tokenizer, bos=4), stops=[tokenizer.eos_token_id])
     tokenizer = chat_tokenizer("<s>" + CHATML, "<|im_end|>", "<s>", ["<s>", "<|im_start|>"])
     gguf = FakeGguf(tokenizer, bos=tokenizer.bos_token_id)
-    found = gguf_ollama.check_tokens(gguf, tokenizer, chat_of(tokenizer), [], [tokenizer.eos_token_id])
+    found = gguf_ollama.check_tokens(
+        gguf, tokenizer, chat_of(tokenizer), [], [tokenizer.eos_token_id]
+    )
     assert found[1:] == (True, [])
 
 
 def test_wordpiece_may_fail_on_korean_and_hindi_alone(minilm):
     tokenizer = AutoTokenizer.from_pretrained(minilm)
-    check = partial(gguf_ollama.check_tokens, tokenizer=tokenizer, chat=None, texts=["plain"], stops=None)
+    check = partial(
+        gguf_ollama.check_tokens, tokenizer=tokenizer, chat=None, texts=["plain"], stops=None
+    )
     assert check(FakeGguf(tokenizer, model="bert"))[2] == []
     assert "Korean" in check(FakeGguf(tokenizer, "한", model="bert"))[2][0]
     with pytest.raises(InputError):
@@ -269,7 +305,11 @@ def test_a_built_llama_quantize_is_used(llama_cpp, tmp_path, place):
     program.chmod(0o755)
     gguf_ollama.write_gguf("q5_k_m", make_arguments(llama_cpp), tmp_path / "unproven-q5_k_m.gguf")
     written = (tmp_path / "unproven-q5_k_m.gguf").read_text().split()
-    assert written == [str(tmp_path / "model-f16.gguf"), str(tmp_path / "unproven-q5_k_m.gguf"), "Q5_K_M"]
+    assert written == [
+        str(tmp_path / "model-f16.gguf"),
+        str(tmp_path / "unproven-q5_k_m.gguf"),
+        "Q5_K_M",
+    ]
     program.write_text("#!/bin/sh\necho no such type >&2\nexit 3\n")
     with pytest.raises(InputError, match="no such type"):
         gguf_ollama.write_gguf("q5_k_m", make_arguments(llama_cpp), tmp_path / "x.gguf")
@@ -281,7 +321,12 @@ class FakeLlamaCpp:
     LLAMA_FTYPE_MOSTLY_Q4_K_M = 15
 
     def __init__(self, folder, f16=1e-3, q4_k_m=0.03, code=0, bos=None):
-        self.folder, self.noise, self.code, self.bos = folder, {"f16": f16, "q4_k_m": q4_k_m}, code, bos
+        self.folder, self.noise, self.code, self.bos = (
+            folder,
+            {"f16": f16, "q4_k_m": q4_k_m},
+            code,
+            bos,
+        )
 
     def llama_model_quantize_default_params(self):
         return SimpleNamespace()
@@ -317,13 +362,18 @@ def rehearsal(merged, llama_cpp, tmp_path, monkeypatch):
     (folder / "merge_report.json").write_text(json.dumps({"verified": True, "base": str(base)}))
     settings = json.loads((folder / "generation_config.json").read_text())
     eos = AutoTokenizer.from_pretrained(folder).eos_token_id
-    settings["eos_token_id"] = [eos, *(i for i in range(640) if i != eos)]  # what a random model writes ends the answer
+    settings["eos_token_id"] = [
+        eos,
+        *(i for i in range(640) if i != eos),
+    ]  # what a random model writes ends the answer
     (folder / "generation_config.json").write_text(json.dumps(settings))
     monkeypatch.setattr(gguf_ollama.importlib.util, "find_spec", lambda name: True)
 
     def start(*more, **fake):
         monkeypatch.setitem(sys.modules, "llama_cpp", FakeLlamaCpp(folder, **fake))
-        return gguf_ollama.main(flags(folder, llama_cpp, "--output_path", tmp_path / "out", "--overwrite", *more))
+        return gguf_ollama.main(
+            flags(folder, llama_cpp, "--output_path", tmp_path / "out", "--overwrite", *more)
+        )
 
     return start, folder, base
 
@@ -334,7 +384,10 @@ def test_a_whole_run_proves_each_file_and_reports(rehearsal, tmp_path, capsys):
     report = start("--samples", tmp_path / "samples.txt", "--quantize", "q4_k_m")
     names = ["Modelfile", "gguf_report.json", "model-f16.gguf", "model-q4_k_m.gguf"]
     assert sorted(path.name for path in out.iterdir()) == names
-    assert [(each["prompt"], each["stopped"]) for each in report["answers"]] == [("one", True), ("two", True)]
+    assert [(each["prompt"], each["stopped"]) for each in report["answers"]] == [
+        ("one", True),
+        ("two", True),
+    ]
     f16, q4 = (report["figures"][kind] for kind in ("f16", "q4_k_m"))
     assert f16["kl"] < 1e-5 < q4["kl"] < 0.05 and f16["residual"] < 0.1 < q4["residual"]
     assert f16["retained"] == pytest.approx(1, abs=0.02)
@@ -343,7 +396,8 @@ def test_a_whole_run_proves_each_file_and_reports(rehearsal, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "kind, left", [("f16", ["unproven-f16.gguf"]), ("q4_k_m", ["model-f16.gguf", "unproven-q4_k_m.gguf"])]
+    "kind, left",
+    [("f16", ["unproven-f16.gguf"]), ("q4_k_m", ["model-f16.gguf", "unproven-q4_k_m.gguf"])],
 )
 def test_a_gguf_that_fails_its_proof_keeps_its_name(rehearsal, tmp_path, kind, left):
     with pytest.raises(InputError, match=f"The {kind} GGUF is not the merged model"):
@@ -353,7 +407,9 @@ def test_a_gguf_that_fails_its_proof_keeps_its_name(rehearsal, tmp_path, kind, l
 
 def test_a_run_warns_of_noise_and_of_a_base_that_is_not_here(rehearsal):
     start, folder, _ = rehearsal
-    assert ["over half of what the fine-tune changed" in text for text in start(q4_k_m=0.2)["warnings"]] == [True]
+    assert [
+        "over half of what the fine-tune changed" in text for text in start(q4_k_m=0.2)["warnings"]
+    ] == [True]
     (folder / "merge_report.json").write_text('{"verified": true, "base": "owner/name"}')
     report = start(q4_k_m=0.2)
     assert ["base owner/name is no such folder" in text for text in report["warnings"]] == [True]
@@ -375,10 +431,17 @@ def test_a_base_of_the_hub_is_found_in_the_cache(rehearsal, tmp_path, monkeypatc
     snapshot = in_the_cache(base, tmp_path / "hub")
     (folder / "merge_report.json").write_text('{"verified": true, "base": "owner/name"}')
     report = start("--quantize", "f16")
-    assert report["warnings"] == [] and report["figures"]["f16"]["retained"] == pytest.approx(1, abs=0.02)
+    assert report["warnings"] == [] and report["figures"]["f16"]["retained"] == pytest.approx(
+        1, abs=0.02
+    )
     find = partial(gguf_ollama.find_base, SimpleNamespace(model_path=folder))
     assert find("owner/name", {}) == snapshot and find(str(base), {}) == base
-    for name, flags in (("owner/name", {"model_revision": "v2"}), ("owner/other", {}), ("/no/folder", {}), (None, {})):
+    for name, flags in (
+        ("owner/name", {"model_revision": "v2"}),
+        ("owner/other", {}),
+        ("/no/folder", {}),
+        (None, {}),
+    ):
         with pytest.raises(InputError, match=f"base {name} is no such folder"):
             find(name, flags)
     config = json.loads((snapshot / "config.json").read_text())
@@ -406,7 +469,9 @@ def test_one_model_is_in_memory_at_a_time(rehearsal, llama_cpp, monkeypatch):
 
     monkeypatch.setattr(gguf_ollama, "load", counted(gguf_ollama.load))
     monkeypatch.setattr(FakeLlamaCpp, "Llama", counted(FakeLlamaCpp.Llama))
-    monkeypatch.setattr(gguf_ollama, "write_gguf", counted(gguf_ollama.write_gguf))  # the converter loads it, too
+    monkeypatch.setattr(
+        gguf_ollama, "write_gguf", counted(gguf_ollama.write_gguf)
+    )  # the converter loads it, too
     start()
     assert counts == [0] * 6
 
@@ -415,20 +480,34 @@ def test_one_model_is_in_memory_at_a_time(rehearsal, llama_cpp, monkeypatch):
 def test_a_model_in_the_dtype_of_its_file_gives_the_outputs_of_float32(tiny_chat, tmp_path, dtype):
     AutoModelForCausalLM.from_pretrained(tiny_chat).to(dtype).save_pretrained(tmp_path)
     inputs = [[5, 6, 7, 8, 9], [10, 11]]
-    expected = gguf_ollama.outputs(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval(), inputs)
+    expected = gguf_ollama.outputs(
+        AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval(), inputs
+    )
     model = gguf_ollama.load(tmp_path)
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     assert torch.equal(gguf_ollama.outputs(model, inputs), expected)
     assert {weight.dtype for weight in model.parameters()} == {dtype}
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
-    hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+    hooks = [
+        len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()
+    ]
     assert not any(hooks)
     native = model(torch.tensor(inputs[:1])).logits[0].float().log_softmax(-1)
-    assert torch.equal(native, expected[:5]) == (dtype == torch.float32)  # which is what the conversion is for
+    assert torch.equal(native, expected[:5]) == (
+        dtype == torch.float32
+    )  # which is what the conversion is for
 
 
 def test_a_model_whose_blocks_cannot_be_widened_alone_is_widened_whole():
-    shape = dict(vocab_size=90, hidden_size=32, num_hidden_layers=1, num_heads=4, head_dim=16, n_groups=1, state_size=8)
+    shape = dict(
+        vocab_size=90,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_heads=4,
+        head_dim=16,
+        n_groups=1,
+        state_size=8,
+    )
     model = Mamba2ForCausalLM(Mamba2Config(**shape)).to(torch.bfloat16).eval()
     found = gguf_ollama.outputs(model, [[5, 6, 7]])
     assert torch.equal(found, gguf_ollama.outputs(model.float(), [[5, 6, 7]]))
@@ -440,15 +519,24 @@ def test_embeddings_in_the_dtype_of_their_file_are_those_of_float32(tiny_bert, t
     AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(tmp_path / "bert")
     sentence_transformers.SentenceTransformer(str(tmp_path / "bert")).save(str(tmp_path / "model"))
     texts, exact = ["where is the apple", "a lamp"], {"dtype": torch.float32}
-    reference = sentence_transformers.SentenceTransformer(str(tmp_path / "model"), model_kwargs=exact)
+    reference = sentence_transformers.SentenceTransformer(
+        str(tmp_path / "model"), model_kwargs=exact
+    )
     model = gguf_ollama.load(tmp_path / "model")
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
     found = gguf_ollama.outputs(model, texts)
-    assert found.dtype == torch.float32 and (found - gguf_ollama.outputs(reference, texts)).abs().max() < 1e-6
+    assert (
+        found.dtype == torch.float32
+        and (found - gguf_ollama.outputs(reference, texts)).abs().max() < 1e-6
+    )
 
 
-@pytest.mark.parametrize("trained, opening", [("true", ""), ("false", "<think>\n\n</think>\n\n"), (None, None)])
-def test_the_model_is_asked_as_it_was_trained(rehearsal, tmp_path, monkeypatch, capsys, trained, opening):
+@pytest.mark.parametrize(
+    "trained, opening", [("true", ""), ("false", "<think>\n\n</think>\n\n"), (None, None)]
+)
+def test_the_model_is_asked_as_it_was_trained(
+    rehearsal, tmp_path, monkeypatch, capsys, trained, opening
+):
     start, folder, _ = rehearsal
     (folder / "chat_template.jinja").write_text(NO_THINKING)
     flags = {"enable_thinking": trained} if trained else {}
@@ -471,14 +559,19 @@ def test_the_model_is_asked_as_it_was_trained(rehearsal, tmp_path, monkeypatch, 
     assert max_new_tokens == (1024 if trained == "true" else 256)
     if trained == "true":
         assert "</think>" not in (tmp_path / "out/Modelfile").read_text()
-        assert '--chat-template-kwargs \'{"enable_thinking": true}\'' in capsys.readouterr().out
+        assert "--chat-template-kwargs '{\"enable_thinking\": true}'" in capsys.readouterr().out
 
 
 def test_a_bos_that_llama_cpp_adds_is_not_in_the_template_too(rehearsal, tmp_path):
     start, folder, _ = rehearsal
-    tokenizer = chat_tokenizer("{{ bos_token }}" + CHATML, "<|im_end|>", "<s>", ["<s>", "<|im_start|>"])
+    tokenizer = chat_tokenizer(
+        "{{ bos_token }}" + CHATML, "<|im_end|>", "<s>", ["<s>", "<|im_start|>"]
+    )
     tokenizer.save_pretrained(folder)
-    for bos, first in {None: "{{ if not .System }}<s>{{ end }}", tokenizer.bos_token_id: ""}.items():
+    for bos, first in {
+        None: "{{ if not .System }}<s>{{ end }}",
+        tokenizer.bos_token_id: "",
+    }.items():
         start(bos=bos)
         assert f'TEMPLATE """{first}{{{{ range' in (tmp_path / "out/Modelfile").read_text()
 
@@ -541,12 +634,17 @@ GEMMA = (
     "{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
     "{{ m.content | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
-DEFAULT = "{% if messages[0].role != 'system' %}<|im_start|>system\nBe good.<|im_end|>\n{% endif %}" + CHATML
+DEFAULT = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nBe good.<|im_end|>\n{% endif %}"
+    + CHATML
+)
 NO_THINKING = CHATML.replace(
     "assistant\n{% endif %}",
     "assistant\n{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}",
 )
-PHI = CHATML.replace("{% endif %}", "{% else %}{{ eos_token }}{% endif %}")  # ends differently without a prompt
+PHI = CHATML.replace(
+    "{% endif %}", "{% else %}{{ eos_token }}{% endif %}"
+)  # ends differently without a prompt
 MISTRAL = (
     "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
     "{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}"
@@ -586,9 +684,14 @@ def test_ollama_sends_what_the_chat_template_renders(template, notes, strip_bos)
     render = render_with(template, strip_bos)  # whether the GGUF adds it by itself
     go, found = gguf_ollama.find_template(render)
     assert [note for note, text in zip(notes, found, strict=True) if note in text] == notes
-    chats = ["user", "user assistant user assistant user"] + ["system user assistant user"] * (NO_SYSTEM not in notes)
+    chats = ["user", "user assistant user assistant user"] + ["system user assistant user"] * (
+        NO_SYSTEM not in notes
+    )
     for roles in chats:
-        messages = [{"role": r, "content": f"{i} é\n{{{{ .Content }}}} ü"} for i, r in enumerate(roles.split())]
+        messages = [
+            {"role": r, "content": f"{i} é\n{{{{ .Content }}}} ü"}
+            for i, r in enumerate(roles.split())
+        ]
         assert render_go(go, messages) == render(messages, add_generation_prompt=True)
 
 
@@ -596,7 +699,10 @@ def test_the_go_template_is_written_as_a_person_would():
     assert gguf_ollama.find_template(render_with(CHATML))[0] == GO_CHATML
     start = "{{ if not .System }}<|im_start|>system\nBe good.<|im_end|>\n{{ end }}"
     assert gguf_ollama.find_template(render_with(DEFAULT))[0] == start + GO_CHATML
-    assert gguf_ollama.find_template(render_with(NO_THINKING))[0] == GO_CHATML + "<think>\n\n</think>\n\n"
+    assert (
+        gguf_ollama.find_template(render_with(NO_THINKING))[0]
+        == GO_CHATML + "<think>\n\n</think>\n\n"
+    )
 
 
 LOOP = "{% for m in messages %}"
@@ -605,11 +711,23 @@ LOOP = "{% for m in messages %}"
 @pytest.mark.parametrize(
     "template, why",
     [
-        (CHATML.replace(LOOP, "{% for m in messages[-1:] %}"), "moves or leaves out a turn"),  # forgets history
+        (
+            CHATML.replace(LOOP, "{% for m in messages[-1:] %}"),
+            "moves or leaves out a turn",
+        ),  # forgets history
         (CHATML.replace(LOOP, "{% for m in messages | reverse %}"), "moves or leaves out a turn"),
-        (CHATML.replace("{{ m.content }}", "{{ m.content }}{% if loop.last %} /no{% endif %}"), "no prefix and suffix"),
-        (CHATML.replace("{{ m.content }}", "{{ m.content | replace('\\n', ' ') }}"), "no prefix and suffix"),
-        (CHATML.replace("{{ m.content }}", "{{ loop.index }}: {{ m.content }}"), "no prefix and suffix"),
+        (
+            CHATML.replace("{{ m.content }}", "{{ m.content }}{% if loop.last %} /no{% endif %}"),
+            "no prefix and suffix",
+        ),
+        (
+            CHATML.replace("{{ m.content }}", "{{ m.content | replace('\\n', ' ') }}"),
+            "no prefix and suffix",
+        ),
+        (
+            CHATML.replace("{{ m.content }}", "{{ loop.index }}: {{ m.content }}"),
+            "no prefix and suffix",
+        ),
         (
             "{% set s = messages[0].content + '\\n\\n' if messages[0].role == 'system' else '' %}"
             + CHATML.replace(LOOP, "{% for m in messages if m.role != 'system' %}").replace(
@@ -619,7 +737,10 @@ LOOP = "{% for m in messages %}"
         ),
         (CHATML.replace("<|im_end|>", "{{ '{}' }}"), "characters that a Modelfile cannot hold"),
         (CHATML.replace("<|im_end|>", '"""'), "characters that a Modelfile cannot hold"),
-        (CHATML.replace("<|im_end|>", "\u3000"), "characters that a Modelfile cannot hold"),  # Ollama's parser drops it
+        (
+            CHATML.replace("<|im_end|>", "\u3000"),
+            "characters that a Modelfile cannot hold",
+        ),  # Ollama's parser drops it
     ],
     ids="last-turn reversed marks-the-last rewrites numbers folds braces quotes unprintable".split(),
 )
@@ -650,26 +771,36 @@ def test_modelfile_says_what_the_model_was_trained_with(merged, tmp_path):
     text, _ = write_modelfile(folder, CHATML, tmp_path, config=positions)
     assert "PARAMETER num_ctx 4096\n" in text
     sampling = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "repetition_penalty": 1.05}
-    text, _ = write_modelfile(folder, CHATML, tmp_path, training_config=trained, generation_config=sampling)
+    text, _ = write_modelfile(
+        folder, CHATML, tmp_path, training_config=trained, generation_config=sampling
+    )
     wanted = {"num_ctx 6000", "temperature 0.6", "top_k 50", "top_p 0.95", "repeat_penalty 1.05"}
     assert {line.removeprefix("PARAMETER ") for line in text.splitlines()} >= wanted
 
 
-@pytest.mark.parametrize("trained, sampled", [("false", False), ("true", True), (None, True), ("auto", True)])
-def test_sampling_is_that_of_the_base_unless_it_was_trained_without_thinking(merged, tmp_path, trained, sampled):
+@pytest.mark.parametrize(
+    "trained, sampled", [("false", False), ("true", True), (None, True), ("auto", True)]
+)
+def test_sampling_is_that_of_the_base_unless_it_was_trained_without_thinking(
+    merged, tmp_path, trained, sampled
+):
     base = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20}
     settings = {"generation_config": base}
     if trained:
         settings["training_config"] = {"flags": {"enable_thinking": trained}}
     text, _ = write_modelfile(merged(), CHATML, tmp_path, **settings)
-    found = dict(line.split()[1:] for line in text.splitlines() if re.match("PARAMETER (t|top_.)", line))
+    found = dict(
+        line.split()[1:] for line in text.splitlines() if re.match("PARAMETER (t|top_.)", line)
+    )
     values = {"temperature": "0.6", "top_k": "20", "top_p": "0.95"}
     assert found == (values if sampled else {"temperature": "0"})
 
 
 def test_modelfile_without_a_template_says_so(merged, tmp_path):
     folder = merged()
-    text, notes = write_modelfile(folder, CHATML.replace(LOOP, "{% for m in messages[-1:] %}"), tmp_path)
+    text, notes = write_modelfile(
+        folder, CHATML.replace(LOOP, "{% for m in messages[-1:] %}"), tmp_path
+    )
     assert "TEMPLATE" not in text and 'PARAMETER stop "<|im_end|>"' in text
     assert len(notes) == 1 and notes[0].startswith("no TEMPLATE in Modelfile")
     text, notes = write_modelfile(folder, "{{ raise_exception('never') }}", tmp_path)
@@ -703,13 +834,18 @@ def qwen_tokenizer(real, monkeypatch):
     def strings(name):
         return [bytes(fields[name].parts[i]).decode() for i in fields[name].data]
 
-    kinds = [int(fields["tokenizer.ggml.token_type"].parts[i][0]) for i in fields["tokenizer.ggml.token_type"].data]
+    kinds = [
+        int(fields["tokenizer.ggml.token_type"].parts[i][0])
+        for i in fields["tokenizer.ggml.token_type"].data
+    ]
     vocabulary = {token: i for i, (token, kind) in enumerate(zip(strings("tokenizer.ggml.tokens"), kinds, strict=True))
                   if kind == 1}  # fmt: skip
     merges = [tuple(pair.split(" ")) for pair in strings("tokenizer.ggml.merges")]
     ends = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": None}
     added = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokenizer = Qwen2TokenizerFast(vocab=vocabulary, merges=merges, additional_special_tokens=added, **ends)
+    tokenizer = Qwen2TokenizerFast(
+        vocab=vocabulary, merges=merges, additional_special_tokens=added, **ends
+    )
     tokenizer.chat_template = DEFAULT
     return tokenizer
 
@@ -718,16 +854,29 @@ def train_answers(tokenizer, folder, text):
     """Train a Qwen3 of 2 layers of 256 to answer everything with `text`, and write it as merge.py would."""
     torch.manual_seed(0)
     eos = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    shape = dict(hidden_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
+    shape = dict(
+        hidden_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+    )
     config = Qwen3Config(
-        vocab_size=151936, intermediate_size=256, max_position_embeddings=512, eos_token_id=eos, **shape
+        vocab_size=151936,
+        intermediate_size=256,
+        max_position_embeddings=512,
+        eos_token_id=eos,
+        **shape,
     )
     model = Qwen3ForCausalLM(config)
     optimizer = torch.optim.SGD(model.parameters(), 0.5)
     chat = chat_of(tokenizer)
     for prompt in ["Hi", "日本", "¿Qué?", "한국어", "1 + 1"] * 8:
         prefix = chat([{"role": "user", "content": prompt}], add_generation_prompt=True)
-        start, ids = len(tokenizer(prefix)["input_ids"]), tokenizer(prefix + text + "<|im_end|>")["input_ids"]
+        start, ids = (
+            len(tokenizer(prefix)["input_ids"]),
+            tokenizer(prefix + text + "<|im_end|>")["input_ids"],
+        )
         labels = torch.tensor([[-100] * start + ids[start:]])
         model(torch.tensor([ids]), labels=labels).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -738,7 +887,9 @@ def train_answers(tokenizer, folder, text):
     return folder
 
 
-def test_a_real_gguf_is_proven_and_that_of_another_model_refused(real, qwen_tokenizer, tmp_path, capsys):
+def test_a_real_gguf_is_proven_and_that_of_another_model_refused(
+    real, qwen_tokenizer, tmp_path, capsys
+):
     base = train_answers(qwen_tokenizer, tmp_path / "base", "no")
     folder = train_answers(qwen_tokenizer, tmp_path / "merged", "yes")
     (folder / "merge_report.json").write_text(json.dumps({"verified": True, "base": str(base)}))
@@ -749,16 +900,25 @@ def test_a_real_gguf_is_proven_and_that_of_another_model_refused(real, qwen_toke
     assert f16["kl"] < 1e-4 and f16["top1"] > 0.99 and f16["retained"] == pytest.approx(1, abs=0.01)
     assert q4["kl"] < 0.5 and f16["residual"] < q4["residual"] < 0.5
     assert "Be good." in (tmp_path / "out/Modelfile").read_text()
-    sequences = [qwen_tokenizer("<|im_start|>assistant\n" + text)["input_ids"] for text in ("yes", "no")]
-    llama = sys.modules["llama_cpp"].Llama(str(tmp_path / "out/model-f16.gguf"), logits_all=True, verbose=False)
-    other, gguf = gguf_ollama.outputs(gguf_ollama.load(base), sequences), gguf_ollama.outputs(llama, sequences)
+    sequences = [
+        qwen_tokenizer("<|im_start|>assistant\n" + text)["input_ids"] for text in ("yes", "no")
+    ]
+    llama = sys.modules["llama_cpp"].Llama(
+        str(tmp_path / "out/model-f16.gguf"), logits_all=True, verbose=False
+    )
+    other, gguf = (
+        gguf_ollama.outputs(gguf_ollama.load(base), sequences),
+        gguf_ollama.outputs(llama, sequences),
+    )
     with pytest.raises(InputError, match="f16 GGUF is not the merged model"):
         gguf_ollama.compare("f16", other, None, gguf)
     gguf_ollama.compare("f16", gguf_ollama.outputs(gguf_ollama.load(folder), sequences), None, gguf)
 
 
 @pytest.mark.parametrize("kind", ["f16", "q8_0"])
-def test_a_real_embedding_gguf_pools_like_sentence_transformers(real, merged, minilm, tmp_path, kind):
+def test_a_real_embedding_gguf_pools_like_sentence_transformers(
+    real, merged, minilm, tmp_path, kind
+):
     folder, base = merged(minilm), tmp_path / "base"
     shutil.copytree(minilm, base)
     (folder / "merge_report.json").write_text(json.dumps({"verified": True, "base": str(base)}))
@@ -767,9 +927,14 @@ def test_a_real_embedding_gguf_pools_like_sentence_transformers(real, merged, mi
     for parameter in model.encoder.parameters():
         parameter.data += 0.05 * parameter.data.std(unbiased=False) * torch.randn(parameter.shape)
     model.save_pretrained(folder)
-    report = gguf_ollama.main(flags(folder, real, "--output_path", tmp_path / "out", "--quantize", kind))
+    report = gguf_ollama.main(
+        flags(folder, real, "--output_path", tmp_path / "out", "--quantize", kind)
+    )
     print(report["figures"])
-    assert report["figures"]["f16"]["cosine"] > 0.9999 and 0.98 < report["figures"]["f16"]["retained"] < 1.02
+    assert (
+        report["figures"]["f16"]["cosine"] > 0.9999
+        and 0.98 < report["figures"]["f16"]["retained"] < 1.02
+    )
     assert report["figures"][kind]["cosine"] > 0.99
     assert ["Korean" in text for text in report["warnings"]] == [True]
     assert (tmp_path / "out/Modelfile").read_text() == f"FROM ./model-{kind}.gguf\n"

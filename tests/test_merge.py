@@ -47,7 +47,12 @@ from transformers import (
 )
 
 SMALL = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-GROUPED = SMALL | {"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64, "head_dim": 8}
+GROUPED = SMALL | {
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "head_dim": 8,
+}
 LINEARS = ["q_proj", "v_proj", "down_proj"]
 BASES = {
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**GROUPED, tie_word_embeddings=True), LINEARS),
@@ -56,7 +61,9 @@ BASES = {
     "gpt2": (GPT2LMHeadModel, GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64),
              ["c_attn", "c_proj"]),
 }  # fmt: skip
-MIXED = {name: value for name, value in GROUPED.items() if name != "intermediate_size"} | {"num_experts_per_tok": 2}
+MIXED = {name: value for name, value in GROUPED.items() if name != "intermediate_size"} | {
+    "num_experts_per_tok": 2
+}
 EXPERTS = {
     "qwen3_moe": (Qwen3MoeForCausalLM, Qwen3MoeConfig(**MIXED, moe_intermediate_size=24, num_experts=3), None),
     "mixtral": (MixtralForCausalLM, MixtralConfig(**MIXED, intermediate_size=40, num_local_experts=3), None),
@@ -96,18 +103,28 @@ def make_base(kind, folder, dtype=torch.float32, shard="50GB"):
     return str(folder)
 
 
-def make_adapter(base, folder, auto=AutoModelForCausalLM, targets=LINEARS, size=0.05, more=(), **options):
+def make_adapter(
+    base, folder, auto=AutoModelForCausalLM, targets=LINEARS, size=0.05, more=(), **options
+):
     """Save an adapter with every trained tensor moved; return base + adapter as peft runs them, in float32."""
     model = auto.from_pretrained(base, dtype=torch.float32)
     names = {name.split(".")[-1] for name, _ in model.named_modules()}
     if "modules_to_save" in options:
         options["modules_to_save"] = [name for name in options["modules_to_save"] if name in names]
     if "trainable_token_indices" in options:
-        embedding = next(name for name in ("embed_tokens", "wte", "word_embeddings") if name in names)
+        embedding = next(
+            name for name in ("embed_tokens", "wte", "word_embeddings") if name in names
+        )
         options["trainable_token_indices"] = {embedding: options["trainable_token_indices"]}
     task = TaskType.CAUSAL_LM if auto is AutoModelForCausalLM else TaskType.FEATURE_EXTRACTION
-    targets = [*targets, *(name for name in more if name in names)] if targets != "all-linear" else targets
-    model = get_peft_model(model, LoraConfig(task_type=task, target_modules=targets, **{"r": 4} | options))
+    targets = (
+        [*targets, *(name for name in more if name in names)]
+        if targets != "all-linear"
+        else targets
+    )
+    model = get_peft_model(
+        model, LoraConfig(task_type=task, target_modules=targets, **{"r": 4} | options)
+    )
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -140,7 +157,9 @@ def test_merged_logits_are_those_of_base_and_adapter(kind, adapter, tmp_path):
     if adapter == "lora_bias" and kind != "gpt2":
         pytest.skip("its linear layers have no bias to add to")
     base = make_base(kind, tmp_path / "base")
-    right = output(make_adapter(base, tmp_path / "adapter", targets=BASES[kind][2], **ADAPTERS[adapter]))
+    right = output(
+        make_adapter(base, tmp_path / "adapter", targets=BASES[kind][2], **ADAPTERS[adapter])
+    )
     model = AutoModelForCausalLM.from_pretrained(base)
     assert error_of(output(model), right) > 1e-3
     report, merged = merge_and_load(base, tmp_path / "adapter", tmp_path / "merged")
@@ -150,7 +169,9 @@ def test_merged_logits_are_those_of_base_and_adapter(kind, adapter, tmp_path):
 
     model.save_pretrained(base, max_shard_size="20KB")
     (tmp_path / "base/model.safetensors").unlink()
-    report, merged = merge_and_load(base, tmp_path / "adapter", tmp_path / "shards", "--verify", "weights")
+    report, merged = merge_and_load(
+        base, tmp_path / "adapter", tmp_path / "shards", "--verify", "weights"
+    )
     assert error_of(output(merged), right) < 1e-5 and report["verified"]
     assert (tmp_path / "shards/model.safetensors.index.json").exists()
 
@@ -174,7 +195,9 @@ def test_experts_are_merged_as_peft_does(kind, shard, options, tmp_path):
     assert report["verified"] and report["verification"]["outputs"]["relative_error"] < 1e-6
     assert error_of(output(merged), right) < 1e-6
     plain = AutoModelForCausalLM.from_pretrained(base).state_dict()
-    moved = {name for name, weight in merged.state_dict().items() if error_of(weight, plain[name]) > 1e-3}
+    moved = {
+        name for name, weight in merged.state_dict().items() if error_of(weight, plain[name]) > 1e-3
+    }
     peft = model.merge_and_unload().state_dict()
     for name, weight in merged.state_dict().items():
         assert error_of(weight, peft[name]) < 1e-6
@@ -188,29 +211,47 @@ def test_an_adapter_that_was_trained_expert_by_expert_is_merged(tmp_path):
         if ".experts." in name:
             module = f"base_model.model.{name.removesuffix('.weight')}"
             for side, shape in (("A", (3, weight.shape[1])), ("B", (weight.shape[0], 3))):
-                tensors[f"{module}.lora_{side}.weight"] = 0.1 * torch.randn(shape, generator=generator)
+                tensors[f"{module}.lora_{side}.weight"] = 0.1 * torch.randn(
+                    shape, generator=generator
+                )
     (tmp_path / "adapter").mkdir()
     save_file(tensors, tmp_path / "adapter/adapter_model.safetensors")
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 3, "lora_alpha": 5, "base_model_name_or_path": base}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": 3,
+        "lora_alpha": 5,
+        "base_model_name_or_path": base,
+    }
     config["target_modules"] = ["w1", "w2", "w3"]
     (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
     plain = AutoModelForCausalLM.from_pretrained(base)
     assert "experts.gate_up_proj" in " ".join(plain.state_dict())
     before = output(plain)
     right = output(PeftModel.from_pretrained(plain, tmp_path / "adapter").eval())
-    report, merged = merge_and_load(base, tmp_path / "adapter", tmp_path / "merged", "--verify", "full")
-    assert report["verified"] and error_of(output(merged), right) < 1e-5 < 1e-3 < error_of(before, right)
+    report, merged = merge_and_load(
+        base, tmp_path / "adapter", tmp_path / "merged", "--verify", "full"
+    )
+    assert report["verified"] and error_of(output(merged), right) < 1e-5 < 1e-3 < error_of(
+        before, right
+    )
 
 
 @pytest.mark.parametrize("verify", ["full", "weights"])
 @pytest.mark.parametrize("same", [True, False])
-@pytest.mark.parametrize("adapter", ["plain", "tokens", "embedding", "head", "saved_head", "saved_embedding"])
+@pytest.mark.parametrize(
+    "adapter", ["plain", "tokens", "embedding", "head", "saved_head", "saved_embedding"]
+)
 def test_a_tied_base_may_hold_a_head(adapter, same, verify, tmp_path):
     base = make_base("qwen3", tmp_path / "base")
     path = tmp_path / "base/model.safetensors"
     tensors = load_file(path)
     head = tensors["model.embed_tokens.weight"].clone()
-    save_file(tensors | {"lm_head.weight": head if same else head.flip(0).contiguous()}, path, {"format": "pt"})
+    save_file(
+        tensors | {"lm_head.weight": head if same else head.flip(0).contiguous()},
+        path,
+        {"format": "pt"},
+    )
     right = output(make_adapter(base, tmp_path / "adapter", **ADAPTERS[adapter]))
     _, merged = merge_and_load(base, tmp_path / "adapter", tmp_path / "merged", "--verify", verify)
     assert error_of(output(merged), right) < 1e-5
@@ -226,7 +267,11 @@ def test_new_tokens_of_the_adapters_own_embedding_are_kept(kind, tmp_path):
     for name, parameter in model.named_parameters():
         parameter.data += 0.05 * torch.randn_like(parameter) if "lora_" in name else 0
     model.save_pretrained(tmp_path / "adapter")
-    right = output(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter").eval())
+    right = output(
+        PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter"
+        ).eval()
+    )
     assert error_of(right, output(model)) < 1e-5
     _, merged = merge_and_load(base, tmp_path / "adapter", tmp_path / "merged")
     assert error_of(output(merged), right) < 1e-5
@@ -245,7 +290,9 @@ def test_a_resized_vocabulary_comes_with_the_adapter(kind, adapter, rows, tmp_pa
     model.resize_token_embeddings(rows)
     model.save_pretrained(tmp_path / "resized")
     model = make_adapter(tmp_path / "resized", tmp_path / "adapter", **adapter)
-    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=not adapter.get("modules_to_save"))
+    model.save_pretrained(
+        tmp_path / "adapter", save_embedding_layers=not adapter.get("modules_to_save")
+    )
     right = output(model)
     for verify in ("full", "weights"):
         flags = ["--base_model_path", base, "--verify", verify]
@@ -265,13 +312,24 @@ def test_an_index_with_one_shard_is_kept(tmp_path):
     assert error_of(output(merged), right) < 1e-5
 
 
-@pytest.mark.parametrize("adapter", [name for name in ADAPTERS if "head" not in name and "tied" not in name])
+@pytest.mark.parametrize(
+    "adapter", [name for name in ADAPTERS if "head" not in name and "tied" not in name]
+)
 def test_merged_minilm_gives_the_adapters_embeddings(adapter, minilm, tmp_path):
     targets = ["query", "value", "output.dense"]
-    model = make_adapter(minilm, tmp_path / "adapter", AutoModel, targets, size=0.02, **ADAPTERS[adapter])
-    ids = torch.tensor([AutoTokenizer.from_pretrained(minilm)("a lamp behind the door")["input_ids"]])
-    right, plain = output(model, ids).mean(1), output(AutoModel.from_pretrained(minilm), ids).mean(1)
-    report, merged = merge_and_load(minilm, tmp_path / "adapter", tmp_path / "merged", auto=AutoModel)
+    model = make_adapter(
+        minilm, tmp_path / "adapter", AutoModel, targets, size=0.02, **ADAPTERS[adapter]
+    )
+    ids = torch.tensor(
+        [AutoTokenizer.from_pretrained(minilm)("a lamp behind the door")["input_ids"]]
+    )
+    right, plain = (
+        output(model, ids).mean(1),
+        output(AutoModel.from_pretrained(minilm), ids).mean(1),
+    )
+    report, merged = merge_and_load(
+        minilm, tmp_path / "adapter", tmp_path / "merged", auto=AutoModel
+    )
     assert torch.cosine_similarity(output(merged, ids).mean(1), right).item() >= 1 - 1e-6
     assert torch.cosine_similarity(plain, right).item() < 0.9999
     assert report["verified"] and report["verification"]["outputs"]["kind"] == "embeddings"
@@ -283,7 +341,9 @@ def test_merged_minilm_gives_the_adapters_embeddings(adapter, minilm, tmp_path):
 def test_adapters_fit_bases_with_and_without_head(kind, trained_as, saved_as, tmp_path):
     base = make_base(kind, tmp_path / "whole")
     saved_as.from_pretrained(base).save_pretrained(tmp_path / "base")
-    right = output(make_adapter(tmp_path / "base", tmp_path / "adapter", trained_as, BASES[kind][2]))
+    right = output(
+        make_adapter(tmp_path / "base", tmp_path / "adapter", trained_as, BASES[kind][2])
+    )
     _, merged = merge_and_load(base, tmp_path / "adapter", tmp_path / "merged", auto=trained_as)
     assert error_of(output(merged), right) < 1e-5
 
@@ -294,33 +354,56 @@ def test_embedrags_command_line_and_names(trained_as, named, tmp_path):
     base, final = make_base("qwen3", tmp_path / "base"), tmp_path / "OUT/final"
     right = output(make_adapter(base, final, trained_as, r=5, lora_alpha=7))
     tensors = load_file(final / "adapter_model.safetensors")
-    save_file({f"model.{name}": tensor for name, tensor in tensors.items()}, final / "adapter_model.safetensors")
+    save_file(
+        {f"model.{name}": tensor for name, tensor in tensors.items()},
+        final / "adapter_model.safetensors",
+    )
     config = json.loads((final / "adapter_config.json").read_text())
     config["task_type"] = config["task_type"] if trained_as is AutoModelForCausalLM else named
     (final / "adapter_config.json").write_text(json.dumps(config))
     flags = "--base_model_path BASE --lora_adapter_path OUT/final/adapter_model.safetensors --output_path MERGED"
-    paths = {"BASE": base, "OUT/final/adapter_model.safetensors": str(final / "adapter_model.safetensors")}
+    paths = {
+        "BASE": base,
+        "OUT/final/adapter_model.safetensors": str(final / "adapter_model.safetensors"),
+    }
     paths["MERGED"] = str(tmp_path / "merged")
-    report = merge.main([paths.get(part, part) for part in [*flags.split(), "--training_precision", "float32"]])
+    report = merge.main(
+        [paths.get(part, part) for part in [*flags.split(), "--training_precision", "float32"]]
+    )
     assert report["verified"]
     assert error_of(output(trained_as.from_pretrained(tmp_path / "merged").eval()), right) < 1e-5
 
 
 def test_embedrags_snippet_gives_the_trainers_embeddings(run_embed, tiny_qwen, tmp_path):
-    run_embed("--append_eos", "--max_steps", "3", "--lr", "5e-3", model=tiny_qwen, out=tmp_path / "run")
-    merge.main(["--lora_adapter_path", str(tmp_path / "run/final"), "--output_path", str(tmp_path / "merged")])
+    run_embed(
+        "--append_eos", "--max_steps", "3", "--lr", "5e-3", model=tiny_qwen, out=tmp_path / "run"
+    )
+    merge.main(
+        [
+            "--lora_adapter_path",
+            str(tmp_path / "run/final"),
+            "--output_path",
+            str(tmp_path / "merged"),
+        ]
+    )
     from sentence_transformers import SentenceTransformer
 
     text = "where is the lamp"
-    right = torch.tensor(SentenceTransformer(str(tmp_path / "run/final"), device="cpu").encode([text]))
-    model, tokenizer = (auto.from_pretrained(tmp_path / "merged") for auto in (AutoModel, AutoTokenizer))
+    right = torch.tensor(
+        SentenceTransformer(str(tmp_path / "run/final"), device="cpu").encode([text])
+    )
+    model, tokenizer = (
+        auto.from_pretrained(tmp_path / "merged") for auto in (AutoModel, AutoTokenizer)
+    )
     inputs = tokenizer(text, return_tensors="pt", max_length=512, truncation=True)
     assert inputs["input_ids"][0, -1] == tokenizer.eos_token_id
     with torch.no_grad():
         embeddings = model(**inputs).last_hidden_state[:, -1, :]
     embeddings = torch.nn.functional.normalize(embeddings, p=2, dim=-1)
     assert torch.cosine_similarity(embeddings, right).item() >= 1 - 1e-6
-    merged = torch.tensor(SentenceTransformer(str(tmp_path / "merged"), device="cpu").encode([text]))
+    merged = torch.tensor(
+        SentenceTransformer(str(tmp_path / "merged"), device="cpu").encode([text])
+    )
     assert torch.cosine_similarity(merged, right).item() >= 1 - 1e-6
     base = torch.tensor(SentenceTransformer(tiny_qwen, device="cpu").encode([text]))
     assert torch.cosine_similarity(base, right).item() < 0.999
@@ -334,7 +417,9 @@ def small_fine_tune(folder, size):
     base = make_base("llama", folder / "base", torch.bfloat16)
     stored = load_file(f"{base}/model.safetensors")
     save_file(
-        {name: tensor.bfloat16() for name, tensor in stored.items()}, f"{base}/model.safetensors", {"format": "pt"}
+        {name: tensor.bfloat16() for name, tensor in stored.items()},
+        f"{base}/model.safetensors",
+        {"format": "pt"},
     )
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
@@ -344,7 +429,9 @@ def small_fine_tune(folder, size):
         if "default" in getattr(layer, "lora_B", {}):
             weight = layer.lora_B["default"].weight
             weight.data.normal_(generator=torch.Generator().manual_seed(3))
-            weight.data *= size * layer.base_layer.weight.norm() / layer.get_delta_weight("default").norm()
+            weight.data *= (
+                size * layer.base_layer.weight.norm() / layer.get_delta_weight("default").norm()
+            )
     model.save_pretrained(folder / "adapter")
     return base, folder / "adapter"
 
@@ -352,11 +439,17 @@ def small_fine_tune(folder, size):
 def test_auto_leaves_bfloat16_where_the_fine_tune_would_be_lost(tmp_path, capsys):
     base, adapter = small_fine_tune(tmp_path, 1e-3)
     report, merged = merge_and_load(base, adapter, tmp_path / "merged")
-    assert (report["dtype"], report["base_dtype"], report["verified"]) == ("float32", "bfloat16", True)
+    assert (report["dtype"], report["base_dtype"], report["verified"]) == (
+        "float32",
+        "bfloat16",
+        True,
+    )
     assert 0.98 < report["verification"]["outputs"]["retained"] < 1.02
     assert report["verification"]["outputs"]["residual"] < 0.05
-    assert "bfloat16 would lose part of the fine-tune: once more in float32, 0.00 GB instead of 0.00. It helps only " \
-           "if it is served in float32 or float16" in capsys.readouterr().out
+    assert (
+        "bfloat16 would lose part of the fine-tune: once more in float32, 0.00 GB instead of 0.00. It helps only "
+        "if it is served in float32 or float16" in capsys.readouterr().out
+    )
     assert json.loads((tmp_path / "merged/config.json").read_text())["dtype"] == "float32"
 
 
@@ -382,18 +475,29 @@ def test_auto_is_decided_by_outputs_or_by_all_tensors_together(verify, tmp_path)
 
 
 def test_figures_over_all_tensors_weigh_each_by_what_it_changes():
-    big, small = {"delta": 3.0, "retained": 1.0, "residual": 0.1}, {"delta": 1.0, "retained": 0.5, "residual": 0.4}
+    big, small = (
+        {"delta": 3.0, "retained": 1.0, "residual": 0.1},
+        {"delta": 1.0, "retained": 0.5, "residual": 0.4},
+    )
     found = merge.over_all({"big": big, "small": small})
     assert math.isclose(found["retained"], (9 * 1.0 + 1 * 0.5) / 10)
     assert math.isclose(found["residual"], math.sqrt((9 * 0.01 + 1 * 0.16) / 10))
-    assert merge.over_all({"none": {"delta": 0.0, "retained": 1.0, "residual": 0.0}})["retained"] == 1
+    assert (
+        merge.over_all({"none": {"delta": 0.0, "retained": 1.0, "residual": 0.0}})["retained"] == 1
+    )
 
 
 def test_a_float32_file_that_is_served_in_bfloat16_is_the_bfloat16_merge(tmp_path):
     base, adapter = small_fine_tune(tmp_path, 0.03)
     stored = {}
     for dtype in ("float32", "bfloat16"):
-        flags = ["--lora_adapter_path", str(adapter), "--output_path", str(tmp_path / dtype), "--training_precision"]
+        flags = [
+            "--lora_adapter_path",
+            str(adapter),
+            "--output_path",
+            str(tmp_path / dtype),
+            "--training_precision",
+        ]
         merge.main([*flags, dtype, "--verify", "off"])
         stored[dtype] = load_file(tmp_path / dtype / "model.safetensors")
     for name, tensor in stored["bfloat16"].items():
@@ -413,7 +517,10 @@ def test_auto_keeps_bfloat16_where_the_fine_tune_survives(verify, tmp_path):
 def test_an_explicit_bfloat16_merge_that_loses_is_written_and_fails(verify, tmp_path):
     base, adapter = small_fine_tune(tmp_path, 1e-3)
     flags = ["--training_precision", "bfloat16", "--verify", verify]
-    with pytest.raises(merge.InputError, match="lost part of the fine-tune to bfloat16.*--training_precision float32"):
+    with pytest.raises(
+        merge.InputError,
+        match="lost part of the fine-tune to bfloat16.*--training_precision float32",
+    ):
         merge_and_load(base, adapter, tmp_path / "merged", *flags)
     report = json.loads((tmp_path / "merged/merge_report.json").read_text())
     assert report["verified"] is False and report["dtype"] == "bfloat16"
@@ -423,11 +530,22 @@ def test_an_explicit_bfloat16_merge_that_loses_is_written_and_fails(verify, tmp_
 def test_the_reports_figures_are_those_of_a_naive_merge(tmp_path):
     base, adapter = small_fine_tune(tmp_path, 1e-3)
     with pytest.raises(merge.InputError):
-        merge_and_load(base, adapter, tmp_path / "merged", "--training_precision", "bfloat16", "--verify", "weights")
+        merge_and_load(
+            base,
+            adapter,
+            tmp_path / "merged",
+            "--training_precision",
+            "bfloat16",
+            "--verify",
+            "weights",
+        )
     report = json.loads((tmp_path / "merged/merge_report.json").read_text())
     name = "model.layers.1.mlp.down_proj.weight"
     tensors = load_file(adapter / "adapter_model.safetensors")
-    a, b = (tensors[f"base_model.model.{name.replace('weight', f'lora_{x}.weight')}"].double() for x in "AB")
+    a, b = (
+        tensors[f"base_model.model.{name.replace('weight', f'lora_{x}.weight')}"].double()
+        for x in "AB"
+    )
     w = load_file(f"{base}/model.safetensors")[name].double()
     delta = 8 / 4 * b @ a
     written = (w + delta).float().bfloat16().double()
@@ -435,20 +553,30 @@ def test_the_reports_figures_are_those_of_a_naive_merge(tmp_path):
     e, q = written - w, torch.linalg.qr(a.T).Q
     found = report["tensors"][name]
     assert math.isclose(found["relative_delta"], (delta.norm() / w.norm()).item(), rel_tol=1e-4)
-    assert math.isclose(found["retained"], ((e * delta).sum() / delta.square().sum()).item(), abs_tol=1e-4)
-    assert math.isclose(found["residual"], (((e - delta) @ q).norm() / delta.norm()).item(), abs_tol=1e-4)
+    assert math.isclose(
+        found["retained"], ((e * delta).sum() / delta.square().sum()).item(), abs_tol=1e-4
+    )
+    assert math.isclose(
+        found["residual"], (((e - delta) @ q).norm() / delta.norm()).item(), abs_tol=1e-4
+    )
 
 
 def test_a_merge_in_float16_says_what_does_not_fit(tmp_path):
     base = make_base("llama", tmp_path / "base")
     make_adapter(base, tmp_path / "adapter", size=300)
-    with pytest.raises(merge.InputError, match="too large for float16. Pass --training_precision float32"):
-        merge_and_load(base, tmp_path / "adapter", tmp_path / "merged", "--training_precision", "float16")
+    with pytest.raises(
+        merge.InputError, match="too large for float16. Pass --training_precision float32"
+    ):
+        merge_and_load(
+            base, tmp_path / "adapter", tmp_path / "merged", "--training_precision", "float16"
+        )
     assert not (tmp_path / "merged").exists()
 
 
 @pytest.mark.parametrize("flags", [[], ["--training_precision", "float32"]])
-@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.float64, torch.float64)])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.bfloat16), (torch.float64, torch.float64)]
+)
 def test_bases_of_mixed_and_double_precision(dtypes, flags, tmp_path):
     base = make_base("llama", tmp_path / "base", torch.bfloat16)
     path = tmp_path / "base/model.safetensors"
@@ -465,22 +593,37 @@ def test_bases_of_mixed_and_double_precision(dtypes, flags, tmp_path):
 def test_auto_goes_to_float32_where_float16_overflows(tmp_path):
     base = make_base("llama", tmp_path / "base")
     path = tmp_path / "base/model.safetensors"
-    save_file({name: tensor.half() for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    save_file(
+        {name: tensor.half() for name, tensor in load_file(path).items()}, path, {"format": "pt"}
+    )
     make_adapter(base, tmp_path / "adapter", size=300)
-    report = merge.main(["--lora_adapter_path", str(tmp_path / "adapter"), "--output_path", str(tmp_path / "merged")])
+    report = merge.main(
+        [
+            "--lora_adapter_path",
+            str(tmp_path / "adapter"),
+            "--output_path",
+            str(tmp_path / "merged"),
+        ]
+    )
     assert report["dtype"] == "float32" and report["verified"]
 
 
 def test_trained_tokens_that_rounding_loses_fail_whatever_the_outputs_say(tmp_path):
     base = make_base("llama", tmp_path / "base", torch.bfloat16)
     path = tmp_path / "base/model.safetensors"
-    save_file({name: tensor.bfloat16() for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    save_file(
+        {name: tensor.bfloat16() for name, tensor in load_file(path).items()},
+        path,
+        {"format": "pt"},
+    )
     make_adapter(base, tmp_path / "adapter", size=0.5, trainable_token_indices=[94, 95])
     rows = load_file(path)["model.embed_tokens.weight"][94:].float() * 1.0007
     name = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
     change_tensors(tmp_path / "adapter", lambda tensors: tensors | {name: rows})
     with pytest.raises(merge.InputError, match="lost part of the fine-tune"):
-        merge_and_load(base, tmp_path / "adapter", tmp_path / "merged", "--training_precision", "bfloat16")
+        merge_and_load(
+            base, tmp_path / "adapter", tmp_path / "merged", "--training_precision", "bfloat16"
+        )
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -490,10 +633,16 @@ def test_qlora_can_be_merged_into_what_training_saw(bits, tmp_path):
     base = make_base("llama", tmp_path / "base")
     make_adapter(base, tmp_path / "adapter", targets=["q_proj", "down_proj"])
     (tmp_path / "adapter/training_config.json").write_text(json.dumps({"flags": {"bits": bits}}))
-    how = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.float32}
+    how = {
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": torch.float32,
+    }
     how = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, **how)
     seen = AutoModelForCausalLM.from_pretrained(base, quantization_config=how, dtype=torch.float32)
-    seen = seen.dequantize(torch.float32) if bits == 8 else seen  # 8 bits also round the inputs, outside training
+    seen = (
+        seen.dequantize(torch.float32) if bits == 8 else seen
+    )  # 8 bits also round the inputs, outside training
     right = output(PeftModel.from_pretrained(seen, tmp_path / "adapter").train())
     errors = {}
     for qlora_base in ("original", "dequant"):
@@ -502,9 +651,13 @@ def test_qlora_can_be_merged_into_what_training_saw(bits, tmp_path):
         errors[qlora_base] = error_of(output(merged), right)
         assert report["verified"]
     assert errors["dequant"] < 1e-5 < 1e-3 < errors["original"]
-    stored, old = (load_file(folder / "model.safetensors") for folder in (tmp_path / "dequant", Path(base)))
+    stored, old = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "dequant", Path(base))
+    )
     changed = {name for name in old if not torch.equal(old[name], stored[name])}
-    assert all("_proj" in name for name in changed) and len(changed) == 14  # no norm, embedding or head
+    assert (
+        all("_proj" in name for name in changed) and len(changed) == 14
+    )  # no norm, embedding or head
 
 
 # ---------------------------------------------------------------- the folder
@@ -524,8 +677,12 @@ def test_the_folder_is_complete(run_sft, tiny_chat, tmp_path):
     assert stops == json.loads((final / "generation_config.json").read_text())["eos_token_id"]
     tokenizer = AutoTokenizer.from_pretrained(merged)
     assert tokenizer.eos_token_id in stops
-    assert json.loads((merged / "config.json").read_text())["eos_token_id"] == tokenizer.eos_token_id
-    assert {path.stat().st_mode & 0o777 for path in merged.iterdir()} == {0o666 & ~os.umask(os.umask(0o22))}
+    assert (
+        json.loads((merged / "config.json").read_text())["eos_token_id"] == tokenizer.eos_token_id
+    )
+    assert {path.stat().st_mode & 0o777 for path in merged.iterdir()} == {
+        0o666 & ~os.umask(os.umask(0o22))
+    }
     card = (merged / "README.md").read_text()
     assert tiny_chat in card and str(final) in card and "100.00%" in card
     recorded = json.loads((merged / "training_config.json").read_text())["base_fingerprint"]
@@ -555,8 +712,15 @@ def test_both_trainers_merge_at_the_end_or_say_how(script, request, tmp_path, ca
 def test_old_servers_read_the_dtype_too(tmp_path):
     base = make_base("llama", tmp_path / "base", torch.bfloat16)
     make_adapter(base, tmp_path / "adapter", size=0.5)
-    change_json(tmp_path / "base/config.json", torch_dtype="float32", text_config={"torch_dtype": "float32"})
-    flags = ["--lora_adapter_path", str(tmp_path / "adapter"), "--output_path", str(tmp_path / "merged")]
+    change_json(
+        tmp_path / "base/config.json", torch_dtype="float32", text_config={"torch_dtype": "float32"}
+    )
+    flags = [
+        "--lora_adapter_path",
+        str(tmp_path / "adapter"),
+        "--output_path",
+        str(tmp_path / "merged"),
+    ]
     merge.main([*flags, "--verify", "weights", "--training_precision", "bfloat16"])
     config = json.loads((tmp_path / "merged/config.json").read_text())
     for part in (config, config["text_config"]):
@@ -568,7 +732,14 @@ def test_tekken_is_a_tokenizer(owner, parts):
     base, adapter, merged = parts
     (base if owner == "base" else adapter).joinpath("tekken.json").write_text('{"config": {}}')
     (base / "tokenizer.model").write_bytes(b"the base's")
-    flags = ["--lora_adapter_path", str(adapter), "--output_path", str(merged), "--verify", "weights"]
+    flags = [
+        "--lora_adapter_path",
+        str(adapter),
+        "--output_path",
+        str(merged),
+        "--verify",
+        "weights",
+    ]
     merge.main(flags)
     assert (merged / "tekken.json").read_text() == '{"config": {}}'
     assert (merged / "tokenizer.model").exists() == (owner == "base")
@@ -598,14 +769,24 @@ def test_experts_are_trained_and_merged(run_sft, tiny_chat, tmp_path):
                             num_experts=3, eos_token_id=tokenizer.eos_token_id)  # fmt: skip
     Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    run_sft("--max_steps", "1", "--lr", "5e-3", "--merge_adapter", model=str(tmp_path / "base"), out=tmp_path / "run")
+    run_sft(
+        "--max_steps",
+        "1",
+        "--lr",
+        "5e-3",
+        "--merge_adapter",
+        model=str(tmp_path / "base"),
+        out=tmp_path / "run",
+    )
     report = json.loads((tmp_path / "run/merged/merge_report.json").read_text())
     assert report["verified"] and report["verification"]["outputs"]["relative_error"] < 1e-5
     assert sum(".experts.2." in name for name in report["tensors"]) == 2 * 3
 
 
 @pytest.mark.parametrize("script", ["run_sft", "run_embed"])
-def test_what_could_not_be_merged_is_said_before_training(script, request, tiny_chat, tiny_bert, tmp_path, capsys):
+def test_what_could_not_be_merged_is_said_before_training(
+    script, request, tiny_chat, tiny_bert, tmp_path, capsys
+):
     run, base = request.getfixturevalue(script), tmp_path / "base"
     shutil.copytree(tiny_chat if script == "run_sft" else tiny_bert, base)
     torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
@@ -632,9 +813,13 @@ def test_what_the_adapter_does_not_touch_is_copied_byte_for_byte(tmp_path):
     base = make_base("llama", tmp_path / "base", torch.bfloat16)
     make_adapter(base, tmp_path / "adapter", targets=["q_proj"])
     report, _ = merge_and_load(base, tmp_path / "adapter", tmp_path / "merged")
-    old, new = (load_file(folder / "model.safetensors") for folder in (Path(base), tmp_path / "merged"))
+    old, new = (
+        load_file(folder / "model.safetensors") for folder in (Path(base), tmp_path / "merged")
+    )
     assert list(old) == list(new)
-    assert [name for name in old if not torch.equal(old[name], new[name])] == list(report["tensors"])
+    assert [name for name in old if not torch.equal(old[name], new[name])] == list(
+        report["tensors"]
+    )
     assert len(report["tensors"]) == 2
 
 
@@ -659,7 +844,9 @@ def change_json(path, **values):
 
 
 def rename_layer(tensors):
-    return {name.replace("layers.0.mlp", "layers.9.mlp"): tensor for name, tensor in tensors.items()}
+    return {
+        name.replace("layers.0.mlp", "layers.9.mlp"): tensor for name, tensor in tensors.items()
+    }
 
 
 def double(tensors):
@@ -690,7 +877,9 @@ def smaller_vocabulary(base, adapter):
 
 
 def other_weights(base, adapter):
-    (adapter / "training_config.json").write_text(json.dumps({"base_fingerprint": "0" * 64, "flags": {}}))
+    (adapter / "training_config.json").write_text(
+        json.dumps({"base_fingerprint": "0" * 64, "flags": {}})
+    )
 
 
 def other_experts(base, adapter):
@@ -700,8 +889,16 @@ def other_experts(base, adapter):
     make_adapter(base, adapter, targets=["q_proj"], target_parameters=["down_proj"])
     keep = {"lora_A": lambda tensor: tensor[:8], "lora_B": lambda tensor: tensor[:, :8]}
     name = "base_model.model.model.layers.1.mlp.experts."
-    change_tensors(adapter, lambda tensors: tensors | {
-        f"{name}{side}.weight": cut(tensors[f"{name}{side}.weight"]).contiguous() for side, cut in keep.items()})
+    change_tensors(
+        adapter,
+        lambda tensors: (
+            tensors
+            | {
+                f"{name}{side}.weight": cut(tensors[f"{name}{side}.weight"]).contiguous()
+                for side, cut in keep.items()
+            }
+        ),
+    )
 
 
 def bias_for_none(base, adapter):
@@ -718,7 +915,9 @@ def index_outside(base, _):
 
 
 def no_rank(tensors):
-    return {name: x[:0] if "lora_A" in name else x[:, :0].contiguous() for name, x in tensors.items()}
+    return {
+        name: x[:0] if "lora_A" in name else x[:, :0].contiguous() for name, x in tensors.items()
+    }
 
 
 def flat(tensors):
@@ -786,11 +985,25 @@ def test_a_base_is_known_by_the_weights_that_it_loads(parts):
     with_another = merge.digest_of(sorted(base.glob("*.safetensors")))
     for recorded, flags in ((known, []), (with_another, ["--overwrite"]), (None, ["--overwrite"])):
         record.write_text(json.dumps({"base_fingerprint": recorded}))
-        merge.main(["--lora_adapter_path", str(adapter), "--output_path", str(merged), "--verify", "off", *flags])
+        merge.main(
+            [
+                "--lora_adapter_path",
+                str(adapter),
+                "--output_path",
+                str(merged),
+                "--verify",
+                "off",
+                *flags,
+            ]
+        )
         utils.check_base_of(adapter, base, "the same")  # of --init_adapter
-    record.write_text(json.dumps({"base_fingerprint": merge.digest_of([base / "another.safetensors"])}))
+    record.write_text(
+        json.dumps({"base_fingerprint": merge.digest_of([base / "another.safetensors"])})
+    )
     with pytest.raises(merge.InputError, match="is not the base that"):
-        merge.main(["--lora_adapter_path", str(adapter), "--output_path", str(merged), "--overwrite"])
+        merge.main(
+            ["--lora_adapter_path", str(adapter), "--output_path", str(merged), "--overwrite"]
+        )
 
 
 def test_a_base_without_safetensors_is_not_compared(tmp_path):
@@ -805,13 +1018,17 @@ def test_one_file_is_taken_before_an_index_as_transformers_does(tmp_path):
     plain = {name: tensor + 1 for name, tensor in plain.items()}
     save_file(plain, tmp_path / "base/model.safetensors", {"format": "pt"})
     right = output(make_adapter(base, tmp_path / "adapter"))
-    _, merged = merge_and_load(base, tmp_path / "adapter", tmp_path / "merged", "--verify", "weights")
+    _, merged = merge_and_load(
+        base, tmp_path / "adapter", tmp_path / "merged", "--verify", "weights"
+    )
     assert error_of(output(merged), right) < 1e-5
 
 
 def test_what_the_right_base_lacks_is_named(parts):
     base, adapter, merged = parts
-    (adapter / "training_config.json").write_text(json.dumps({"base_fingerprint": merge.fingerprint(base)}))
+    (adapter / "training_config.json").write_text(
+        json.dumps({"base_fingerprint": merge.fingerprint(base)})
+    )
     change_tensors(adapter, rename_layer)
     flags = ["--lora_adapter_path", str(adapter), "--output_path", str(merged)]
     named = "layers.9.mlp.down_proj .*was trained on .*whose files hold no such"
@@ -829,7 +1046,10 @@ def tied_elsewhere(kind, folder):
         model, targets = BertForMaskedLM(config), {"target_modules": ["query", "word_embeddings"]}
     else:
         config = T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
-        model, targets = T5ForConditionalGeneration(config), {"target_modules": ["q"], "modules_to_save": ["shared"]}
+        model, targets = (
+            T5ForConditionalGeneration(config),
+            {"target_modules": ["q"], "modules_to_save": ["shared"]},
+        )
         if kind == "t5 encoder":
             model, targets = T5EncoderModel(config), {"target_modules": ["q", "shared"]}
     model.save_pretrained(folder / "base")
@@ -840,8 +1060,16 @@ def tied_elsewhere(kind, folder):
 def test_an_embedding_that_is_tied_to_more_than_a_head_is_refused(kind, tmp_path, capsys):
     model = tied_elsewhere(kind, tmp_path)
     model.save_pretrained(tmp_path / "adapter")
-    flags = ["--lora_adapter_path", str(tmp_path / "adapter"), "--output_path", str(tmp_path / "merged")]
-    with pytest.raises(merge.InputError, match="ties the (head of BertForMaskedLM|embeddings of encoder and decoder)"):
+    flags = [
+        "--lora_adapter_path",
+        str(tmp_path / "adapter"),
+        "--output_path",
+        str(tmp_path / "merged"),
+    ]
+    with pytest.raises(
+        merge.InputError,
+        match="ties the (head of BertForMaskedLM|embeddings of encoder and decoder)",
+    ):
         merge.main(flags)
     if kind == "bert":  # of an embedding model the head is no part
         change_json(tmp_path / "adapter/adapter_config.json", task_type="FEATURE_EXTRACTION")
@@ -867,14 +1095,21 @@ def test_a_second_merge_into_the_same_folder_is_refused(parts):
 def test_an_output_path_that_cannot_be_is_refused_first(name, parts):
     _, adapter, merged = parts
     with pytest.raises(merge.InputError, match="--output_path cannot be used"):
-        merge.main(["--lora_adapter_path", str(adapter), "--output_path", str(merged.parent / name)])
+        merge.main(
+            ["--lora_adapter_path", str(adapter), "--output_path", str(merged.parent / name)]
+        )
 
 
 def test_modules_are_copied_from_their_own_folder_alone(parts):
     base, adapter, merged = parts
     (merged.parent / "outside/secret").mkdir(parents=True)
     (base / "modules.json").write_text('[{"path": "../outside"}, {}]')
-    flags = ["--lora_adapter_path", str(adapter), "--output_path", str(merged.parent / "deeper/merged")]
+    flags = [
+        "--lora_adapter_path",
+        str(adapter),
+        "--output_path",
+        str(merged.parent / "deeper/merged"),
+    ]
     merge.main([*flags, "--verify", "off"])
     assert not (merged.parent / "deeper/outside").exists()
 
@@ -917,7 +1152,12 @@ def test_a_byte_that_the_disk_loses_does_not_pass(tmp_path, monkeypatch, verify,
 
     monkeypatch.setattr(merge, "complete_folder", lose)
     with pytest.raises(merge.InputError, match=sentence):
-        flags = ["--lora_adapter_path", str(tmp_path / "adapter"), "--output_path", str(tmp_path / "merged")]
+        flags = [
+            "--lora_adapter_path",
+            str(tmp_path / "adapter"),
+            "--output_path",
+            str(tmp_path / "merged"),
+        ]
         merge.main([*flags, "--verify", verify])
 
 
@@ -925,7 +1165,9 @@ def test_a_failed_merge_leaves_the_earlier_one(tmp_path):
     base, adapter = small_fine_tune(tmp_path, 1e-3)
     merge_and_load(base, adapter, tmp_path / "merged")
     with pytest.raises(merge.InputError, match="lost part"):
-        merge_and_load(base, adapter, tmp_path / "merged", "--overwrite", "--training_precision", "bfloat16")
+        merge_and_load(
+            base, adapter, tmp_path / "merged", "--overwrite", "--training_precision", "bfloat16"
+        )
     assert json.loads((tmp_path / "merged/merge_report.json").read_text())["verified"]
     (tmp_path / "merged").rename(tmp_path / ".merged.old")  # killed between two renames
     with pytest.raises(merge.InputError, match="holds a merge already"):
@@ -933,8 +1175,17 @@ def test_a_failed_merge_leaves_the_earlier_one(tmp_path):
 
 
 def start(adapter, merged, **options):
-    command = [sys.executable, ROOT / "merge.py", "--lora_adapter_path", adapter, "--output_path", merged]
-    return subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options)
+    command = [
+        sys.executable,
+        ROOT / "merge.py",
+        "--lora_adapter_path",
+        adapter,
+        "--output_path",
+        merged,
+    ]
+    return subprocess.Popen(
+        [*map(str, command)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options
+    )
 
 
 def test_a_full_disk_leaves_nothing(parts):
@@ -952,7 +1203,9 @@ def test_kill_leaves_nothing_that_looks_finished(parts):
     _, adapter, merged = parts
     partial = merged.with_name(".merged.partial")
     run = start(adapter, merged)
-    while not (partial / "config.json").exists():  # the weights are written, the outputs not yet compared
+    while not (
+        partial / "config.json"
+    ).exists():  # the weights are written, the outputs not yet compared
         assert run.poll() is None
         time.sleep(0.01)
     run.send_signal(signal.SIGKILL)
@@ -1023,8 +1276,17 @@ def test_an_earlier_merge_that_cannot_be_deleted_is_named(parts, monkeypatch, ca
 def test_dora_in_the_config_alone_is_refused(parts):
     _, adapter, merged = parts
     change_json(adapter / "adapter_config.json", use_dora=True)
-    flags = ["--lora_adapter_path", str(adapter), "--output_path", str(merged), "--verify", "weights"]
-    with pytest.raises(merge.InputError, match="has no DoRA magnitude, but adapter_config.json says use_dora True"):
+    flags = [
+        "--lora_adapter_path",
+        str(adapter),
+        "--output_path",
+        str(merged),
+        "--verify",
+        "weights",
+    ]
+    with pytest.raises(
+        merge.InputError, match="has no DoRA magnitude, but adapter_config.json says use_dora True"
+    ):
         merge.main(flags)
 
 
@@ -1032,8 +1294,15 @@ def test_a_dora_adapter_whose_config_forgot_it_is_refused(tmp_path):
     make_base("llama", tmp_path / "base")
     make_adapter(tmp_path / "base", tmp_path / "adapter", use_dora=True)
     change_json(tmp_path / "adapter/adapter_config.json", use_dora=False)
-    flags = ["--lora_adapter_path", str(tmp_path / "adapter"), "--output_path", str(tmp_path / "merged")]
-    with pytest.raises(merge.InputError, match="has a DoRA magnitude, but adapter_config.json says use_dora False"):
+    flags = [
+        "--lora_adapter_path",
+        str(tmp_path / "adapter"),
+        "--output_path",
+        str(tmp_path / "merged"),
+    ]
+    with pytest.raises(
+        merge.InputError, match="has a DoRA magnitude, but adapter_config.json says use_dora False"
+    ):
         merge.main([*flags, "--verify", "weights"])
 
 
@@ -1043,7 +1312,10 @@ def test_a_dora_adapter_whose_config_forgot_it_is_refused(tmp_path):
         ({"lora_alpha": float("nan")}, "no number for lora_alpha"),
         ({"lora_alpha": 0}, "has 0 for lora_alpha, at which it changes nothing"),
         ({"target_parameters": 5}, "target_parameters in adapter_config.json is no list of names"),
-        ({"target_parameters": [5]}, "target_parameters in adapter_config.json is no list of names"),
+        (
+            {"target_parameters": [5]},
+            "target_parameters in adapter_config.json is no list of names",
+        ),
     ],
 )
 def test_a_config_that_cannot_be_meant_is_refused(parts, change, words):

@@ -35,4 +35,6 @@ def test_every_way_to_end_otherwise_is_a_fault():
     assert "traceback" in fault(row, 1, f"Traceback (most recent call last)\n{SENTENCE}")
     assert "does not say" in fault(row, 1, SENTENCE.replace("no rows", "nothing"))
     assert "2 lines" in fault(row, 1, SENTENCE * 2)
-    assert "does not say" in fault(row, 1, "note      holds no rows\nerror: something else went wrong\n")
+    assert "does not say" in fault(
+        row, 1, "note      holds no rows\nerror: something else went wrong\n"
+    )

@@ -7,7 +7,14 @@ from types import SimpleNamespace
 
 import train_sft_lora
 import utils
-from conftest import TOPICS, chat_tokenizer, gradient, gradients_of_two_processes, relative, write_jsonl
+from conftest import (
+    TOPICS,
+    chat_tokenizer,
+    gradient,
+    gradients_of_two_processes,
+    relative,
+    write_jsonl,
+)
 from train_sft_lora import gains, preference_losses
 
 import pytest
@@ -24,8 +31,17 @@ def make_pairs(count):
     for i in range(count):
         a, b = TOPICS[i % 16], TOPICS[(i // 16 + 3 * i) % 16]
         long = " and the ".join(TOPICS[: 1 + i % 7])
-        chosen, rejected = (text + f" with a {long}" * (i % 2 == k) for k, text in enumerate((f"the {a}", f"no {b}")))
-        rows.append({"prompt": f"{i}: where is the {a} behind the {long}", "chosen": chosen, "rejected": rejected})
+        chosen, rejected = (
+            text + f" with a {long}" * (i % 2 == k)
+            for k, text in enumerate((f"the {a}", f"no {b}"))
+        )
+        rows.append(
+            {
+                "prompt": f"{i}: where is the {a} behind the {long}",
+                "chosen": chosen,
+                "rejected": rejected,
+            }
+        )
     return rows
 
 
@@ -37,12 +53,18 @@ def pairs(tmp_path):
 @pytest.fixture
 def trainer_of(sft_trainer, pairs):
     """Return the trainer of a preference run, its adapters no longer zero, its reference that of the base."""
-    return lambda *flags, **kwargs: sft_trainer("--pref_loss", "sigmoid", *flags, data=pairs, **kwargs)
+    return lambda *flags, **kwargs: sft_trainer(
+        "--pref_loss", "sigmoid", *flags, data=pairs, **kwargs
+    )
 
 
 def flags(loss, beta=0.1, ftx=0.0, smoothing=0.0, gamma=0.5):
     return SimpleNamespace(
-        pref_loss=loss, pref_beta=beta, pref_ftx=ftx, dpo_label_smoothing=smoothing, simpo_gamma=gamma
+        pref_loss=loss,
+        pref_beta=beta,
+        pref_ftx=ftx,
+        dpo_label_smoothing=smoothing,
+        simpo_gamma=gamma,
     )
 
 
@@ -51,13 +73,21 @@ def sigmoid(x):
 
 
 # chosen -6 in 4 tokens, rejected -5 in 2; reference -8 and -4
-LOGPS, REFERENCE, LENGTHS = torch.tensor([[-6.0, -5.0]]), torch.tensor([[-8.0, -4.0]]), torch.tensor([[4.0, 2.0]])
+LOGPS, REFERENCE, LENGTHS = (
+    torch.tensor([[-6.0, -5.0]]),
+    torch.tensor([[-8.0, -4.0]]),
+    torch.tensor([[4.0, 2.0]]),
+)
 BY_HAND = {  # gains +2 and -1, margin 3; per token 0.5 and -0.5, means -1.5 and -2.5
     "sigmoid": -math.log(sigmoid(0.5 * 3)),
     "hinge": 0.0,
     "ipo": (1.0 - 1 / (2 * 0.5)) ** 2,
     "kto_pair": ((1 - sigmoid(0.5 * (2 - 0.25))) + (1 - sigmoid(0.5 * (0.75 - -1)))) / 2,
-    "orpo": 1.5 - 0.5 * math.log(sigmoid((-1.5 + 2.5) - (math.log(1 - math.exp(-1.5)) - math.log(1 - math.exp(-2.5))))),
+    "orpo": 1.5
+    - 0.5
+    * math.log(
+        sigmoid((-1.5 + 2.5) - (math.log(1 - math.exp(-1.5)) - math.log(1 - math.exp(-2.5))))
+    ),
     "simpo": -math.log(sigmoid(0.5 * (-1.5 + 2.5) - 0.4)),
 }
 
@@ -67,14 +97,22 @@ def test_loss_equals_the_number_worked_by_hand(loss):
     args = flags(loss, beta=0.5, gamma=0.4)
     found = preference_losses(args, LOGPS, REFERENCE, LENGTHS, kl=(0.75, 0.25))
     assert found.shape == (1,) and found.item() == pytest.approx(BY_HAND[loss], abs=1e-6)
-    with_sft = preference_losses(flags(loss, 0.5, 0.3, gamma=0.4), LOGPS, REFERENCE, LENGTHS, kl=(0.75, 0.25))
+    with_sft = preference_losses(
+        flags(loss, 0.5, 0.3, gamma=0.4), LOGPS, REFERENCE, LENGTHS, kl=(0.75, 0.25)
+    )
     assert with_sft.item() == pytest.approx(BY_HAND[loss] + 0.3 * 1.5, abs=1e-6)
 
 
 def test_hinge_and_smoothing_by_hand():
-    assert preference_losses(flags("hinge", 0.2), LOGPS, REFERENCE, LENGTHS).item() == pytest.approx(1 - 0.6, abs=1e-6)
-    smooth = preference_losses(flags("sigmoid", 0.5, smoothing=0.1), LOGPS, REFERENCE, LENGTHS).item()
-    assert smooth == pytest.approx(-0.9 * math.log(sigmoid(1.5)) - 0.1 * math.log(sigmoid(-1.5)), abs=1e-6)
+    assert preference_losses(
+        flags("hinge", 0.2), LOGPS, REFERENCE, LENGTHS
+    ).item() == pytest.approx(1 - 0.6, abs=1e-6)
+    smooth = preference_losses(
+        flags("sigmoid", 0.5, smoothing=0.1), LOGPS, REFERENCE, LENGTHS
+    ).item()
+    assert smooth == pytest.approx(
+        -0.9 * math.log(sigmoid(1.5)) - 0.1 * math.log(sigmoid(-1.5)), abs=1e-6
+    )
 
 
 def test_losses_equal_trls():
@@ -91,12 +129,16 @@ def test_losses_equal_trls():
         accelerator=SimpleNamespace(device="cpu"),
     )  # fmt: skip
     found = preference_losses(flags("orpo", 0.3), logps, reference, lengths)
-    assert torch.allclose(found, -means[0] - ORPOTrainer.odds_ratio_loss(like, *means)[0], atol=1e-6)
+    assert torch.allclose(
+        found, -means[0] - ORPOTrainer.odds_ratio_loss(like, *means)[0], atol=1e-6
+    )
     found = preference_losses(flags("simpo", 0.3, gamma=0.7), logps, reference, lengths)
     assert torch.allclose(found, CPOTrainer.cpo_loss(like, *means)[0], atol=1e-6)
     for loss in ("sigmoid", "hinge", "ipo"):
         found = preference_losses(flags(loss, 0.3), logps, reference, lengths)
-        assert torch.allclose(found.mean(), trl_dpo_loss(loss, logps, reference, lengths), atol=1e-6)
+        assert torch.allclose(
+            found.mean(), trl_dpo_loss(loss, logps, reference, lengths), atol=1e-6
+        )
 
 
 def trl_dpo_loss(loss, logps, reference, lengths):
@@ -105,7 +147,9 @@ def trl_dpo_loss(loss, logps, reference, lengths):
 
     from trl import DPOTrainer
 
-    mask = torch.cat([(torch.arange(10) >= 10 - side[:, None]).long() for side in lengths.unbind(1)])  # (2 P, 10)
+    mask = torch.cat(
+        [(torch.arange(10) >= 10 - side[:, None]).long() for side in lengths.unbind(1)]
+    )  # (2 P, 10)
     spread = torch.cat(logps.unbind(1))[:, None] * mask[:, 1:] / mask[:, 1:].sum(1, keepdim=True)
     trainer = MagicMock(
         beta=0.3, loss_types=[loss], loss_weights=[1.0], f_divergence_type="reverse_kl", ld_alpha=None,
@@ -114,7 +158,9 @@ def trl_dpo_loss(loss, logps, reference, lengths):
     trainer.accelerator.device = "cpu"
     trainer.accelerator.gather_for_metrics = trainer.accelerator.gather = lambda x: x
     model = MagicMock(
-        return_value=MagicMock(log_probs=spread, mean_logits=spread, entropy=spread, is_top1=mask[:, 1:] > 0)
+        return_value=MagicMock(
+            log_probs=spread, mean_logits=spread, entropy=spread, is_top1=mask[:, 1:] > 0
+        )
     )
     inputs = {
         "input_ids": torch.zeros_like(mask), "attention_mask": mask, "completion_mask": mask,
@@ -152,7 +198,9 @@ def naive_loss(trainer, rows):
                 found.append(each[torch.tensor(side["supervised"])[1:]].sum())
         return torch.stack(found).view(-1, 2)
 
-    lengths = torch.tensor([[int(side["supervised"].sum()) for side in row["sides"]] for row in rows])
+    lengths = torch.tensor(
+        [[int(side["supervised"].sum()) for side in row["sides"]] for row in rows]
+    )
     with torch.no_grad(), trainer.model.disable_adapter():
         reference = logps()
     found, args = logps(), trainer.flags
@@ -164,7 +212,9 @@ def naive_gradient(trainer, rows):
     trainer.model.zero_grad()
     loss = naive_loss(trainer, rows)
     loss.backward()
-    return loss.detach(), torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad])
+    return loss.detach(), torch.cat(
+        [p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad]
+    )
 
 
 @pytest.mark.parametrize("shares", [True, False])
@@ -183,7 +233,9 @@ def test_step_equals_the_naive_computation(trainer_of, loss, batch_size, shares)
     assert found_loss.item() == pytest.approx(loss.item(), rel=1e-5)
     assert relative(found, expected) < 1e-5
     if shares:
-        shared, apart = (train_sft_lora.collate_pairs(each, rows)["sequences"] for each in (True, False))
+        shared, apart = (
+            train_sft_lora.collate_pairs(each, rows)["sequences"] for each in (True, False)
+        )
         assert sum(map(len, shared)) < 0.8 * sum(map(len, apart))
 
 
@@ -197,12 +249,17 @@ def windowed(tmp_path):
     """Save a tiny Mistral whose attention sees `window` tokens; return its folder."""
 
     def save(window):
-        template = (
-            "{% for m in messages %}<|u|>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<|u|>{% endif %}"
-        )
+        template = "{% for m in messages %}<|u|>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<|u|>{% endif %}"
         chat_tokenizer(template, "</s>", special=["<|u|>"]).save_pretrained(tmp_path / "window")
-        shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-        config = MistralConfig(vocab_size=640, intermediate_size=128, sliding_window=window, **shape)
+        shape = {
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        }
+        config = MistralConfig(
+            vocab_size=640, intermediate_size=128, sliding_window=window, **shape
+        )
         MistralForCausalLM(config).save_pretrained(tmp_path / "window")
         return str(tmp_path / "window")
 
@@ -215,23 +272,40 @@ def test_prompts_are_not_shared_where_that_would_change_the_outputs(trainer_of, 
     rows = trainer.train_dataset[:8]
     loss, expected = naive_gradient(trainer, rows)
     found_loss, found = gradient(trainer, trainer.data_collator(rows))
-    assert found_loss.item() == pytest.approx(loss.item(), rel=1e-5) and relative(found, expected) < 1e-5
+    assert (
+        found_loss.item() == pytest.approx(loss.item(), rel=1e-5)
+        and relative(found, expected) < 1e-5
+    )
 
 
 def test_a_window_is_held_against_the_longest_side_of_all_sets(sft_trainer, windowed, tmp_path):
     model = windowed(60)
-    short = [{"prompt": f"{i}?", "chosen": "the lamp " * 15, "rejected": "no lamp " * 10} for i in range(8)]
+    short = [
+        {"prompt": f"{i}?", "chosen": "the lamp " * 15, "rejected": "no lamp " * 10}
+        for i in range(8)
+    ]
     long = [{"prompt": f"{i}??", "chosen": "the lamp " * 60, "rejected": "no"} for i in range(2)]
-    dev_short, dev_long = ([row | {"prompt": "dev " + row["prompt"]} for row in rows] for rows in (short, long))
-    for name, train, dev in (("short", short, dev_short), ("train", short + long, dev_short), ("dev", short, dev_long)):
-        files = [write_jsonl(tmp_path / f"{name}{side}.jsonl", rows) for side, rows in (("t", train), ("d", dev))]
+    dev_short, dev_long = (
+        [row | {"prompt": "dev " + row["prompt"]} for row in rows] for rows in (short, long)
+    )
+    for name, train, dev in (
+        ("short", short, dev_short),
+        ("train", short + long, dev_short),
+        ("dev", short, dev_long),
+    ):
+        files = [
+            write_jsonl(tmp_path / f"{name}{side}.jsonl", rows)
+            for side, rows in (("t", train), ("d", dev))
+        ]
         flags = ["--pref_loss", "sigmoid", "--dev_file", files[1]]
         assert sft_trainer(*flags, data=files[0], model=model).shares == (name == "short"), name
 
 
 def test_kto_counts_no_negative_kl(trainer_of):
     trainer = trainer_of("--pref_loss", "kto_pair", "--pref_beta", 0.5)
-    rows = [row | {"reference": [x + 5 for x in row["reference"]]} for row in trainer.train_dataset[:8]]
+    rows = [
+        row | {"reference": [x + 5 for x in row["reference"]]} for row in trainer.train_dataset[:8]
+    ]
     step = trainer.data_collator(rows)
     logps, lengths = trainer.pair_logps(trainer.model, step, range(8))
     reference = torch.tensor(step["reference"])
@@ -242,7 +316,9 @@ def test_kto_counts_no_negative_kl(trainer_of):
 
 @pytest.mark.parametrize("loss", ["sigmoid", "kto_pair"])
 @pytest.mark.parametrize("step, real", [(0, 8), (7, 4)])
-def test_two_processes_give_the_gradient_of_one(trainer_of, tmp_path, tiny_chat, pairs, loss, step, real):
+def test_two_processes_give_the_gradient_of_one(
+    trainer_of, tmp_path, tiny_chat, pairs, loss, step, real
+):
     trainer = trainer_of("--dev_size", 0, "--pref_loss", loss)
     assert len(trainer.train_dataset) == 60
     _, expected = naive_gradient(trainer, trainer.train_dataset[8 * step : 8 * step + real])
@@ -303,7 +379,10 @@ def test_a_continued_adapter_is_its_own_reference(run_sft, trainer_of, tmp_path)
 # ---------------------------------------------------------------- rows
 
 CHAT = [{"role": "user", "content": "where is the lamp?"}]
-GOOD, BAD = {"role": "assistant", "content": "behind the door"}, {"role": "assistant", "content": "no"}
+GOOD, BAD = (
+    {"role": "assistant", "content": "behind the door"},
+    {"role": "assistant", "content": "no"},
+)
 FORMS = {
     "texts": {"prompt": "where is the lamp?", "chosen": "behind the door", "rejected": "no"},
     "question": {"question": "where is the lamp?", "chosen": "behind the door", "rejected": "no"},
@@ -329,10 +408,20 @@ def test_every_form_of_pair_is_read(form):
 
 def test_system_text_and_json_cells_are_read():
     row = {"system_prompt": "SYS", "chosen": [*CHAT, GOOD], "rejected": [*CHAT, BAD]}
-    assert train_sft_lora.read_pair("x", row, None).messages[0] == {"role": "system", "content": "SYS"}
-    row = {"prompt": "where is the lamp?", "chosen": json.dumps([GOOD]), "rejected": json.dumps(BAD)}
+    assert train_sft_lora.read_pair("x", row, None).messages[0] == {
+        "role": "system",
+        "content": "SYS",
+    }
+    row = {
+        "prompt": "where is the lamp?",
+        "chosen": json.dumps([GOOD]),
+        "rejected": json.dumps(BAD),
+    }
     example = train_sft_lora.read_pair("x", row, None)
-    assert (example.messages[-1]["content"], example.rejected["content"]) == ("behind the door", "no")
+    assert (example.messages[-1]["content"], example.rejected["content"]) == (
+        "behind the door",
+        "no",
+    )
 
 
 def test_calls_empty_cells_and_labels_beside_pairs_are_read_as_beside_answers():
@@ -341,7 +430,12 @@ def test_calls_empty_cells_and_labels_beside_pairs_are_read_as_beside_answers():
     example = train_sft_lora.read_pair("x", {**row, "chosen": call, "rejected": "no"}, None)
     assert example.messages[0]["content"] == "where is the lamp?" and example.tools is None
     assert example.messages[1]["tool_calls"][0]["function"]["name"] == "look"
-    row = {"instruction": "", "input": "where is the lamp?", "chosen": "behind the door", "rejected": "no"}
+    row = {
+        "instruction": "",
+        "input": "where is the lamp?",
+        "chosen": "behind the door",
+        "rejected": "no",
+    }
     assert train_sft_lora.read_pair("x", row, None).messages[0]["content"] == "where is the lamp?"
     with pytest.raises(utils.InputError, match='"images" is not empty'):
         train_sft_lora.read_pair("x", {**row, "images": ["a.png"]}, None)
@@ -351,7 +445,10 @@ def test_length_accuracy_counts_ties_as_halves(trainer_of):
     trainer = trainer_of()
     short, long, other = ({"input_ids": ids, "supervised": torch.tensor([False, *[True] * (len(ids) - 1)]).numpy()}
                           for ids in ([5, 6], [5, 6, 7], [5, 9]))  # fmt: skip
-    pairs = [{"sides": sides} for sides in ([long, short], [long, short], [long, short], [short, long], [short, other])]
+    pairs = [
+        {"sides": sides}
+        for sides in ([long, short], [long, short], [long, short], [short, long], [short, other])
+    ]
     pairs = [pair | {"reference": [0.0, 0.0]} for pair in pairs]
     assert trainer.score(pairs)["length_accuracy"] == pytest.approx((3 + 0.5) / 5)
     assert trainer.score(pairs[4:])["length_accuracy"] == 0.5
@@ -359,7 +456,10 @@ def test_length_accuracy_counts_ties_as_halves(trainer_of):
 
 def test_pairs_that_teach_nothing_are_dropped_and_counted(run_sft, tmp_path, capsys):
     rows = make_pairs(30)
-    rows += [{"prompt": "a?", "chosen": "same", "rejected": "same"}, {"prompt": "b?", "chosen": "x", "rejected": ""}]
+    rows += [
+        {"prompt": "a?", "chosen": "same", "rejected": "same"},
+        {"prompt": "b?", "chosen": "x", "rejected": ""},
+    ]
     rows += [{"prompt": "c?", "chosen": "x", "rejected": "lamp " * 400}, rows[0]]
     rows += [{"chosen": [*CHAT, GOOD], "rejected": [{"role": "user", "content": "why?"}, BAD]}]
     rows += [{"messages": [*CHAT, GOOD], "chosen": "yes", "rejected": "no"}]
@@ -409,15 +509,21 @@ def test_both_sides_are_shortened_alike(trainer_of):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_run_learns_to_prefer(run_sft, pairs, tmp_path, loss):
     beta = 2.5 if loss == "simpo" else 0.1
-    report = run_sft("--pref_loss", loss, "--pref_beta", beta, "--max_steps", 12, "--lr", 1e-2, data=pairs)
+    report = run_sft(
+        "--pref_loss", loss, "--pref_beta", beta, "--max_steps", 12, "--lr", 1e-2, data=pairs
+    )
     before, after = report["metrics"]["before"], report["metrics"]["after"]
     assert after["accuracy"] > 0.9 and after["margin"] > before["margin"]
     assert 0.5 <= after["length_accuracy"] < 0.8
     assert report["plan"]["metric"] == "accuracy"
     logged = [
-        entry for entry in json.loads((tmp_path / "out/detailed_training_logs.json").read_text()) if "loss" in entry
+        entry
+        for entry in json.loads((tmp_path / "out/detailed_training_logs.json").read_text())
+        if "loss" in entry
     ]
-    names = {f"{name}_{side}" for name in ("reward", "logp", "tokens") for side in ("chosen", "rejected")}
+    names = {
+        f"{name}_{side}" for name in ("reward", "logp", "tokens") for side in ("chosen", "rejected")
+    }
     assert {"accuracy", "margin", *names} <= set(logged[-1])
     assert logged[-1]["accuracy"] > 0.9 and logged[-1]["tokens_chosen"] > 1
     if loss not in train_sft_lora.WITHOUT_REFERENCE:
@@ -425,15 +531,39 @@ def test_a_run_learns_to_prefer(run_sft, pairs, tmp_path, loss):
 
 
 def test_the_first_log_line_is_that_of_step_one(run_sft, pairs, tmp_path):
-    run_sft("--pref_loss", "sigmoid", "--max_steps", 2, "--logging_steps", 1, "--dev_size", 0, data=pairs)
+    run_sft(
+        "--pref_loss",
+        "sigmoid",
+        "--max_steps",
+        2,
+        "--logging_steps",
+        1,
+        "--dev_size",
+        0,
+        data=pairs,
+    )
     log = json.loads((tmp_path / "out/detailed_training_logs.json").read_text())
     first = next(entry for entry in log if "loss" in entry)
-    assert first["loss"] == pytest.approx(math.log(2)) and (first["accuracy"], first["margin"]) == (0.5, 0.0)
+    assert first["loss"] == pytest.approx(math.log(2)) and (first["accuracy"], first["margin"]) == (
+        0.5,
+        0.0,
+    )
     assert first["tokens_chosen"] > 0
 
 
 def test_a_resumed_run_ends_with_the_same_weights(run_sft, pairs, tmp_path):
-    line = ["--pref_loss", "kto_pair", "--max_steps", 4, "--lr", 1e-2, "--checkpoint_steps", 2, "--save_best", 0]
+    line = [
+        "--pref_loss",
+        "kto_pair",
+        "--max_steps",
+        4,
+        "--lr",
+        1e-2,
+        "--checkpoint_steps",
+        2,
+        "--save_best",
+        0,
+    ]
     whole = run_sft(*line, data=pairs)
     weights = (tmp_path / "out/final/adapter_model.safetensors").read_bytes()
     shutil.rmtree(tmp_path / "out/checkpoint-4")
@@ -452,16 +582,40 @@ def test_answers_are_generated_beside_preferences(run_sft, tmp_path, tiny_chat):
     (model / "chat_template.jinja").write_text(template)
     files = [write_jsonl(tmp_path / f"{name}.jsonl", make_pairs(60)[part])
              for name, part in (("train", slice(40)), ("dev", slice(40, 60)))]  # fmt: skip
-    flags = ["--pref_loss", "sigmoid", "--dev_file", f"a={files[1]}", "--max_steps", 1, "--eval_generate", 3]
-    report = run_sft(*flags, "--system_prompt", "Be brief.", "--max_new_tokens", 4, data=files[0], model=str(model))
+    flags = [
+        "--pref_loss",
+        "sigmoid",
+        "--dev_file",
+        f"a={files[1]}",
+        "--max_steps",
+        1,
+        "--eval_generate",
+        3,
+    ]
+    report = run_sft(
+        *flags,
+        "--system_prompt",
+        "Be brief.",
+        "--max_new_tokens",
+        4,
+        data=files[0],
+        model=str(model),
+    )
     assert {"a_accuracy", "a_margin", "a_exact_match"} <= set(report["metrics"]["after"])
 
 
 def test_a_trained_adapter_is_measured_against_its_base(run_sft, pairs, tmp_path):
-    report = run_sft("--pref_loss", "sigmoid", "--max_steps", 6, "--lr", 1e-2, "--save_best", 0, data=pairs)
+    report = run_sft(
+        "--pref_loss", "sigmoid", "--max_steps", 6, "--lr", 1e-2, "--save_best", 0, data=pairs
+    )
     line = ["--pref_loss", "sigmoid", "--eval_only", "--dev_file", pairs]
-    found = run_sft(*line, model=str(tmp_path / "out/final"), data=None, out=tmp_path / "again")["metrics"]
-    assert found["margin"] == pytest.approx(report["metrics"]["after"]["margin"], rel=0.2) and found["accuracy"] > 0.9
+    found = run_sft(*line, model=str(tmp_path / "out/final"), data=None, out=tmp_path / "again")[
+        "metrics"
+    ]
+    assert (
+        found["margin"] == pytest.approx(report["metrics"]["after"]["margin"], rel=0.2)
+        and found["accuracy"] > 0.9
+    )
     with pytest.raises(utils.InputError, match="compares an adapter with its base"):
         run_sft(*line, data=None, out=tmp_path / "base")
 

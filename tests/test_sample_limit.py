@@ -16,7 +16,10 @@ def hub(tmp_path):
     """Make a data set folder as on the hub; returns its rows, which both trainers can read."""
 
     def make(count, is_good=lambda i: True):
-        rows = [{"query": f"what is {i}?", "response": f"it is {i}" if is_good(i) else ""} for i in range(count)]
+        rows = [
+            {"query": f"what is {i}?", "response": f"it is {i}" if is_good(i) else ""}
+            for i in range(count)
+        ]
         write_jsonl(tmp_path / "train.jsonl", rows)
         return rows
 
@@ -43,7 +46,9 @@ def read(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
-@pytest.mark.parametrize("flags, held", [([], None), (["--dev_size", 0.3], 30), (["--dev_sample_limit", 70], 70)])
+@pytest.mark.parametrize(
+    "flags, held", [([], None), (["--dev_size", 0.3], 30), (["--dev_sample_limit", 70], 70)]
+)
 def test_no_more_rows_are_read_than_the_limit_needs(trainer, flags, held, hub, read):
     hub(3000)
     held = held or (10 if trainer is train_embed_lora else 20)  # a tenth or a fifth of the 100
@@ -60,7 +65,9 @@ def test_drawn_rows_come_from_everywhere_and_keep_their_numbers(hub, read):
     rows = hub(3000)
     examples = read(train_sft_lora, "--train_sample_limit", 100)[0]
     numbers = [int(example.where.rpartition("row ")[2]) for example in examples]
-    assert [example.answer for example in examples] == [rows[number - 1]["response"] for number in numbers]
+    assert [example.answer for example in examples] == [
+        rows[number - 1]["response"] for number in numbers
+    ]
     assert min(numbers) < 300 and max(numbers) > 2700
 
 
@@ -100,7 +107,9 @@ def test_sanity_overfit_takes_its_rows_from_all(hub, read):
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_a_dev_set_takes_nothing_from_the_limit(trainer, hub, read, tmp_path):
     hub(3000)
-    dev = write_jsonl(tmp_path.parent / "dev.jsonl", [{"query": "what is what?", "response": "it is that"}])
+    dev = write_jsonl(
+        tmp_path.parent / "dev.jsonl", [{"query": "what is what?", "response": "it is that"}]
+    )
     assert read(trainer, "--train_sample_limit", 100, "--dev_file", dev)[3][0] == 1200
 
 

@@ -15,7 +15,8 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 QWEN25 = (
-    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are Qwen.<|im_end|>\n{% endif %}" + CHATML
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are Qwen.<|im_end|>\n{% endif %}"
+    + CHATML
 )  # brings a system turn of its own
 QWEN3 = (  # history loses its thinking; without thinking the prompt holds an empty block
     "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
@@ -79,9 +80,12 @@ R1_DISTILL = (  # calls have a type; a turn that calls ends twice
     "{% if add_generation_prompt %}<|Assistant|><think>\n</think>{% endif %}"
 )
 FIRST_CALL = CHATML.replace(  # gpt-oss renders one call of a turn
-    "{{ m.content }}", "{{ m.content }}{% if m.tool_calls %}<call>{{ m.tool_calls[0].function | tojson }}{% endif %}"
+    "{{ m.content }}",
+    "{{ m.content }}{% if m.tool_calls %}<call>{{ m.tool_calls[0].function | tojson }}{% endif %}",
 )
-NO_TOOL_TURNS = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}")  # Phi-3.5
+NO_TOOL_TURNS = CHATML.replace(
+    "{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}"
+)  # Phi-3.5
 MERGING = (
     "{% for m in messages %}{{ m.role }}: a{{ m.content }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}assistant: a{% endif %}"
@@ -145,7 +149,13 @@ FAMILIES = {
         ["<|im_end|>"],
     ),
     "llama 3": (
-        (LLAMA3, "<|eot_id|>", "<|begin_of_text|> <|start_header_id|> <|end_header_id|>", False, []),
+        (
+            LLAMA3,
+            "<|eot_id|>",
+            "<|begin_of_text|> <|start_header_id|> <|end_header_id|>",
+            False,
+            [],
+        ),
         f"<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{Q1}<|eot_id|><|start_header_id|>assistant"
         "<|end_header_id|>\n\n",
         f"{A1}<|eot_id|>",
@@ -251,11 +261,20 @@ def conversation():
 
 
 def flags(**changes):
-    return types.SimpleNamespace(**{"train_turns": "all", "max_length": 10_000, "overlong": "drop"} | changes)
+    return types.SimpleNamespace(
+        **{"train_turns": "all", "max_length": 10_000, "overlong": "drop"} | changes
+    )
 
 
 def make_chat(template, eos, special, thinking, stops):
-    bos = next((token for token in special.split() if token in ("<s>", "<bos>", "<|bos|>", "<|begin_of_text|>")), None)
+    bos = next(
+        (
+            token
+            for token in special.split()
+            if token in ("<s>", "<bos>", "<|bos|>", "<|begin_of_text|>")
+        ),
+        None,
+    )
     return Chat(chat_tokenizer(template, eos, bos, special.split()), thinking, stops)
 
 
@@ -281,7 +300,10 @@ def test_supervised_tokens_are_what_inference_has_to_say(name):
         (ids, spans), first = samples[0], len(chat.ids(prompt1))
         assert len(samples) == 1
         assert ids == chat.ids(prompt2) + chat.ids(answer2)
-        assert spans == [(first, first + len(chat.ids(answer1))), (len(chat.ids(prompt2)), len(ids))]
+        assert spans == [
+            (first, first + len(chat.ids(answer1))),
+            (len(chat.ids(prompt2)), len(ids)),
+        ]
         assert ids[: spans[0][1]] == chat.ids(prompt1) + chat.ids(answer1)
     for ids, spans in samples:
         assert all(ids[end - 1] in chat.stop_ids for _, end in spans)
@@ -290,11 +312,26 @@ def test_supervised_tokens_are_what_inference_has_to_say(name):
 def long_conversation(turns):
     """Return `turns` turns of odd texts, some of weight 0."""
     draw = random.Random(turns)
-    parts = ["apple", "\n", "\n\n", "  ", "<", "<|", "|>", "e\u0301", "\u65e5\u672c", "42", '{"a": [1]}', "</"]
+    parts = [
+        "apple",
+        "\n",
+        "\n\n",
+        "  ",
+        "<",
+        "<|",
+        "|>",
+        "e\u0301",
+        "\u65e5\u672c",
+        "42",
+        '{"a": [1]}',
+        "</",
+    ]
     return [
         {
             "role": "assistant" if i % 2 else "user",
-            "content": draw.choice(["", " ", "\n"]) + "x" + "".join(draw.choices(parts, k=draw.randrange(40))),
+            "content": draw.choice(["", " ", "\n"])
+            + "x"
+            + "".join(draw.choices(parts, k=draw.randrange(40))),
             "weight": 0 if i % 7 == 3 else 1,
         }
         for i in range(turns)
@@ -339,7 +376,19 @@ def test_texts_are_cut_where_their_tokens_stay_the_same(before, trait):
     chat = Chat(tokenizer, False, [])
     assert chat.cuts and "<odd>" not in chat.cuts.pattern or trait == "rstrip"
     draw = random.Random(0)
-    parts = ["<|im_start|>", "<|im_end|>", "<|im_", "[A]", "A]", "A][", "<odd>", "<|im_end|>!", " ", "e\u0301", "! "]
+    parts = [
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|im_",
+        "[A]",
+        "A]",
+        "A][",
+        "<odd>",
+        "<|im_end|>!",
+        " ",
+        "e\u0301",
+        "! ",
+    ]
     for _ in range(300):
         text = "".join(draw.choices(parts, k=draw.randrange(12)))
         assert chat.ids(text) == chat.tokenised(text), text
@@ -367,7 +416,12 @@ def test_tokens_that_rewritten_history_costs_are_counted():
     sizes = [len(sample["input_ids"]) for sample in train_set]
     assert len(sizes) == 10 and train_set.unrolled == sum(sizes) / (sizes[4] + sizes[9])
     assert 2.9 < train_set.unrolled < 3.1  # (1 + 2 + 3 + 4 + 5) / 5
-    assert tokenise(examples, chat, flags(num_workers=0, pref_loss=None, train_turns="last"))[0].unrolled == 1
+    assert (
+        tokenise(examples, chat, flags(num_workers=0, pref_loss=None, train_turns="last"))[
+            0
+        ].unrolled
+        == 1
+    )
     assert tokenise(examples, make_chat(*FAMILIES["chatml"][0]), settings)[0].unrolled == 1
 
 
@@ -378,7 +432,9 @@ def test_last_turn_alone(name):
     samples, _, _ = chat.samples(chat.prepare(conversation()), None, flags(train_turns="last"))
     ids, spans = samples[0]
     assert len(samples) == 1
-    assert ids == chat.ids(prompt2) + chat.ids(answer2) and spans == [(len(chat.ids(prompt2)), len(ids))]
+    assert ids == chat.ids(prompt2) + chat.ids(answer2) and spans == [
+        (len(chat.ids(prompt2)), len(ids))
+    ]
 
 
 def test_turn_of_weight_zero_is_context_alone():
@@ -391,9 +447,13 @@ def test_turn_of_weight_zero_is_context_alone():
 
 
 def test_tokens_do_not_merge_across_the_border():
-    tokenizer = chat_tokenizer(MERGING, "<|eos|>", None, [], texts=["assistant: apple apple apple"] * 50)
+    tokenizer = chat_tokenizer(
+        MERGING, "<|eos|>", None, [], texts=["assistant: apple apple apple"] * 50
+    )
     chat = Chat(tokenizer, False, [])
-    assert len(chat.ids(" apple")) == 1  # in the whole render, the prompt's "a" and the answer's "pple" are one token
+    assert (
+        len(chat.ids(" apple")) == 1
+    )  # in the whole render, the prompt's "a" and the answer's "pple" are one token
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "pple"}]
     prompt, answer = chat.turn(messages, 1)
     assert prompt == chat.ids("user: ax<|eos|>assistant: a")
@@ -422,7 +482,10 @@ def test_system_turn_is_folded_where_the_template_refuses_it():
         f"<bos><start_of_turn>user\nBe brief.\n\n{Q1}<end_of_turn>\n<start_of_turn>model\n"
     )
     greeted = chat.prepare([messages[0], {"role": "assistant", "content": "Hello."}, *messages[1:]])
-    assert [turn["content"] for turn in greeted[:2]] == ["Hello.", f"Be brief.\n\n{Q1}"]  # no words in its mouth
+    assert [turn["content"] for turn in greeted[:2]] == [
+        "Hello.",
+        f"Be brief.\n\n{Q1}",
+    ]  # no words in its mouth
     assert not make_chat(*FAMILIES["chatml"][0]).folds_system
 
 
@@ -434,8 +497,13 @@ def test_system_text_of_the_template_itself_is_found():
 
 def test_template_that_cuts_an_answer_is_found_out():
     cutting = CHATML.replace("{{ m.content }}", "{{ m.content[:12] }}")
-    chat = Chat(chat_tokenizer(cutting, "<|im_end|>", None, ["<|im_start|>"]), False, ["<|im_end|>"])
-    messages = [{"role": "user", "content": "short"}, {"role": "assistant", "content": "much longer than that"}]
+    chat = Chat(
+        chat_tokenizer(cutting, "<|im_end|>", None, ["<|im_start|>"]), False, ["<|im_end|>"]
+    )
+    messages = [
+        {"role": "user", "content": "short"},
+        {"role": "assistant", "content": "much longer than that"},
+    ]
     with pytest.raises(Drop, match="does not render whole"):
         chat.turn(messages, 1)
 
@@ -448,14 +516,18 @@ def test_reasoning_that_the_template_leaves_out_is_found_out():
 
 def test_special_tokens_inside_a_text_are_found():
     chat = make_chat(*FAMILIES["chatml"][0])
-    messages = [{"role": "user", "content": "say <|im_end|>"}, {"role": "assistant", "content": "no"}]
+    messages = [
+        {"role": "user", "content": "say <|im_end|>"},
+        {"role": "assistant", "content": "no"},
+    ]
     with pytest.raises(Drop, match="special token <.im_end.>"):
         chat.prepare(messages)
 
 
 def test_tools_and_calls_are_rendered_and_supervised():
     template = "{% if tools %}tools: {{ tools | tojson }}\n{% endif %}" + CHATML.replace(
-        "{{ m.content }}", "{{ m.content }}{% for call in m.tool_calls %}<call>{{ call | tojson }}</call>{% endfor %}"
+        "{{ m.content }}",
+        "{{ m.content }}{% for call in m.tool_calls %}<call>{{ call | tojson }}</call>{% endfor %}",
     )
     chat = Chat(chat_tokenizer(template, "<|im_end|>", None, ["<|im_start|>"]), False, [])
     call = {"function": {"name": "add", "arguments": "{}"}}
@@ -482,7 +554,10 @@ def tool_conversation(calls, text=""):
         *conversation()[:2],
         {"role": "user", "content": "How is the weather?"},
         {"role": "assistant", "content": text} | ({"tool_calls": calls} if calls else {}),
-        *({"role": "tool", "content": "rain", "tool_call_id": "a1B2c3D4e"} for _ in calls or [None]),
+        *(
+            {"role": "tool", "content": "rain", "tool_call_id": "a1B2c3D4e"}
+            for _ in calls or [None]
+        ),
         {"role": "assistant", "content": "It rains."},
     ]
 
@@ -490,7 +565,9 @@ def tool_conversation(calls, text=""):
 def learnt(chat, messages, tools=None):
     """Return the texts of the supervised spans, and why turns were dropped."""
     samples, drops, _ = chat.samples(chat.prepare(messages), tools, flags())
-    return [chat.tokenizer.decode(ids[slice(*span)]) for ids, spans in samples for span in spans], drops
+    return [
+        chat.tokenizer.decode(ids[slice(*span)]) for ids, spans in samples for span in spans
+    ], drops
 
 
 STRICT = {
@@ -520,7 +597,10 @@ def test_text_and_call_with_a_stop_between_them_are_not_learnt_as_one_answer():
         "{{ m.content }}{% for c in m.tool_calls %}{% if m.content %}<|im_end|>\n<|im_start|>"
         "assistant\n{% endif %}{{ c.function | tojson }}{% endfor %}",
     )
-    for chat in (make_chat(parted, "<|im_end|>", "<|im_start|>", False, []), make_chat(*STRICT["r1 distill"][0])):
+    for chat in (
+        make_chat(parted, "<|im_end|>", "<|im_start|>", False, []),
+        make_chat(*STRICT["r1 distill"][0]),
+    ):
         spans, drops = learnt(chat, tool_conversation([call()], "Let me see."))
         assert len(spans) == 2 and spans[0].startswith(A1) and spans[1].startswith("It rains.")
         assert len(drops) == 1 and "does not render whole" in drops[0]
@@ -529,7 +609,8 @@ def test_text_and_call_with_a_stop_between_them_are_not_learnt_as_one_answer():
 
 def test_arguments_that_python_would_print_are_given_as_json():
     printing = CHATML.replace(
-        "{{ m.content }}", "{{ m.content }}{% for c in m.tool_calls %}{{ c.function.arguments }}{% endfor %}"
+        "{{ m.content }}",
+        "{{ m.content }}{% for c in m.tool_calls %}{{ c.function.arguments }}{% endfor %}",
     )
     chat = make_chat(printing, "<|im_end|>", "<|im_start|>", False, [])
     for arguments in ('{"city": "Paris"}', {"city": "Paris"}):
@@ -543,13 +624,23 @@ def test_text_arguments_that_the_template_quotes_are_dropped(arguments):
     spans, drops = learnt(chat, tool_conversation([call(arguments=arguments)]))
     assert spans == [f"{A1}</s>"] and len(drops) == 2
     assert all("arguments are a text, which the template quotes" in drop for drop in drops)
-    assert not learnt(chat, tool_conversation([call(arguments="")]))[1]  # OpenAI's form of no arguments
+    assert not learnt(chat, tool_conversation([call(arguments="")]))[
+        1
+    ]  # OpenAI's form of no arguments
 
 
 LOSSES = {  # template, what it renders of a conversation with tools, and what it does not
-    "the call": (CHATML, tool_conversation([], "<call>weather</call>"), tool_conversation([call()])),
+    "the call": (
+        CHATML,
+        tool_conversation([], "<call>weather</call>"),
+        tool_conversation([call()]),
+    ),
     "the call behind a text": (CHATML, conversation(), tool_conversation([call()], "Let me see.")),
-    "the second call": (FIRST_CALL, tool_conversation([call()]), tool_conversation([call(), call("Rome")])),
+    "the second call": (
+        FIRST_CALL,
+        tool_conversation([call()]),
+        tool_conversation([call(), call("Rome")]),
+    ),
     "the tool turn": (NO_TOOL_TURNS, conversation(), tool_conversation([], "<call>weather</call>")),
 }
 
@@ -570,19 +661,28 @@ def test_system_text_that_moves_to_the_last_user_turn_is_learnt_from():
     chat = make_chat(*STRICT["nemo"][0])
     messages = [{"role": "system", "content": "Be brief."}, *conversation()]
     samples, drops, _ = chat.samples(chat.prepare(messages), None, flags())
-    prompts = [f"<s>[INST]Be brief.\n\n{Q1}[/INST]", f"<s>[INST]{Q1}[/INST]{A1}</s>[INST]Be brief.\n\n{Q2}[/INST]"]
+    prompts = [
+        f"<s>[INST]Be brief.\n\n{Q1}[/INST]",
+        f"<s>[INST]{Q1}[/INST]{A1}</s>[INST]Be brief.\n\n{Q2}[/INST]",
+    ]
     assert not drops and not chat.folds_system
-    for (ids, spans), prompt, answer in zip(samples, prompts, (f"{A1}</s>", f"{A2}</s>"), strict=True):
+    for (ids, spans), prompt, answer in zip(
+        samples, prompts, (f"{A1}</s>", f"{A2}</s>"), strict=True
+    ):
         assert ids == chat.ids(prompt) + chat.ids(answer)  # the prompt that inference sees
         assert spans == [(len(chat.ids(prompt)), len(ids))]
 
 
 def test_a_prompt_that_changes_before_its_last_turn_and_in_it_is_not_learnt_from():
-    spaced = NEMO.replace("{{ m.content }}[/INST]", "{{ m.content }}{{ ' (last)' if loop.last }}[/INST]")
+    spaced = NEMO.replace(
+        "{{ m.content }}[/INST]", "{{ m.content }}{{ ' (last)' if loop.last }}[/INST]"
+    )
     chat = make_chat(spaced, *STRICT["nemo"][0][1:])
     messages = [{"role": "system", "content": "Be brief."}, *conversation()]
     drops = chat.samples(chat.prepare(messages), None, flags())[1]
-    assert drops == ["rows whose prompt the template renders differently once the answer is there"] * 2
+    assert (
+        drops == ["rows whose prompt the template renders differently once the answer is there"] * 2
+    )
 
 
 def test_overlong_turns_are_dropped_and_the_ones_before_kept():
@@ -602,7 +702,9 @@ def test_prompt_is_shortened_and_the_response_kept_whole():
         {"role": "user", "content": long},
         {"role": "assistant", "content": A2},
     ]
-    samples, drops, shortened = chat.samples(messages, None, flags(max_length=120, overlong="truncate_prompt"))
+    samples, drops, shortened = chat.samples(
+        messages, None, flags(max_length=120, overlong="truncate_prompt")
+    )
     (ids, ((start, end),)), *_ = samples
     assert (drops, shortened) == ([], 1) and 60 < len(ids) <= 120
     assert chat.tokenizer.decode(ids[start:end]) == f"{A2}<|im_end|>"
@@ -623,32 +725,53 @@ def test_an_answer_that_no_question_precedes_is_not_learnt():
 
 def test_arguments_of_calls_are_objects_for_the_template_unless_it_refuses_them():
     tojson = CHATML.replace(
-        "{{ m.content }}", "{{ m.content }}{% for c in m.tool_calls %}{{ c.arguments | tojson }}{% endfor %}"
+        "{{ m.content }}",
+        "{{ m.content }}{% for c in m.tool_calls %}{{ c.arguments | tojson }}{% endfor %}",
     )
     joined = CHATML.replace(
-        "{{ m.content }}", "{{ m.content }}{% for c in m.tool_calls %}{{ '' + c.function.arguments }}{% endfor %}"
+        "{{ m.content }}",
+        "{{ m.content }}{% for c in m.tool_calls %}{{ '' + c.function.arguments }}{% endfor %}",
     ).replace("c.arguments", "c.function.arguments")
-    for template, name in ((tojson.replace("c.arguments", "c.function.arguments"), "object"), (joined, "text")):
+    for template, name in (
+        (tojson.replace("c.arguments", "c.function.arguments"), "object"),
+        (joined, "text"),
+    ):
         chat = Chat(chat_tokenizer(template, "<|im_end|>", None, ["<|im_start|>"]), False, [])
         assert chat.takes_objects == (name == "object")
-        for arguments in ('{"a": null}', {"a": None}):  # OpenAI's form, and the one transformers documents
+        for arguments in (
+            '{"a": null}',
+            {"a": None},
+        ):  # OpenAI's form, and the one transformers documents
             call = {"function": {"name": "", "arguments": arguments}}
-            messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+            messages = [
+                {"role": "user", "content": "x"},
+                {"role": "assistant", "content": "", "tool_calls": [call]},
+            ]
             (ids, ((start, end),)), *_ = chat.samples(chat.prepare(messages), None, flags())[0]
             assert chat.tokenizer.decode(ids[start:end]) == '{"a": null}<|im_end|>'
 
 
 def test_a_turn_that_the_template_leaves_out_is_found_out():
-    forgetful = CHATML.replace("{{ m.content }}", "{{ m.content if m.role == 'assistant' else m.content[:14] }}")
+    forgetful = CHATML.replace(
+        "{{ m.content }}", "{{ m.content if m.role == 'assistant' else m.content[:14] }}"
+    )
     chat = Chat(chat_tokenizer(forgetful, "<|im_end|>", None, ["<|im_start|>"]), False, [])
     assert not chat.samples(chat.prepare(conversation()), None, flags())[1]
-    messages = [{"role": "user", "content": f"{Q1} And more."}, {"role": "assistant", "content": A1}]
-    assert chat.samples(messages, None, flags())[1] == ["rows with a turn that the template leaves out or changes"]
+    messages = [
+        {"role": "user", "content": f"{Q1} And more."},
+        {"role": "assistant", "content": A1},
+    ]
+    assert chat.samples(messages, None, flags())[1] == [
+        "rows with a turn that the template leaves out or changes"
+    ]
 
 
 def test_shortening_ends_where_a_character_is_many_tokens():
     chat = make_chat(*FAMILIES["chatml"][0])
-    messages = [{"role": "user", "content": "\u0e01\u0e02" * 60}, {"role": "assistant", "content": "x"}]
+    messages = [
+        {"role": "user", "content": "\u0e01\u0e02" * 60},
+        {"role": "assistant", "content": "x"},
+    ]
     full = sum(map(len, chat.turn(messages, 1)))
     for length in range(full - 12, full):
         prompt, answer = chat.shortened(messages, 1, None, length)

@@ -58,8 +58,16 @@ def test_extraction_metrics_of_the_table():
 
 
 def test_nested_leaves_are_scored_by_path():
-    gold = {"persons": [{"name": "A", "address": "x"}, {"name": "B", "address": None}], "count": 2, "urgent": False}
-    claim = {"persons": [{"name": "A", "address": "y"}, {"name": "B", "address": ""}], "count": "2", "urgent": False}
+    gold = {
+        "persons": [{"name": "A", "address": "x"}, {"name": "B", "address": None}],
+        "count": 2,
+        "urgent": False,
+    }
+    claim = {
+        "persons": [{"name": "A", "address": "y"}, {"name": "B", "address": ""}],
+        "count": "2",
+        "urgent": False,
+    }
     assert list(leaves(gold)) == [
         ("persons.name", "A"),
         ("persons.address", "x"),
@@ -69,7 +77,9 @@ def test_nested_leaves_are_scored_by_path():
     ]
     found = generation_metrics([json.dumps(gold)], [json.dumps(claim)], [True])
     assert found["f1.persons.name"] == 1
-    assert found["f1.persons.address"] == 0 and found["recall.count"] == 0 and found["f1.urgent"] == 1
+    assert (
+        found["f1.persons.address"] == 0 and found["recall.count"] == 0 and found["f1.urgent"] == 1
+    )
     assert found["precision"] == found["recall"] == pytest.approx(3 / 5)
     assert found["exact_match"] == 0
 
@@ -144,7 +154,9 @@ def test_trainers_name_of_a_metric_means_ours(dev_names, asked, meant, greater_i
 
 
 def test_a_metric_that_is_not_measured_is_refused_under_trainers_name_too():
-    with pytest.raises(InputError, match="--metric_for_best eval_f2 is not measured. Choose one of loss"):
+    with pytest.raises(
+        InputError, match="--metric_for_best eval_f2 is not measured. Choose one of loss"
+    ):
         plan_of([""], "--metric_for_best", "eval_f2")
 
 

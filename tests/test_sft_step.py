@@ -23,10 +23,14 @@ def naive_gradient(trainer, rows):
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
     trainer.model.zero_grad()
     loss.backward()
-    return loss.detach(), torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad])
+    return loss.detach(), torch.cat(
+        [p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad]
+    )
 
 
-@pytest.mark.parametrize("checkpointing", ["--gradient_checkpointing", "--no-gradient_checkpointing"])
+@pytest.mark.parametrize(
+    "checkpointing", ["--gradient_checkpointing", "--no-gradient_checkpointing"]
+)
 @pytest.mark.parametrize("batch_size", [8, 2, 1])
 def test_step_equals_the_full_logits_computation(sft_trainer, batch_size, checkpointing):
     flags = ["--batch_size", batch_size, "--gradient_accumulation", 8 // batch_size, checkpointing]
@@ -39,30 +43,47 @@ def test_step_equals_the_full_logits_computation(sft_trainer, batch_size, checkp
     found_loss, found = gradient(trainer, step)
     assert found_loss.item() == pytest.approx(loss.item(), rel=1e-5)
     assert relative(found, expected) < 1e-5
-    mean_of_means = torch.stack([naive_gradient(trainer, rows[i : i + 1])[0] for i in range(8)]).mean()
-    assert abs(mean_of_means - loss) > 1e-4  # the rows differ in length, so that a mean of means would be seen
+    mean_of_means = torch.stack(
+        [naive_gradient(trainer, rows[i : i + 1])[0] for i in range(8)]
+    ).mean()
+    assert (
+        abs(mean_of_means - loss) > 1e-4
+    )  # the rows differ in length, so that a mean of means would be seen
 
 
-@pytest.mark.parametrize("flags", [[], ["--target_modules", "q_proj,lm_head"], ["--finetune_type", "full"]])
+@pytest.mark.parametrize(
+    "flags", [[], ["--target_modules", "q_proj,lm_head"], ["--finetune_type", "full"]]
+)
 def test_logits_in_chunks_change_nothing(sft_trainer, flags, monkeypatch):
     trainer = sft_trainer("--batch_size", 8, *flags)
     rows = trainer.train_dataset[:8]
     loss, expected = naive_gradient(trainer, rows)
     sizes, scores = [], train_sft_lora.token_scores
     monkeypatch.setattr(train_sft_lora, "LOGITS_AT_ONCE", 7 * 640)
-    monkeypatch.setattr(train_sft_lora, "token_scores", lambda x, y: sizes.append(len(y)) or scores(x, y))
+    monkeypatch.setattr(
+        train_sft_lora, "token_scores", lambda x, y: sizes.append(len(y)) or scores(x, y)
+    )
     found_loss, found = gradient(trainer, trainer.data_collator(rows))
     assert trainer.plain_head and max(sizes) == 7
     assert found_loss.item() == pytest.approx(loss.item(), rel=1e-5)
     assert relative(found, expected) < 1e-5
 
 
-def test_a_head_with_softcapping_is_left_to_the_model(sft_trainer, tiny_chat, tmp_path, monkeypatch):
+def test_a_head_with_softcapping_is_left_to_the_model(
+    sft_trainer, tiny_chat, tmp_path, monkeypatch
+):
     monkeypatch.setattr(train_sft_lora, "LOGITS_AT_ONCE", 7 * 640)
     AutoTokenizer.from_pretrained(tiny_chat).save_pretrained(tmp_path / "gemma")
-    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     torch.manual_seed(0)
-    config = Gemma2Config(vocab_size=640, head_dim=16, intermediate_size=128, final_logit_softcapping=2.0, **shape)
+    config = Gemma2Config(
+        vocab_size=640, head_dim=16, intermediate_size=128, final_logit_softcapping=2.0, **shape
+    )
     Gemma2ForCausalLM(config).save_pretrained(tmp_path / "gemma")
     trainer = sft_trainer("--attn_implementation", "eager", model=str(tmp_path / "gemma"))
     rows = trainer.train_dataset[:8]
@@ -93,10 +114,14 @@ def test_step_is_the_same_after_running_out_of_memory(sft_trainer, monkeypatch, 
 
 
 @pytest.mark.parametrize("step, real", [(0, 8), (7, 4)])
-def test_two_processes_give_the_gradient_of_one(sft_trainer, tmp_path, tiny_chat, chats, step, real):
+def test_two_processes_give_the_gradient_of_one(
+    sft_trainer, tmp_path, tiny_chat, chats, step, real
+):
     trainer = sft_trainer("--dev_size", 0)
     total = len(trainer.train_dataset)
-    assert total == 60  # 7 steps of 8 rows and one of 4, which is filled up with rows that carry no loss
+    assert (
+        total == 60
+    )  # 7 steps of 8 rows and one of 4, which is filled up with rows that carry no loss
     _, expected = naive_gradient(trainer, trainer.train_dataset[8 * step : 8 * step + real])
     flags = f"--model_name {tiny_chat} --train_file {chats} --batch_size 2 --gradient_accumulation 2 --dev_size 0"
     for found in gradients_of_two_processes(tmp_path, "train_sft_lora", flags, 8 * step, 4, step):
@@ -121,7 +146,9 @@ def test_dev_loss_is_a_mean_over_tokens(sft_trainer):
 def test_generation_in_a_batch_is_that_of_a_row_alone(sft_trainer, monkeypatch):
     trainer = sft_trainer("--max_new_tokens", 12)
     randomise_adapters(trainer.model)
-    prompts = [list(row["input_ids"][: row["supervised"].argmax()]) for row in trainer.train_dataset[:9]]
+    prompts = [
+        list(row["input_ids"][: row["supervised"].argmax()]) for row in trainer.train_dataset[:9]
+    ]
     together = trainer.generate(prompts)
     monkeypatch.setattr(train_sft_lora, "GENERATED_AT_ONCE", 1)
     assert trainer.generate(prompts) == together
@@ -145,6 +172,8 @@ def test_a_base_repetition_penalty_does_not_bend_the_evaluation(sft_trainer, tin
     config = utils.read_json(tmp_path / "model/generation_config.json")
     sampling = {"repetition_penalty": 5.0, "do_sample": True, "temperature": 0.6, "max_length": 20}
     utils.write_json(tmp_path / "model/generation_config.json", config | sampling)
-    plain, bent = (sft_trainer("--max_new_tokens", 16, model=str(m)) for m in (tiny_chat, tmp_path / "model"))
+    plain, bent = (
+        sft_trainer("--max_new_tokens", 16, model=str(m)) for m in (tiny_chat, tmp_path / "model")
+    )
     prompts = [list(row["input_ids"][:20]) for row in plain.train_dataset[:4]]
     assert plain.generate(prompts) == bent.generate(prompts)

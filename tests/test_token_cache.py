@@ -33,7 +33,14 @@ def fill(folder, sizes):
 
 @pytest.mark.parametrize(
     "limit, left",
-    [(60, [0, 1, 2]), (59, [0, 1]), (30, [0, 1]), (29, [0]), (9, []), (utils.TOKEN_CACHE_BYTES, [0, 1, 2])],
+    [
+        (60, [0, 1, 2]),
+        (59, [0, 1]),
+        (30, [0, 1]),
+        (29, [0]),
+        (9, []),
+        (utils.TOKEN_CACHE_BYTES, [0, 1, 2]),
+    ],
 )
 def test_what_was_used_longest_ago_goes_first(folder, limit, left):
     fill(folder, [10, 20, 30])
@@ -134,9 +141,13 @@ def test_the_source_of_a_function_is_that_of_its_file_or_cell(tmp_path):
 def test_a_slow_tokenizer_is_known_by_its_vocabulary(tmp_path):
     keys = []
     for words in ("a b c", "a b d", "a b d"):
-        (tmp_path / "vocab.txt").write_text("\n".join(["[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]", *words.split()]))
+        (tmp_path / "vocab.txt").write_text(
+            "\n".join(["[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]", *words.split()])
+        )
         tokenizer = transformers.models.bert_japanese.BertJapaneseTokenizer(
-            str(tmp_path / "vocab.txt"), word_tokenizer_type="basic", subword_tokenizer_type="character"
+            str(tmp_path / "vocab.txt"),
+            word_tokenizer_type="basic",
+            subword_tokenizer_type="character",
         )
         assert not tokenizer.is_fast
         keys.append(utils.tokens_key(tokenizer, train_sft_lora.tokenise))

@@ -16,9 +16,21 @@ import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import AutoTokenizer, BertConfig, BertModel, GPTNeoXTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    GPTNeoXTokenizer,
+    PreTrainedTokenizerFast,
+)
 
-SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "sep_token": "<sep>"}
+SPECIAL = {
+    "unk_token": "<unk>",
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "pad_token": "<pad>",
+    "sep_token": "<sep>",
+}
 ARGS = SimpleNamespace(trust_remote_code=False, model_name="BASE")
 
 
@@ -26,7 +38,9 @@ def gpt_neox(folder):
     """The tokenizer of Pythia and its kin, whose class makes its own template whenever it is loaded."""
     special = {"unk_token": "<|endoftext|>", "pad_token": "<|padding|>"}
     stored = json.loads(train_tokenizer(special, None).backend_tokenizer.to_str())["model"]
-    return GPTNeoXTokenizer(vocab=stored["vocab"], merges=[tuple(pair) for pair in stored["merges"]])
+    return GPTNeoXTokenizer(
+        vocab=stored["vocab"], merges=[tuple(pair) for pair in stored["merges"]]
+    )
 
 
 def behind_bytes(tokenizer):
@@ -40,7 +54,11 @@ MADE = {  # name: (tokenizer, what it puts before a text, behind it)
     "nothing": (lambda _: train_tokenizer(SPECIAL, None), [], []),
     "bos": (lambda _: train_tokenizer(SPECIAL, "<s> $A"), ["<s>"], []),
     "bos, bytes": (lambda _: behind_bytes(train_tokenizer(SPECIAL, "<s> $A")), ["<s>"], []),
-    "three before": (lambda _: train_tokenizer(SPECIAL, "<s> <s> <sep> $A"), ["<s>", "<s>", "<sep>"], []),
+    "three before": (
+        lambda _: train_tokenizer(SPECIAL, "<s> <s> <sep> $A"),
+        ["<s>", "<s>", "<sep>"],
+        [],
+    ),
     "GPTNeoX": (gpt_neox, [], []),
 }
 
@@ -59,7 +77,10 @@ def test_append_eos_ends_every_text_also_once_it_is_saved(name, tmp_path):
         assert each.convert_ids_to_tokens(each(text)["input_ids"]) == expected
         cut = each(text, truncation=True, max_length=len(expected) - 2)["input_ids"]
         assert each.convert_ids_to_tokens(cut) == [*before, *bare[:-2], *after, tokenizer.eos_token]
-    assert saved.pad_token == tokenizer.pad_token and saved.model_max_length == tokenizer.model_max_length
+    assert (
+        saved.pad_token == tokenizer.pad_token
+        and saved.model_max_length == tokenizer.model_max_length
+    )
     assert notes == []
 
 
@@ -67,34 +88,55 @@ def test_append_eos_keeps_a_word_that_the_tokenizer_puts_behind_a_text(tmp_path)
     tokenizer = train_tokenizer(SPECIAL, "<s> $A")
     word = tokenizer.tokenize("lamp")[0]  # no special token
     ids = [("<s>", tokenizer.bos_token_id), (word, tokenizer.convert_tokens_to_ids(word))]
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(f"<s> $A {word}", special_tokens=ids)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        f"<s> $A {word}", special_tokens=ids
+    )
     found = append_eos(tokenizer, ARGS, [])("door")["input_ids"]
-    assert tokenizer.convert_ids_to_tokens(found) == ["<s>", *tokenizer.tokenize("door"), word, "</s>"]
+    assert tokenizer.convert_ids_to_tokens(found) == [
+        "<s>",
+        *tokenizer.tokenize("door"),
+        word,
+        "</s>",
+    ]
 
 
-@pytest.mark.parametrize("template, token", [("<s> $A <sep>", "<sep>"), ("$A </s>", "</s>"), ("<s> $A <pad>", "<pad>")])
+@pytest.mark.parametrize(
+    "template, token", [("<s> $A <sep>", "<sep>"), ("$A </s>", "</s>"), ("<s> $A <pad>", "<pad>")]
+)
 def test_append_eos_changes_nothing_where_texts_end_in_a_special_token(template, token):
     tokenizer, notes = train_tokenizer(SPECIAL, template), []
     before = tokenizer("door")["input_ids"]
     assert append_eos(tokenizer, ARGS, notes) is tokenizer
     assert tokenizer("door")["input_ids"] == before
-    assert notes == [f"--append_eos changes nothing: the tokenizer ends every text in {token} by itself"]
+    assert notes == [
+        f"--append_eos changes nothing: the tokenizer ends every text in {token} by itself"
+    ]
 
 
 def test_append_eos_that_does_not_last_is_refused(monkeypatch):
     monkeypatch.setattr(utils, "read_tokenizer", lambda *_: train_tokenizer(SPECIAL, "<s> $A"))
-    with pytest.raises(InputError, match="does not end short and truncated texts in </s> once it is saved"):
+    with pytest.raises(
+        InputError, match="does not end short and truncated texts in </s> once it is saved"
+    ):
         append_eos(train_tokenizer(SPECIAL, "<s> $A"), ARGS, [])
-    blind = Tokenizer(models.BPE(vocab={"h": 0, "<s>": 1, "</s>": 2}, merges=[]))  # what it cannot read, it leaves out
+    blind = Tokenizer(
+        models.BPE(vocab={"h": 0, "<s>": 1, "</s>": 2}, merges=[])
+    )  # what it cannot read, it leaves out
     blind.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     with pytest.raises(InputError, match="cannot be told what it puts around a text"):
-        append_eos(PreTrainedTokenizerFast(tokenizer_object=blind, bos_token="<s>", eos_token="</s>"), ARGS, [])
+        append_eos(
+            PreTrainedTokenizerFast(tokenizer_object=blind, bos_token="<s>", eos_token="</s>"),
+            ARGS,
+            [],
+        )
     without = train_tokenizer({"unk_token": "<unk>"}, None)
     with pytest.raises(InputError, match="the tokenizer has no EOS token"):
         append_eos(without, ARGS, [])
 
 
-def test_a_tokenizer_that_is_read_back_otherwise_is_refused_at_start(run_embed, monkeypatch, tiny_qwen, tmp_path):
+def test_a_tokenizer_that_is_read_back_otherwise_is_refused_at_start(
+    run_embed, monkeypatch, tiny_qwen, tmp_path
+):
     def load(args):
         tokenizer = gpt_neox(tmp_path)
         ids = [("<|endoftext|>", tokenizer.eos_token_id)]
@@ -104,7 +146,10 @@ def test_a_tokenizer_that_is_read_back_otherwise_is_refused_at_start(run_embed, 
 
     monkeypatch.setattr(utils, "load_tokenizer", load)
     monkeypatch.setattr(utils, "train", lambda *_: pytest.fail("trained"))
-    with pytest.raises(InputError, match="the GPTNeoXTokenizer of .*, saved and read back, gives other tokens than in"):
+    with pytest.raises(
+        InputError,
+        match="the GPTNeoXTokenizer of .*, saved and read back, gives other tokens than in",
+    ):
         run_embed("--max_steps", 2, "--max_length", 100, model=tiny_qwen)
 
 
@@ -133,7 +178,9 @@ def test_the_proof_reads_the_tokenizer_of_final(run_embed, monkeypatch):
 
 def test_the_proof_reads_the_chat_template_of_final(run_sft, monkeypatch):
     def change(folder):
-        (folder / "chat_template.jinja").write_text(CHATML.replace("user", "User").replace("m.role", "m.role|upper"))
+        (folder / "chat_template.jinja").write_text(
+            CHATML.replace("user", "User").replace("m.role", "m.role|upper")
+        )
 
     changed_after_saving(monkeypatch, change)
     with pytest.raises(InputError, match="saved and read back, gives other tokens"):
@@ -150,9 +197,14 @@ def without_tokenizer(folder, target):
 
 
 @pytest.mark.parametrize("script", ["embed", "sft"])
-def test_a_base_without_a_tokenizer_is_refused(script, run_embed, run_sft, tiny_bert, tiny_chat, tmp_path):
+def test_a_base_without_a_tokenizer_is_refused(
+    script, run_embed, run_sft, tiny_bert, tiny_chat, tmp_path
+):
     run, model = {"embed": (run_embed, tiny_bert), "sft": (run_sft, tiny_chat)}[script]
-    with pytest.raises(InputError, match="has no tokenizer: none of tokenizer.json, tokenizer_config.json, vocab.txt"):
+    with pytest.raises(
+        InputError,
+        match="has no tokenizer: none of tokenizer.json, tokenizer_config.json, vocab.txt",
+    ):
         run("--dry_run", model=str(without_tokenizer(model, tmp_path / "model")))
 
 
@@ -168,18 +220,30 @@ def test_a_hub_model_without_a_tokenizer_is_refused(tiny_bert, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("script", ["embed", "sft"])
-def test_a_vocabulary_below_the_tokenizers_is_refused(script, run_embed, run_sft, tiny_bert, tiny_chat, tmp_path):
+def test_a_vocabulary_below_the_tokenizers_is_refused(
+    script, run_embed, run_sft, tiny_bert, tiny_chat, tmp_path
+):
     from transformers import AutoModelForCausalLM
 
     folder = shutil.copytree({"embed": tiny_bert, "sft": tiny_chat}[script], tmp_path / "model")
     if script == "embed":
-        sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
-        BertModel(BertConfig(vocab_size=300, max_position_embeddings=128, **sizes)).save_pretrained(folder)
+        sizes = {
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 128,
+        }
+        BertModel(BertConfig(vocab_size=300, max_position_embeddings=128, **sizes)).save_pretrained(
+            folder
+        )
     else:
         model = AutoModelForCausalLM.from_pretrained(folder)
         model.resize_token_embeddings(300)
         model.save_pretrained(folder)
-    with pytest.raises(InputError, match=r"has embeddings for 300 tokens, and its tokenizer, of \d+, gives the data"):
+    with pytest.raises(
+        InputError,
+        match=r"has embeddings for 300 tokens, and its tokenizer, of \d+, gives the data",
+    ):
         (run_embed if script == "embed" else run_sft)("--dry_run", model=str(folder))
 
 
@@ -191,7 +255,9 @@ def test_a_tokenizer_without_a_padding_token_is_saved_with_one(run_embed, tiny_q
     run_embed("--max_steps", 1, "--lr", 1e-2, "--dev_size", 0, model=str(folder))
     st = SentenceTransformer(str(tmp_path / "out/final"), device="cpu")
     texts = ["where is the lamp", "a door"]
-    assert st.encode(texts) == pytest.approx(np.array([st.encode(text) for text in texts]), abs=1e-6)
+    assert st.encode(texts) == pytest.approx(
+        np.array([st.encode(text) for text in texts]), abs=1e-6
+    )
 
 
 def test_a_text_without_tokens_is_refused():
@@ -212,8 +278,15 @@ def words(template):
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if template:
-        tokenizer.post_processor = processors.TemplateProcessing(template, special_tokens=list(vocabulary.items())[:3])
-    special = {"unk_token": "<unk>", "eos_token": "<unk>", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+        tokenizer.post_processor = processors.TemplateProcessing(
+            template, special_tokens=list(vocabulary.items())[:3]
+        )
+    special = {
+        "unk_token": "<unk>",
+        "eos_token": "<unk>",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+    }
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 

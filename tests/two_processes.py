@@ -27,7 +27,9 @@ def gradient_instead(trainer, *_):
     assert isinstance(model, torch.nn.parallel.DistributedDataParallel)
     trainer.state.global_step = global_step
     start, total = first + count * rank, len(trainer.train_dataset)
-    rows = [trainer.train_dataset[i % total] for i in range(start, start + count)]  # the last step repeats rows
+    rows = [
+        trainer.train_dataset[i % total] for i in range(start, start + count)
+    ]  # the last step repeats rows
     trainer.training_step(model, trainer.data_collator(rows))
     flat = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad])
     torch.save(flat, Path(work) / f"gradient{rank}.pt")
