@@ -91,6 +91,23 @@ def say(*parts):
         print(*parts, flush=True)
 
 
+NOTES = []  # of the run that this process is in
+
+
+def note(text):
+    """Tell the user what is worth knowing, where it is found; the report lists it again."""
+    NOTES.append(text)
+    say(f"note      {text}")
+
+
+checked_json = merge.read_json
+
+
+def recorded_flags(run):
+    """Return {name: value} of the flags in a training_config.json, as they were settled in the run."""
+    return run.get("flags", {}) | run.get("settled", {})
+
+
 def reason(error):
     """Return the first line of a library's error message."""
     return str(error).strip().split("\n")[0]
