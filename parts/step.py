@@ -1,0 +1,211 @@
+"""The exact step: cut into pieces that fit in memory, with the gradient of the uncut step.
+
+Shapes: B sequences of a piece, T tokens.
+"""
+
+import gc
+import math
+import time
+from contextlib import nullcontext
+
+from utils import InputError, say
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+PIECE_TOKENS = {"cpu": 448, "cuda": 32768}  # padded tokens of a forward pass: each device's fastest
+
+
+def cut(lengths, budget):
+    """Cut sequences, longest first, into pieces of at most `budget` padded tokens (or of one).
+
+    lengths: of each sequence, in tokens. Returns lists of indices.
+    """
+    pieces = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if pieces:
+            longest = lengths[pieces[-1][0]]  # all of a piece are padded to its first
+            if (len(pieces[-1]) + 1) * longest <= budget:
+                pieces[-1].append(i)
+                continue
+        pieces.append([i])
+    return pieces
+
+
+def is_out_of_memory(error):
+    """Tell whether a RuntimeError means that memory ran out, on any device."""
+    text = str(error)
+    return any(sign in text for sign in ("out of memory", "ALLOC_FAILED", "can't allocate memory"))
+
+
+def broken_weight(model, untrained):
+    """Return the name of a weight that is not finite and that training did not change, or None.
+
+    untrained: no step was taken, so that no weight was changed.
+    """
+    for name, parameter in model.named_parameters():
+        unchanged = untrained or not parameter.requires_grad
+        if unchanged and not parameter.isfinite().all():
+            return name.removeprefix("base_model.model.").replace(".base_layer", "")  # peft's
+    return None
+
+
+class StepTrainer(Trainer):
+    """A Trainer whose batch is one whole step: {"sequences": [token ids], "rows": examples, ...}.
+
+    The step is cut into pieces of at most batch_size examples' tokens. A subclass' run_step(model,
+    step, pieces, tokens_at_once) runs forward and backward so that the gradient is that of the
+    uncut step. When memory runs out, the step starts again from zero gradients with half the
+    tokens in memory, and so do all later ones.
+    """
+
+    def __init__(self, *, batch_size, measure, **kwargs):
+        """batch_size: examples in memory at once; measure(trainer): {metric: value} of all sets."""
+        super().__init__(**kwargs)
+        self.batch_size = batch_size
+        self.measure = measure
+        self.device_tokens = PIECE_TOKENS.get(self.args.device.type, PIECE_TOKENS["cuda"])
+        self.halvings = 0  # of a piece's size, since memory ran out
+        self.evaluation_halvings = 0
+        self.real_tokens = 0
+        self.padded_tokens = 0
+        self.evaluation_seconds = 0
+
+    def training_step(self, model, step, num_items_in_batch=None):
+        """Run forward and backward of one step; return its loss."""
+        model.train()
+        step = self._prepare_inputs(step)
+        # cut anew by each attempt: `halvings` may have grown
+        loss = self.until_it_fits(lambda: self.run_step(model, step, *self.cut_step(step)))
+        if not torch.isfinite(loss):
+            raise self.diverged(model, loss.item())
+        self.step_figures = self.figures_of_step(loss)
+        return loss
+
+    def diverged(self, model, loss):
+        """Return the InputError on a loss of NaN or infinity."""
+        broken = broken_weight(model, untrained=self.state.global_step == 0)
+        if broken:
+            return InputError(
+                f"the loss is {loss}, because {broken} of the base or adapter holds NaN or "
+                "infinity: fetch it again, or take an earlier checkpoint."
+            )
+        half = ", or pass --mixed_precision none" if self.args.fp16 else ""
+        return InputError(
+            f"the loss is {loss} in step {self.state.global_step + 1}: lower --lr{half}."
+        )
+
+    def figures_of_step(self, loss):
+        """Return {name: number} of the step that was just run, over all processes."""
+        if self.accelerator.num_processes > 1:
+            loss = self.accelerator.reduce(loss, "mean")
+        return {"loss": loss.item()}
+
+    def log(self, logs, *args, **kwargs):
+        """Show training figures as means over the last --logging_steps steps, resumed or not.
+
+        The history holds each step's own figures, which RunCallback has put there: what Trainer
+        knows of a step beside them, the gradient's norm, joins its entry.
+        """
+        history = self.state.log_history
+        is_of_training = "loss" in logs
+        if is_of_training:
+            steps = [entry for entry in history if "loss" in entry][-self.args.logging_steps :]
+            for name in self.step_figures:
+                logs[name] = sum(entry[name] for entry in steps) / len(steps)
+        super().log(logs, *args, **kwargs)
+        if is_of_training:
+            shown = history.pop()
+            history[-1] = shown | history[-1]
+
+    def until_it_fits(self, attempt):
+        """Return attempt(), called again with pieces half the size each time memory runs out.
+
+        Each attempt starts from zero gradients. Raises InputError where pieces cannot get smaller.
+        """
+        while True:
+            try:
+                return attempt()
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                # of several processes, this one alone would start again; the others would wait
+                alone = self.accelerator.num_processes == 1
+                if not alone or 2**self.halvings > self.device_tokens:
+                    raise InputError(
+                        "out of memory: lower --max_length or --batch_size, or quantise."
+                    ) from error
+            # outside the except block, where the error no longer holds the graph
+            self.halvings += 1
+            self.model.zero_grad()
+            gc.collect()
+            torch.cuda.empty_cache()
+            size = f"1/{2**self.halvings}"
+            say(f"memory    ran out: this again, and what follows, in pieces {size} the size")
+
+    @torch.no_grad()
+    def evaluated(self, attempt):
+        """Return until_it_fits(attempt) in evaluation mode.
+
+        An evaluation remembers its own halvings: the pieces of training stay as large as they were.
+        """
+        training = self.model.training
+        halvings = self.halvings
+        self.halvings = max(halvings, self.evaluation_halvings)
+        self.model.eval()
+        try:
+            return self.until_it_fits(attempt)
+        finally:
+            self.model.train(training)
+            self.evaluation_halvings = self.halvings
+            self.halvings = halvings
+
+    def cut_step(self, step):
+        """Return the step's pieces, and how many padded tokens may be in memory at once."""
+        lengths = self.lengths_of(step)
+        parts = math.ceil(step["rows"] / self.batch_size) * 2**self.halvings
+        fastest = self.device_tokens // 2**self.halvings
+        pieces = cut(lengths, min(fastest, math.ceil(sum(lengths) / parts)))
+        padded = sum(len(piece) * lengths[piece[0]] for piece in pieces)
+        self.real_tokens += sum(map(len, step["sequences"]))
+        self.padded_tokens += padded
+        return pieces, padded / parts
+
+    def lengths_of(self, step):
+        """Return how many tokens each sequence takes in a piece."""
+        return [len(ids) for ids in step["sequences"]]
+
+    def pad(self, step, piece):
+        """Return a piece's input_ids (B, T), padded on the right with 0, and lengths (B,)."""
+        rows = [torch.tensor(step["sequences"][i]) for i in piece]
+        lengths = torch.tensor([len(row) for row in rows])
+        input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).long()
+        return input_ids.to(self.args.device), lengths.to(self.args.device)
+
+    def unsynced(self, model, more):
+        """Context in which processes do not add up gradients yet: there is `more` to come."""
+        return self.accelerator.no_sync(model) if more else nullcontext()
+
+    def before_training(self):
+        """Do what needs the model as it is before the first step; called in a resumed run too."""
+
+    def warnings_about(self, after):
+        """Return what the last metrics should warn a user of, in words."""
+        return []
+
+    def measure_dev_sets(self):
+        """Return {"eval_<metric>": value} over all dev sets."""
+        started = time.perf_counter()
+        metrics = {f"eval_{name}": value for name, value in self.measure(self).items()}
+        self.evaluation_seconds += time.perf_counter() - started
+        return metrics
+
+    def evaluate(self, *args, **kwargs):
+        """Measure and log; Trainer's own evaluation would average per-batch means of a loss."""
+        metrics = self.measure_dev_sets()
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
