@@ -188,7 +188,7 @@ class StepTrainer(Trainer):
         return self.accelerator.no_sync(model) if more else nullcontext()
 
     def before_training(self):
-        """Do what needs the model as it is before the first step, from which a resumed run starts."""
+        """Do what needs the model of before the first step, on which a resumed run starts too."""
 
     def warnings_about(self, after):
         """Return what the last metrics should warn a user of, in words."""
