@@ -1,0 +1,210 @@
+"""What every trainer of a causal language model does: scores at chosen positions, greedy answers.
+
+Shapes: B sequences, T tokens, N supervised tokens, D hidden size, V vocabulary.
+"""
+
+import contextlib
+import math
+
+from parts.masks import decode_answer
+from parts.step import StepTrainer, cut
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import gather_object
+from torch.utils.checkpoint import checkpoint as recomputed
+from transformers import GenerationConfig
+
+LOGITS_AT_ONCE = 2**26  # positions x vocabulary: 256 MiB in float32
+GENERATED_AT_ONCE = 32  # rows
+STOPS_SELDOM = 0.9  # share of answers that stop, below which a user is warned
+
+
+def token_scores(logits, labels):
+    """Return cross entropy and whether the label is the likeliest token, both (N,).
+
+    logits (N, V), labels (N,); computed in float32, since bfloat16 has three digits.
+    """
+    logits = logits.float()
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    return losses, logits.detach().argmax(1) == labels
+
+
+def generate_greedily(model, prompts, stop_ids, max_new_tokens):
+    """Continue prompts (token ids) in one batch.
+
+    Returns [(ids before the first stop token, whether there was one)].
+    """
+    greedy = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=stop_ids,
+        pad_token_id=stop_ids[0],
+    )
+    model.generation_config = greedy  # or the base's own would fill in a repetition penalty, say
+    longest = max(map(len, prompts))
+    rows, mask = [], []
+    for prompt in prompts:  # padded on the left: answers begin in one column
+        padding = [0] * (longest - len(prompt))
+        rows.append([*padding, *prompt])
+        mask.append([*padding, *[1] * len(prompt)])
+    rows = torch.tensor(rows, device=model.device)
+    mask = torch.tensor(mask, device=model.device)
+    with torch.no_grad():
+        rows = model.generate(input_ids=rows, generation_config=greedy, attention_mask=mask)
+    found = []
+    for ids in rows[:, longest:].tolist():
+        end = next((t for t, token in enumerate(ids) if token in stop_ids), None)
+        found.append((ids[:end], end is not None))
+    return found
+
+
+def unchanged(hidden):
+    """Return what an output head is given."""
+    return hidden
+
+
+class CausalTrainer(StepTrainer):
+    """A StepTrainer of a causal language model; a subclass adds the loss of a step and a score."""
+
+    def __init__(
+        self,
+        *,
+        chat,
+        frame,
+        plain_head,
+        max_length,
+        max_new_tokens,
+        position_limit,
+        **kwargs,
+    ):
+        """chat, frame: how answers are ended and read; lengths and the limit in tokens.
+
+        plain_head: the logits are the head's output as it is, without softcapping or scaling.
+        """
+        super().__init__(**kwargs)
+        self.chat = chat
+        self.frame = frame
+        self.plain_head = plain_head
+        self.max_length = max_length
+        self.max_new_tokens = max_new_tokens
+        self.position_limit = position_limit
+        self.head = self.model.get_output_embeddings()
+
+    def token_scores(self, model, input_ids, mask, **inputs):
+        """Return token_scores of the tokens where `mask` (B, T) is, row by row.
+
+        Only the positions before them, which predict them, get logits. inputs: more of the model's.
+        """
+        keep = F.pad(mask[:, 1:], (0, 1))  # (B, T)
+        labels = input_ids[mask]  # (N,)
+        chunk = max(1, LOGITS_AT_ONCE // self.model.config.get_text_config().vocab_size)
+        # no attention mask: a causal model never sees the padding on its right
+        inputs |= {"input_ids": input_ids, "logits_to_keep": keep}
+        with self.accelerator.autocast():
+            if len(labels) <= chunk or not self.plain_head:
+                return token_scores(model(**inputs).logits, labels)
+            with self.hidden_states_only():
+                hidden = model(**inputs).logits  # (N, D)
+            return self.scores_in_chunks(hidden, labels, chunk)
+
+    @contextlib.contextmanager
+    def hidden_states_only(self):
+        """Context in which the model returns what its head would be given, in place of logits."""
+        forward = self.head.forward
+        self.head.forward = unchanged
+        try:
+            yield
+        finally:
+            self.head.forward = forward
+
+    def scores_in_chunks(self, hidden, labels, chunk):
+        """Return token_scores from hidden states (N, D), `chunk` positions' logits at a time.
+
+        The backward pass computes them again: logits of all positions at once are what memory is
+        short of, at a vocabulary of 150,000.
+        """
+
+        def score(hidden, labels):
+            with self.accelerator.autocast():  # once more, as the backward pass calls it outside
+                return token_scores(self.head(hidden), labels)
+
+        losses, hits = [], []
+        for part in zip(hidden.split(chunk), labels.split(chunk), strict=True):
+            loss, hit = recomputed(score, *part, use_reentrant=False)
+            losses.append(loss)
+            hits.append(hit)
+        return torch.cat(losses), torch.cat(hits)
+
+    def counted_rows(self, model, step):
+        """Return which rows of a step carry loss (rows,).
+
+        Under DDP the last step of an epoch repeats rows to fill up; those carry none. Then `model`
+        is a wrapper around self.model; a step outside it, as the rehearsal's, counts all its rows.
+        """
+        if model is self.model:
+            return torch.ones(step["rows"], dtype=torch.bool)
+        rows = self.args.per_device_train_batch_size
+        count = len(self.train_dataset)
+        world = self.accelerator.num_processes
+        steps_per_epoch = math.ceil(count / rows / world)
+        share = self.state.global_step % steps_per_epoch * world + self.accelerator.process_index
+        return share * rows + torch.arange(step["rows"]) < count
+
+    def own_share(self, count):
+        """Return which of `count` rows this process measures."""
+        return range(self.accelerator.process_index, count, self.accelerator.num_processes)
+
+    def over_processes(self, sums):
+        """Return sums added up over all processes."""
+        if self.accelerator.num_processes == 1:
+            return sums  # not moved: some devices have no float64
+        return self.accelerator.reduce(sums.to(self.args.device))
+
+    def pieces_of(self, step):
+        """Cut rows that are only measured; without a backward pass twice as many fit."""
+        limit = min(self.device_tokens, 2 * self.batch_size * self.max_length)
+        return cut(self.lengths_of(step), limit // 2**self.halvings)
+
+    def warnings_about(self, after):
+        """Return a warning for each dev set whose answers seldom stop."""
+        warnings = []
+        for name, rate in after.items():
+            if name.endswith("stop_rate") and rate < STOPS_SELDOM:
+                name = name.removeprefix("eval_")
+                warnings.append(
+                    f"{1 - rate:.0%} of the generated answers ({name}) do not "
+                    f"stop in --max_new_tokens {self.max_new_tokens}: look at predictions-*.jsonl "
+                    "for repetition; more steps teach the stop token, more tokens give room"
+                )
+        return warnings
+
+    def generate(self, prompts):
+        """Answer prompts (token ids) greedily, shared out over the processes.
+
+        Returns [(text, whether it stopped)].
+        """
+        own = sorted(self.own_share(len(prompts)), key=lambda i: -len(prompts[i]))
+        answers = self.evaluated(lambda: self.generate_own(prompts, own))
+        if self.accelerator.num_processes > 1:
+            answers = dict(gather_object(list(answers.items())))
+        return [answers[i] for i in range(len(prompts))]
+
+    def generate_own(self, prompts, own):
+        """Answer prompts[i] for i in `own`, longest first: {i: (text, whether it stopped)}."""
+        answers = {}
+        size = max(1, GENERATED_AT_ONCE // 2**self.halvings)
+        for start in range(0, len(own), size):
+            part = own[start : start + size]
+            room = self.position_limit - len(prompts[part[0]])  # behind the longest of the part
+            with self.accelerator.autocast():
+                found = generate_greedily(
+                    self.model,
+                    [prompts[i] for i in part],
+                    self.chat.stop_ids,
+                    min(self.max_new_tokens, room),
+                )
+            for i, (ids, stopped) in zip(part, found, strict=True):
+                answers[i] = decode_answer(self.chat.tokenizer, ids, self.frame), stopped
+        return answers

@@ -1,0 +1,365 @@
+"""Learning which of two answers is better: six losses, two layouts of a pair, the step.
+
+Shapes: P pairs, T tokens; (P, 2) is chosen, rejected.
+"""
+
+import contextlib
+from dataclasses import dataclass
+from functools import partial
+from statistics import fmean as mean
+
+from parts.causal import CausalTrainer
+from parts.samples import first_answer, longest_side
+from utils import InputError, say
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import gather_object
+
+WITHOUT_REFERENCE = ("orpo", "simpo")
+PER_TOKEN = ("ipo", "orpo", "simpo")
+# figures of both answers, in the order of PreferenceTrainer.pair_sums
+SIDES = [
+    f"{figure}_{side}" for figure in ("reward", "logp", "tokens") for side in ("chosen", "rejected")
+]
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Which loss, and its numbers; beta times an answer's gain is its reward."""
+
+    kind: str
+    beta: float = 0.1
+    ftx: float = 0.0  # weight of an SFT loss on the chosen answers beside it
+    label_smoothing: float = 0.0  # share of wrong labels, for sigmoid
+    simpo_gamma: float = 0.5  # margin that simpo asks for
+
+
+def gains(kind, logps, reference, lengths):
+    """Return how much likelier answers have become (P, 2); times beta these are the rewards.
+
+    logps, reference: summed log-probabilities (P, 2) of the answers, lengths: their tokens. ipo,
+    orpo and simpo take means over tokens; orpo and simpo have no reference.
+    """
+    gained = logps if kind in WITHOUT_REFERENCE else logps - reference
+    return gained / lengths if kind in PER_TOKEN else gained
+
+
+def preference_losses(preference, logps, reference, lengths, kl=(0.0, 0.0)):
+    """Return each pair's loss (P,), from (P, 2) as in gains().
+
+    kl: mean gains of the step's answers, for kto_pair.
+
+    sigmoid: Rafailov et al. 2023, eq. 7, smoothed as in Mitchell 2023; hinge: Zhao et al. 2023
+    (SLiC); ipo: Azar et al. 2023, eq. 17, on means; kto_pair: Ethayarajh et al. 2024, eq. 8; orpo:
+    Hong et al. 2024, eq. 6 and 7; simpo: Meng et al. 2024, eq. 6.
+    """
+    kind, beta = preference.kind, preference.beta
+    gained = gains(kind, logps, reference, lengths)
+    chosen, rejected = gained.unbind(1)
+    margin = chosen - rejected
+    fine_tuning = -logps[:, 0] / lengths[:, 0]  # the SFT loss of the chosen answer, per token
+    if kind == "sigmoid":
+        right, wrong = F.logsigmoid(beta * margin), F.logsigmoid(-beta * margin)
+        smoothing = preference.label_smoothing
+        losses = -(1 - smoothing) * right - smoothing * wrong
+    elif kind == "hinge":
+        losses = F.relu(1 - beta * margin)
+    elif kind == "ipo":
+        losses = (margin - 1 / (2 * beta)).square()
+    elif kind == "kto_pair":
+        better = torch.sigmoid(beta * (chosen - kl[1]))
+        worse = torch.sigmoid(beta * (kl[0] - rejected))
+        losses = 1 - (better + worse) / 2
+    elif kind == "orpo":
+        odds = gained - torch.log(-torch.expm1(gained.clamp(max=-1e-6)))  # log(p / (1 - p))
+        losses = fine_tuning - beta * F.logsigmoid(odds[:, 0] - odds[:, 1])
+    else:
+        losses = -F.logsigmoid(beta * margin - preference.simpo_gamma)
+    return losses + preference.ftx * fine_tuning
+
+
+def collate_pairs(shares, samples):
+    """Make one step of pairs: each is one sequence, prompt + chosen + (prompt) + rejected.
+
+    With `shares` the prompt stands there once. Its last token alone is repeated before the rejected
+    answer, whose first token it predicts.
+    """
+    step = {
+        "rows": len(samples),
+        "shares": shares,
+        "sequences": [],
+        "prompts": [],  # tokens
+        "chosen": [],  # where the rejected answer's part begins
+        "reference": [],
+    }
+    for sample in samples:
+        chosen, rejected = sample["sides"]
+        prompt = first_answer(chosen)
+        first, second = chosen["input_ids"], rejected["input_ids"]
+        if shares:
+            second = second[prompt - 1 :]
+        step["sequences"].append([*first, *second])
+        step["prompts"].append(prompt)
+        step["chosen"].append(len(first))
+        step["reference"].append(sample.get("reference"))
+    return step
+
+
+def as_share(sign):
+    """Return how much of a comparison, whose sign is given, is won: 1, 0 or, of a tie, a half."""
+    return (1 + sign) / 2
+
+
+def length_accuracy(pairs):
+    """Return the better accuracy of two rules: take the longer, take the shorter answer."""
+    longer = []
+    for pair in pairs:
+        chosen, rejected = pair["sides"]
+        difference = len(chosen["input_ids"]) - len(rejected["input_ids"])
+        longer.append(as_share((difference > 0) - (difference < 0)))
+    return max(mean(longer), 1 - mean(longer))
+
+
+class PreferenceTrainer(CausalTrainer):
+    """Minimises the mean preference loss of a step's pairs.
+
+    A pair's common prompt is computed once if `shares`. The reference is the model as it is before
+    the first step: the base, or what --init_adapter holds. Its log-probabilities are computed once.
+    """
+
+    def __init__(self, *, preference, pair_sets, compares_base=False, bare_base=None, **kwargs):
+        """pair_sets: lists of all pairs that are trained on or measured.
+
+        compares_base: nothing is trained, and the reference is the model with its adapter switched
+        off; bare_base: its name where it has none, so that there is nothing to compare.
+        """
+        super().__init__(**kwargs)
+        self.preference = preference
+        self.pair_sets = pair_sets
+        self.compares_base = compares_base
+        self.bare_base = bare_base
+        longest = max((pair for pairs in pair_sets for pair in pairs), key=longest_side)
+        self.shares = self.can_share(longest)
+        self.data_collator = partial(collate_pairs, self.shares)
+
+    # ------------------------------------------------------------ a pair's two layouts
+
+    def can_share(self, pair):
+        """Tell whether prompts may be computed once: both layouts of `pair`, the longest, agree."""
+        window = getattr(self.model.config.get_text_config(), "sliding_window", None)
+        if window and window < longest_side(pair):
+            return False  # some layer would see less of the prompt
+        apart = self.trial_logps(pair, False)
+        try:
+            shared = self.trial_logps(pair, True)
+        except (TypeError, ValueError, RuntimeError):  # attention that takes no mask of its own
+            return False
+        in_half = self.args.fp16 or self.args.bf16
+        return torch.allclose(apart, shared, rtol=2e-3 if in_half else 1e-5)
+
+    def trial_logps(self, pair, shares):
+        """Return the log-probabilities (1, 2) of one pair in one of the two layouts."""
+        step = collate_pairs(shares, [pair])
+        return self.evaluated(lambda: self.pair_logps(self.model, step, [0])[0])
+
+    def pair_logps(self, model, step, piece):
+        """Return summed log-probabilities of answers, and their lengths in tokens: both (P, 2)."""
+        lay_out = self.lay_out_shared if step["shares"] else self.lay_out_apart
+        input_ids, answer, lengths, inputs = lay_out(step, piece)
+        losses, _ = self.token_scores(model, input_ids, answer, **inputs)  # (N,) side by side
+        sides = torch.arange(lengths.numel(), device=lengths.device)
+        side = sides.repeat_interleave(lengths.flatten()).to(losses.device)  # (N,) 2 pair + side
+        logps = -losses.new_zeros(lengths.numel()).index_add(0, side, losses)
+        return logps.view(-1, 2), lengths.to(losses.device)
+
+    def lay_out_shared(self, step, piece):
+        """Lay each pair of a piece out as one sequence, its prompt once.
+
+        Returns input_ids (P, T), which tokens are answers (P, T), lengths (P, 2), model inputs.
+
+            token      p0 p1 p2 | c0 c1 c2 | p2 r0 r1     prompt 3, middle 6, end 9
+            position    0  1  2    3  4  5    2  3  4
+            answer                 x  x  x       x  x
+
+        The prompt's last token stands again at `middle`, to predict the rejected answer's first.
+        From there on a token sees the prompt before it and its own part, never the chosen answer.
+        """
+        input_ids, ends = self.pad(step, piece)
+        prompt = self.column(step["prompts"], piece)  # (P, 1)
+        middle = self.column(step["chosen"], piece)
+        end = ends[:, None]
+        t = torch.arange(input_ids.shape[1], device=input_ids.device)[None]  # (1, T)
+        is_second = t >= middle  # (P, T)
+        answer = (t >= prompt) & (t < end) & (t != middle)
+        same_part = is_second[:, :, None] == is_second[:, None]  # (P, query, key)
+        in_prompt = (t < prompt - 1)[:, None]
+        is_past = t[:, :, None] >= t[:, None]
+        seen = (same_part | in_prompt) & is_past
+        inputs = {
+            "position_ids": torch.where(is_second, t - middle + prompt - 1, t),
+            "attention_mask": self.as_mask(seen[:, None]),
+        }
+        return input_ids, answer, torch.cat([middle - prompt, end - middle - 1], 1), inputs
+
+    def as_mask(self, seen):
+        """Return seen (P, 1, T, T) as attention takes it: of eager, which adds it, as numbers."""
+        if self.model.config._attn_implementation != "eager":
+            return seen
+        mask = torch.zeros(seen.shape, device=seen.device)
+        return mask.masked_fill(~seen, torch.finfo(torch.float16).min)
+
+    def lay_out_apart(self, step, piece):
+        """Lay each pair of a piece out as two sequences, each with the prompt.
+
+        Returns input_ids (2 P, T), which tokens are answers (2 P, T), lengths (P, 2), no inputs.
+        """
+        sides = []
+        for i in piece:
+            sequence, middle = step["sequences"][i], step["chosen"][i]
+            sides += [sequence[:middle], sequence[middle:]]
+        input_ids, sizes = self.pad({"sequences": sides}, range(len(sides)))
+        prompt = self.column(step["prompts"], piece)  # (P, 1)
+        t = torch.arange(input_ids.shape[1], device=input_ids.device)[None]  # (1, T)
+        answer = (t >= prompt.repeat_interleave(2, 0)) & (t < sizes[:, None])
+        return input_ids, answer, sizes.view(-1, 2) - prompt, {}
+
+    def column(self, numbers, piece):
+        """Return a piece's numbers (P, 1) on the device."""
+        return torch.tensor([numbers[i] for i in piece], device=self.args.device)[:, None]
+
+    def lengths_of(self, step):
+        """Return how many tokens each pair takes in a piece."""
+        whole = super().lengths_of(step)
+        if step["shares"]:
+            return whole
+        sides = zip(step["chosen"], whole, strict=True)
+        return [2 * max(first, both - first) for first, both in sides]  # both are padded alike
+
+    # ------------------------------------------------------------ the reference
+
+    def before_training(self):
+        """Compute the reference log-probabilities of all pairs, once: sample["reference"]."""
+        kind = self.preference.kind
+        if kind in WITHOUT_REFERENCE:
+            return
+        shared = "once a pair" if self.shares else "with each answer"
+        say(f"reference of {sum(map(len, self.pair_sets))} pairs; prompts are computed {shared}")
+        if self.compares_base and self.bare_base:
+            raise InputError(
+                f"--pref_loss {kind} compares an adapter with its base, and {self.bare_base} is no "
+                "adapter. Name one, or pass --pref_loss simpo."
+            )
+        off = self.model.disable_adapter() if self.compares_base else contextlib.nullcontext()
+        with off:
+            for samples in self.pair_sets:
+                for row, logps in self.reference_logps(samples).items():
+                    samples[row]["reference"] = logps
+
+    def reference_logps(self, samples):
+        """Return {row: [its two log-probabilities]} of pairs, shared out over the processes."""
+
+        def own():
+            found = []
+            for rows, logps, *_ in self.each_pair(samples):
+                found += zip(rows, logps.tolist(), strict=True)
+            return found
+
+        found = self.evaluated(own)
+        if self.accelerator.num_processes > 1:
+            found = gather_object(found)
+        return dict(found)
+
+    def reference(self, step, piece, logps):
+        """Return reference log-probabilities (P, 2) of a piece."""
+        known = [step["reference"][i] for i in piece]
+        if None in known:  # not computed yet, as in a rehearsal: the model is its own reference
+            return logps.detach()
+        return torch.tensor(known, device=logps.device)
+
+    # ------------------------------------------------------------ the step and its figures
+
+    def run_step(self, model, step, pieces, tokens_at_once):
+        """Forward and backward of one step; its loss is a mean over the pairs of all processes."""
+        counted = self.counted_rows(model, step).to(self.args.device)  # (rows,) bool
+        pairs = self.accelerator.reduce(counted.sum())
+        kl = (0.0, 0.0)
+        if self.preference.kind == "kto_pair":
+            kl = self.sum_of_gains(model, step, pieces, counted) / pairs
+            kl = kl.clamp(min=0)  # an estimate may be below the 0 that a divergence is at least
+        total = 0
+        seen = torch.zeros(9, device=self.args.device, dtype=torch.float64)
+        for i, piece in enumerate(pieces):
+            with self.unsynced(model, i < len(pieces) - 1):
+                logps, lengths = self.pair_logps(model, step, piece)
+                reference = self.reference(step, piece, logps)
+                losses = preference_losses(self.preference, logps, reference, lengths, kl)
+                losses = losses * counted[piece]
+                # DDP averages the gradients, whose sum is wanted
+                loss = losses.sum() / pairs * self.accelerator.num_processes
+                self.accelerator.backward(loss)
+            total += loss.detach()
+            logps, losses = logps.detach(), losses.detach()
+            seen += self.pair_sums(logps, reference, lengths, losses, counted[piece])
+        self.seen = seen
+        return total
+
+    def sum_of_gains(self, model, step, pieces, counted):
+        """Return the sums (2,) over a step's pairs, of all processes, of what answers gained."""
+        sums = torch.zeros(2, device=self.args.device)
+        for piece in pieces:
+            with torch.no_grad():
+                logps, lengths = self.pair_logps(model, step, piece)
+            reference = self.reference(step, piece, logps)
+            gained = gains(self.preference.kind, logps, reference, lengths)
+            sums += (gained * counted[piece][:, None]).sum(0)
+        return self.accelerator.reduce(sums)
+
+    def figures_of_step(self, loss):
+        """Return the loss of the step, and what it did to rewards and log-probabilities."""
+        return self.pair_means(self.seen) | super().figures_of_step(loss)
+
+    def pair_sums(self, logps, reference, lengths, losses, counted):
+        """Return sums (9,) over the `counted` pairs: count, accurate, loss, then those of SIDES."""
+        gained = gains(self.preference.kind, logps, reference, lengths)
+        rewards = self.preference.beta * gained
+        accurate = as_share((rewards[:, :1] - rewards[:, 1:]).sign())
+        columns = [torch.ones_like(accurate), accurate, losses[:, None], rewards, logps, lengths]
+        return (torch.cat(columns, 1) * counted[:, None]).double().sum(0)
+
+    def pair_means(self, sums):
+        """Return {name: mean} from pair_sums of all processes."""
+        count, accurate, loss, *sides = self.over_processes(sums).tolist()
+        means = {name: value / count for name, value in zip(SIDES, sides, strict=True)}
+        margin = means["reward_chosen"] - means["reward_rejected"]
+        return {"loss": loss / count, "accuracy": accurate / count, "margin": margin, **means}
+
+    # ------------------------------------------------------------ pairs that are only measured
+
+    def each_pair(self, samples):
+        """Yield of this process' share, piece by piece, what is known of its pairs.
+
+        That is: their rows in `samples`, their logps, lengths, reference.
+        """
+        own = self.own_share(len(samples))
+        step = collate_pairs(self.shares, [samples[i] for i in own])
+        for piece in self.pieces_of(step):
+            logps, lengths = self.pair_logps(self.model, step, piece)
+            yield [own[i] for i in piece], logps, lengths, self.reference(step, piece, logps)
+
+    def score(self, samples):
+        """Return pair_means of a dev set, and its length_accuracy.
+
+        The loss of kto_pair is that without its KL terms, which are those of a step.
+        """
+
+        def score_own():
+            sums = torch.zeros(9, dtype=torch.float64)
+            for _, logps, lengths, reference in self.each_pair(samples):
+                losses = preference_losses(self.preference, logps, reference, lengths)
+                all_count = torch.ones(len(logps), device=logps.device)
+                sums += self.pair_sums(logps, reference, lengths, losses, all_count).cpu()
+            return sums
+
+        means = self.pair_means(self.evaluated(score_own))
+        return means | {"length_accuracy": length_accuracy(samples)}
