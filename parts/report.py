@@ -1,0 +1,208 @@
+"""What a run leaves to be read: logs, curves and the summary; the lines it ends with."""
+
+import dataclasses
+import sys
+from collections import defaultdict
+from pathlib import Path
+from statistics import fmean
+
+import utils
+from utils import say, write_json
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """What training came to."""
+
+    before: dict  # {metric: value} before training, "eval_" in front as Trainer has it
+    after: dict  # those of what final/ holds
+    proof: dict  # what reading final/ back has shown
+    warnings: list  # sentences
+    seconds: float  # evaluations included
+    resumed_after: int  # the step of the checkpoint that the run went on from, or 0
+
+
+def peak_gib():
+    """Return the most memory this process has had, in GiB: of the GPU, without one resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource  # not on Windows
+
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux KiB
+    return resident / unit
+
+
+def entries_with(log, key):
+    """Return the log's entries that hold a key: "loss", or the name of a metric."""
+    return [entry for entry in log if key in entry]
+
+
+def write_logs(folder, log, steps_per_epoch):
+    """Write every logged step, and the mean training loss of each epoch."""
+    folder = Path(folder)
+    losses = []
+    for epoch, loss in epoch_losses(log, steps_per_epoch).items():
+        losses.append({"epoch": epoch, "loss": loss})
+    logged = [entry for entry in log if "train_runtime" not in entry]  # Trainer's own summary
+    write_json(folder / "detailed_training_logs.json", logged)
+    write_json(folder / "training_losses.json", losses)
+
+
+def epoch_losses(log, steps_per_epoch):
+    """Return {epoch: mean training loss of its steps}; a logged loss is the mean since the last."""
+    sums = defaultdict(float)
+    counts = defaultdict(int)
+    last = 0
+    for entry in entries_with(log, "loss"):
+        epoch = (entry["step"] - 1) // steps_per_epoch + 1
+        steps = entry["step"] - last
+        last = entry["step"]
+        sums[epoch] += entry["loss"] * steps
+        counts[epoch] += steps
+    return {epoch: total / counts[epoch] for epoch, total in sums.items()}
+
+
+def running_mean(values):
+    """Return the mean of each value and those before it, over at most a tenth of all and 50."""
+    window = max(1, min(50, len(values) // 10))
+    means = []
+    for end in range(1, len(values) + 1):
+        means.append(fmean(values[max(0, end - window) : end]))
+    return means
+
+
+def can_be_drawn(text):
+    """Tell whether the figures' fonts have every character: matplotlib's own lack Japanese."""
+    from matplotlib import rcParams
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    fonts = []
+    for name in rcParams["font.family"]:
+        fonts.append(get_font(findfont(FontProperties(family=[name]))))
+    return all(any(font.get_char_index(ord(letter)) for font in fonts) for letter in text)
+
+
+def draw_curves(path, log, metrics, best_step):
+    """Draw the training loss of each step, its running mean, and the named metrics over steps."""
+    from matplotlib.figure import Figure  # not pyplot, whose backend belongs to the notebook
+
+    figure = Figure(figsize=(8, 7), layout="constrained")
+    top, bottom = figure.subplots(2, sharex=True)
+    draw_losses(top, log)
+    for name in metrics:
+        draw_metric(bottom, log, name)
+    for axes in (top, bottom):
+        if best_step:
+            axes.axvline(best_step, color="grey", linestyle=":", label=f"best, step {best_step}")
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
+    title = str(path.parent)
+    top.set(ylabel="training loss", title=title if can_be_drawn(title) else "")
+    bottom.set(xlabel="optimizer step", ylabel="dev sets")
+    figure.savefig(path, dpi=120)
+
+
+def draw_losses(axes, log):
+    """Draw the logged losses, pale, and their running mean."""
+    trained = entries_with(log, "loss")
+    if not trained:  # --logging_steps 0
+        return
+    steps = [entry["step"] for entry in trained]
+    losses = [entry["loss"] for entry in trained]
+    smooth = running_mean(losses)
+    label = f"loss: {smooth[0]:.3f} to {smooth[-1]:.3f} (running mean)"
+    axes.plot(steps, losses, color="C0", alpha=0.3)
+    axes.plot(steps, smooth, color="C0", label=label)
+
+
+def draw_metric(axes, log, name):
+    """Draw one metric of the dev sets, where it was measured."""
+    key = f"eval_{name}"
+    measured = entries_with(log, key)
+    if not measured:
+        return
+    steps = [entry["step"] for entry in measured]
+    values = [entry[key] for entry in measured]
+    label = f"{name}: {values[0]:.3f} to {values[-1]:.3f}"
+    axes.plot(steps, values, marker="o", markersize=4, label=label)
+
+
+def write_report(trainer, output_dir, record, plan, results):
+    """Write logs, curves and report of a finished run, print three lines, and return the report."""
+    folder = Path(output_dir)
+    log = trainer.state.log_history
+    report = record | summary(trainer, plan, results)
+    if trainer.is_world_process_zero():
+        write_logs(folder, log, plan.steps_per_epoch)
+        draw_curves(folder / "training_curves.png", log, plan.shown, report["best_step"])
+        write_json(folder / "training_summary_report.json", report)
+    say_results(report, plan.shown, trainer.evaluation_seconds, results)
+    return report
+
+
+def summary(trainer, plan, results):
+    """Return what training_summary_report.json has beside the record of the run."""
+    state = trainer.state
+    losses = [entry["loss"] for entry in entries_with(state.log_history, "loss")]
+    seconds = results.seconds - trainer.evaluation_seconds
+    real_tokens, padded_tokens = tokens_of_all_processes(trainer)
+    return {
+        "plan": dataclasses.asdict(plan) | {"notes": list(utils.NOTES)},
+        "metrics": {"before": plainly(results.before), "after": plainly(results.after)},
+        "proof": results.proof,
+        "warnings": results.warnings,
+        "seconds": results.seconds,
+        "resumed_after": results.resumed_after,
+        "steps": state.global_step,
+        "best_step": state.best_global_step if plan.save_best else None,
+        "first_loss": losses[0] if losses else None,
+        "last_loss": losses[-1] if losses else None,
+        "tokens_per_second": real_tokens / seconds,
+        "peak_gib": peak_gib(),
+        "padded_per_real_token": padded_tokens / max(1, real_tokens),
+    }
+
+
+def plainly(metrics):
+    """Return metrics without the "eval_" that Trainer puts in front of them."""
+    return {name.removeprefix("eval_"): value for name, value in metrics.items()}
+
+
+def tokens_of_all_processes(trainer):
+    """Return how many real and how many padded tokens were computed, over all processes."""
+    own = [trainer.real_tokens, trainer.padded_tokens]
+    return trainer.accelerator.reduce(torch.tensor(own, device=trainer.args.device)).tolist()
+
+
+def say_results(report, shown, evaluation_seconds, results):
+    """Print the metrics before and after, what the steps took, and how fast they were."""
+    before = report["metrics"]["before"]
+    after = report["metrics"]["after"]
+    for name in shown:
+        if name in before and name in after:
+            say(f"result    {name} {before[name]:.4f} before, {after[name]:.4f} after")
+    steps = f"{report['steps'] - results.resumed_after} steps"
+    if results.resumed_after:  # seconds and tokens are those of the steps behind it
+        steps += f" after step {results.resumed_after}"
+    seconds = results.seconds - evaluation_seconds
+    say(
+        f"          {steps} in {seconds:.0f} s and {evaluation_seconds:.0f} s of evaluation, "
+        f"{report['tokens_per_second']:,.0f} tokens/s, "
+        f"{report['padded_per_real_token']:.2f} padded per real token, "
+        f"{report['peak_gib']:.1f} GiB"
+    )
+
+
+def write_evaluation(output_dir, record, metrics):
+    """Print and write the metrics of --eval_only; return the report."""
+    for name, value in metrics.items():
+        say(f"result    {name} {value:.4f}")
+    folder = Path(output_dir)
+    report = record | {"metrics": metrics}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "evaluation_report.json", report)
+    return report
