@@ -1,0 +1,97 @@
+"""Wrong flags end in a sentence and exit code 2; the names of other trainers are understood."""
+
+import train_embed_lora
+import train_sft_lora
+
+import pytest
+
+BROKEN_FLAGS = {
+    "--bacth_size 4": "unrecognized arguments: --bacth_size 4",
+    "--batch 4": "unrecognized arguments: --batch 4",
+    "--batch_size 0": "argument --batch_size/--per_device_train_batch_size: 0 is outside [1, inf)",
+    "--batch_size two": "--per_device_train_batch_size: invalid int value: 'two'",
+    "--lr 1": "argument --lr/--learning_rate: 1 is outside (0, 1)",
+    "--lr nan": "argument --lr/--learning_rate: nan is outside",
+    "--epochs 0": "argument --epochs/--num_train_epochs: 0 is outside (0, inf)",
+    "--warmup_ratio 1": "1 is outside [0, 1)",
+    "--lora_dropout 1.5": "argument --lora_dropout: 1.5 is outside [0, 1)",
+    "--logging_steps -2": "-2 is outside [-1, inf)",
+    "--fp16 --bf16": "--fp16, --bf16, --mixed_precision: pass one",
+    "--load_in_8bit --load_in_4bit": "8 and 4 bits are both asked for",
+    "--finetune_type full --load_in_8bit": "--finetune_type full: no quantisation",
+    "--save_best 1 --eval_strategy no": (
+        "--save_best and --early_stopping_patience need an evaluation"
+    ),
+    "--early_stopping_patience 3 --dev_size 0": "need an evaluation",
+    "--checkpoint_strategy no --save_best 1": "need checkpoints: drop --checkpoint_strategy no",
+    "--early_stopping_patience 3 --save_best 0": "keeps the best state: drop --save_best 0",
+    "--resume_from_checkpoint --output_dir x --overwrite": (
+        "--overwrite deletes what --resume_from_checkpoint needs"
+    ),
+    "--dataset_name x": "--train_file and --dataset_name both name training data",
+    "--init_adapter nowhere": "--init_adapter nowhere has no adapter_config.json",
+    "--temperature 0": "argument --temperature: 0 is outside (0",
+}
+
+
+@pytest.mark.parametrize("flags", BROKEN_FLAGS)
+def test_broken_flags_exit_2_with_a_sentence(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train_embed_lora.main(["--train_file", "x.jsonl", *flags.split()])
+    assert stop.value.code == 2
+    assert BROKEN_FLAGS[flags] in capsys.readouterr().err
+
+
+ALIASES = {
+    "--lora_rank 3": ("lora_r", 3),
+    "--quantization_bit 8 --finetune_type QLoRA": ("bits", 8),
+    "--per_device_train_batch_size 5": ("batch_size", 5),
+    "--max_sequence_length 99": ("max_length", 99),
+    "--lr_warmup_steps 7": ("warmup_steps", 7),
+    "--lr_warmup_ratio 0.2": ("warmup_ratio", 0.2),
+    "--log_with wandb": ("report_to", "wandb"),
+    "--flash_attention_v2": ("attn_implementation", "flash_attention_2"),
+    "--disable_gradient_checkpointing": ("gradient_checkpointing", False),
+    "--mixed_precision Bf16": ("mixed_precision", "bf16"),
+    "--report_to None": ("report_to", "none"),
+    "--optimizer AdamW": ("optimizer", "adamw"),
+    "--lr_scheduler_type Cosine": ("lr_scheduler", "cosine"),
+    "--finetune_type LoRA": ("finetune_type", "lora"),
+    "--training_type Full": ("finetune_type", "full"),
+    "--eval_strategy Epoch": ("eval_strategy", "epoch"),
+    "--save_on_epoch_end 3": ("save_on_epoch_end", 3),
+}
+
+
+@pytest.mark.parametrize("script", [train_embed_lora, train_sft_lora])
+@pytest.mark.parametrize("flags", ALIASES)
+def test_names_and_values_of_other_trainers_are_understood(flags, script):
+    name, value = ALIASES[flags]
+    args = script.parse_args(
+        ["--train_file", "x.jsonl", "--gradient_checkpointing", *flags.split()]
+    )
+    assert getattr(args, name) == value
+
+
+def test_a_switch_of_another_trainer_changes_nothing_where_it_is_not_given():
+    args = train_sft_lora.parse_args(["--train_file", "x.jsonl"])
+    assert (args.attn_implementation, args.gradient_checkpointing) == ("auto", True)
+
+
+def test_no_data_and_resume_without_a_folder_exit_2(capsys):
+    for flags, sentence in (
+        ([], "no training data"),
+        (["--train_file", "x", "--resume_from_checkpoint"], "needs the run's --output_dir"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            train_embed_lora.main(flags)
+        assert stop.value.code == 2
+        assert sentence in capsys.readouterr().err
+
+
+def test_init_adapter_with_a_contradicting_rank_exits_2(run_embed, tmp_path, capsys):
+    run_embed("--max_steps", 2, "--lora_r", 4, out=tmp_path / "one")
+    with pytest.raises(SystemExit) as stop:
+        run_embed("--init_adapter", tmp_path / "one/final", "--lora_r", 8)
+    assert stop.value.code == 2
+    assert "was trained with lora_r 4, not 8" in capsys.readouterr().err
