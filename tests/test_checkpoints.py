@@ -3,8 +3,15 @@
 import json
 import shutil
 
-import merge
 import utils
+from parts.checkpoints import (
+    FREE_ON_RESUME,
+    describe,
+    find_checkpoint,
+    parts_lacking,
+    refuse_changes,
+)
+from utils import InputError
 
 import pytest
 import torch
@@ -61,9 +68,9 @@ def zeroed(file):
 def test_the_newest_complete_checkpoint_is_taken(part, harm, tmp_path, capsys):
     for step in (9, 30, 100):
         write_checkpoint(tmp_path / f"checkpoint-{step}")
-    assert utils.find_checkpoint(tmp_path).name == "checkpoint-100"
+    assert find_checkpoint(tmp_path).name == "checkpoint-100"
     harm(tmp_path / f"checkpoint-100/{part}")
-    assert utils.find_checkpoint(tmp_path).name == "checkpoint-30"
+    assert find_checkpoint(tmp_path).name == "checkpoint-30"
     assert f"checkpoint-100 is not complete: it lacks {part}" in capsys.readouterr().out
 
 
@@ -85,30 +92,28 @@ def test_the_newest_complete_checkpoint_is_taken(part, harm, tmp_path, capsys):
 def test_what_a_checkpoint_must_hold_depends_on_the_run(run, folder, part, tmp_path):
     utils.write_json(tmp_path / "training_config.json", run)
     write_checkpoint(tmp_path / "checkpoint-5", **folder)
-    assert utils.parts_lacking(tmp_path / "checkpoint-5") == []
+    assert parts_lacking(tmp_path / "checkpoint-5") == []
     cut_off(tmp_path / "checkpoint-5" / part)
-    assert utils.parts_lacking(tmp_path / "checkpoint-5") == [part]
+    assert parts_lacking(tmp_path / "checkpoint-5") == [part]
 
 
 def test_a_run_that_keeps_the_best_state_needs_it_as_well(tmp_path):
     best = {"best_global_step": 2, "best_model_checkpoint": "where/the/run/was/checkpoint-2"}
     for step in (2, 3, 4):
         write_checkpoint(tmp_path / f"checkpoint-{step}", **best if step > 2 else {})
-    assert utils.find_checkpoint(tmp_path).name == "checkpoint-4"
+    assert find_checkpoint(tmp_path).name == "checkpoint-4"
     (tmp_path / "checkpoint-2/optimizer.pt").unlink()  # its weights are all that is needed of it
-    assert utils.find_checkpoint(tmp_path).name == "checkpoint-4"
+    assert find_checkpoint(tmp_path).name == "checkpoint-4"
     cut_off(tmp_path / "checkpoint-2/adapter_model.safetensors")
-    assert utils.parts_lacking(tmp_path / "checkpoint-4") == [
-        "checkpoint-2/adapter_model.safetensors"
-    ]
-    assert utils.find_checkpoint(tmp_path) is None
+    assert parts_lacking(tmp_path / "checkpoint-4") == ["checkpoint-2/adapter_model.safetensors"]
+    assert find_checkpoint(tmp_path) is None
 
 
 def test_other_folders_are_no_checkpoints(tmp_path):
     write_checkpoint(tmp_path / "checkpoint-7")
     (tmp_path / "checkpoint-old").mkdir()
     (tmp_path / "checkpoint-9").write_text("a file")
-    assert utils.find_checkpoint(tmp_path).name == "checkpoint-7"
+    assert find_checkpoint(tmp_path).name == "checkpoint-7"
 
 
 def test_a_run_goes_on_from_the_newest_complete_checkpoint(run_embed, tmp_path, capsys):
@@ -129,7 +134,7 @@ def test_a_run_goes_on_from_the_newest_complete_checkpoint(run_embed, tmp_path, 
     (out / "checkpoint-4/optimizer.pt").unlink()
     (out / "checkpoint-3/rng_state.pth").unlink()
     with pytest.raises(
-        merge.InputError,
+        InputError,
         match="checkpoint-3 is no complete checkpoint: it lacks rng_state.pth. Give",
     ):
         run_embed(*flags, "--resume_from_checkpoint", out / "checkpoint-3")
@@ -144,7 +149,7 @@ def test_a_run_goes_on_from_the_newest_complete_checkpoint(run_embed, tmp_path, 
 
 def test_a_named_checkpoint_that_is_not_there_is_said_to_be_so(run_embed, tmp_path):
     with pytest.raises(
-        merge.InputError, match=r"checkpoint-7 is no complete checkpoint: there is no such folder"
+        InputError, match=r"checkpoint-7 is no complete checkpoint: there is no such folder"
     ):
         run_embed("--resume_from_checkpoint", tmp_path / "out/checkpoint-7")
 
@@ -153,16 +158,12 @@ def test_a_checkpoint_of_another_folder(run_embed, tmp_path):
     whole = run_embed("--max_steps", 4, "--checkpoint_steps", 2, "--eval_strategy", "no")
     more, new = ["--resume_from_checkpoint", tmp_path / "out/checkpoint-2"], tmp_path / "new"
     flags = ["--max_steps", 4, "--checkpoint_steps", 2, "--eval_strategy", "no", *more]
-    with pytest.raises(
-        merge.InputError, match="lr was 0.0002 and is 0.001. Give the flags of that run"
-    ):
+    with pytest.raises(InputError, match="lr was 0.0002 and is 0.001. Give the flags of that run"):
         run_embed(*flags, "--lr", 1e-3, out=new)
     assert run_embed(*flags, out=new)["last_loss"] == whole["last_loss"]
     other = tmp_path / "other"
     report = run_embed("--max_steps", 1, "--eval_strategy", "no", out=other)
-    with pytest.raises(
-        merge.InputError, match="is of another run than what --output_dir .*other holds"
-    ):
+    with pytest.raises(InputError, match="is of another run than what --output_dir .*other holds"):
         run_embed(*flags, out=other)
     assert (
         json.loads((other / "training_summary_report.json").read_text())["steps"]
@@ -193,3 +194,112 @@ def test_a_run_whose_folder_moved_ends_with_its_best_state(run_embed, tmp_path, 
     assert json.loads((moved / "training_config.json").read_text())["flags"]["output_dir"] == str(
         moved
     )
+
+
+ASKED = {"lr": 2e-4, "max_length": 9999, "pooling": "auto", "output_dir": "out", "bits": None}
+SETTLED = {"max_length": 128, "pooling": "mean"}
+
+
+def record_of(asked=(), settled=(), **more):
+    """What `describe` says of a run; `more` replaces what is no flag."""
+    plain = {"data_fingerprint": "d", "base_fingerprint": {}, "processes": 1} | more
+    precision = plain.pop("precision", "none")
+    return describe(ASKED | dict(asked), SETTLED | dict(settled), precision, **plain)
+
+
+def written(record):
+    """A record as a later run reads it."""
+    return json.loads(json.dumps(record))
+
+
+def older(record):
+    """The same of a version that wrote settled values among the flags."""
+    plain = written(record) | {"flags": utils.recorded_flags(record)}
+    del plain["settled"]
+    return plain
+
+
+def test_a_run_is_described_by_what_was_asked_and_what_was_settled():
+    record = record_of()
+    assert record["flags"]["max_length"] == 9999 and record["settled"]["max_length"] == 128
+    assert "bits" not in record["flags"]  # readers take such a base for not quantised
+    assert record_of({"bits": 4}, {"bits": None})["settled"]["bits"] is None  # it failed
+    assert {"python", "torch", "transformers", "peft"} <= set(record["versions"])
+
+
+@pytest.mark.parametrize("stored", [written, older])
+def test_a_run_with_the_same_values_goes_on(stored):
+    refuse_changes("checkpoint-1", stored(record_of()), record_of())
+    again = record_of({"max_length": 128, "pooling": "mean"})  # what the base decided, typed
+    refuse_changes("checkpoint-1", stored(record_of()), again)
+    for name in FREE_ON_RESUME:
+        refuse_changes("checkpoint-1", stored(record_of()), record_of({name: "other"}))
+
+
+@pytest.mark.parametrize("stored", [written, older])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"asked": {"lr": 1e-3}}, "lr was 0.0002 and is 0.001"),
+        ({"settled": {"max_length": 100}}, "max_length was 128 and is 100"),
+        ({"settled": {"pooling": "cls"}}, "pooling was mean and is cls"),
+        ({"asked": {"bits": 8}}, "bits was None and is 8"),
+        ({"data_fingerprint": "e"}, "data_fingerprint was d and is e"),
+        ({"precision": "fp16"}, "precision was none and is fp16"),
+        ({"processes": 2}, "processes was 1 and is 2"),
+    ],
+)
+def test_a_run_that_changed_is_refused(stored, change, said):
+    with pytest.raises(InputError, match=rf"^cannot resume checkpoint-1: {said}. Give the flags"):
+        refuse_changes("checkpoint-1", stored(record_of()), record_of(**change))
+
+
+def test_all_that_changed_is_named_in_one_sentence():
+    changed = record_of({"lr": 1e-3}, {"pooling": "cls"}, processes=2)
+    with pytest.raises(InputError, match="lr was .* 0.001, pooling was .* cls, processes was"):
+        refuse_changes("checkpoint-1", record_of(), changed)
+
+
+def test_an_older_run_lacks_flags_that_came_later():
+    stored = older(record_of())
+    refuse_changes("checkpoint-1", stored, record_of({"new_flag": 3}, {"newly_settled": True}))
+    with pytest.raises(InputError, match="new_flag was None and is 3"):
+        refuse_changes("checkpoint-1", written(record_of()), record_of({"new_flag": 3}))
+    stored["flags"]["dropped_flag"] = 5
+    with pytest.raises(InputError, match="dropped_flag was 5 and is None"):
+        refuse_changes("checkpoint-1", stored, record_of())
+
+
+def as_older_run(out):
+    """Rewrite a run's files as a version wrote them that knew no `settled`; return its flags."""
+    for file in (out / "training_config.json", out / "final/training_config.json"):
+        if file.exists():
+            record = utils.read_json(file)
+            record["flags"] = utils.recorded_flags(record)
+            del record["settled"]
+            utils.write_json(file, record)
+    return record["flags"]
+
+
+def test_an_older_run_goes_on_and_a_settled_value_may_not_change(run_embed, tmp_path):
+    out = tmp_path / "out"
+    flags = ["--max_steps", 2, "--checkpoint_steps", 1, "--eval_strategy", "no"]
+    whole = run_embed(*flags, "--max_length", 9999)  # above the base's 128 positions
+    weights = (out / "final/adapter_model.safetensors").read_bytes()
+    assert whole["flags"]["max_length"] == 9999 and whole["settled"]["max_length"] == 128
+    assert whole["settled"]["pooling"] == "mean"
+    old = as_older_run(out)
+    assert old["max_length"] == 128 and old["pooling"] == "mean"
+    shutil.rmtree(out / "final")
+    shutil.rmtree(out / "checkpoint-2")
+    (out / "training_summary_report.json").unlink()
+    for changed, said in (
+        (["--max_length", 100], "max_length was 128 and is 100"),
+        (["--pooling", "cls"], "pooling was mean and is cls"),
+    ):
+        with pytest.raises(InputError, match=f"cannot resume .*checkpoint-1: .*{said}"):
+            run_embed(*flags, "--max_length", 9999, *changed, "--resume_from_checkpoint")
+    again = run_embed(*flags, "--max_length", 9999, "--resume_from_checkpoint")
+    assert again["steps"] == 2 and again["resumed_after"] == 1
+    assert (out / "final/adapter_model.safetensors").read_bytes() == weights
+    assert utils.read_json(out / "training_config.json")["settled"]["max_length"] == 128

@@ -5,6 +5,7 @@ import random
 from unittest.mock import Mock
 
 import train_embed_lora
+from parts.rows import text_id
 from train_embed_lora import (
     best_columns,
     contrastive_loss,
@@ -12,7 +13,6 @@ from train_embed_lora import (
     pool,
     retrieval_metrics,
 )
-from utils import running_mean, text_id, worsening, write_logs
 
 import numpy as np
 import pytest
@@ -190,35 +190,3 @@ def test_a_perfect_ranking_scores_one():
     eye = torch.eye(12)
     metrics = retrieval_metrics(eye, eye, [{i} for i in range(12)])
     assert metrics["ndcg@10"] == metrics["accuracy@1"] == metrics["map@100"] == 1
-
-
-def test_warning_when_the_loss_falls_while_recall_worsens():
-    def log(losses, metrics):
-        entries = [{"step": 0, "eval_m": metrics[0]}]
-        for i, (loss, metric) in enumerate(zip(losses, metrics[1:], strict=True), 1):
-            entries += [{"step": i, "loss": loss}, {"step": i, "eval_m": metric}]
-        return entries
-
-    assert "overfitting" in worsening(log([2.0, 1.0, 0.5], [0.5, 0.6, 0.55, 0.5]), "m", True)
-    assert worsening(log([2.0, 1.0, 0.5], [0.5, 0.6, 0.55, 0.56]), "m", True) is None
-    assert worsening(log([0.5, 1.0, 2.0], [0.5, 0.6, 0.55, 0.5]), "m", True) is None
-    assert "overfitting" in worsening(log([2.0, 1.0, 0.5], [0.5, 0.4, 0.45, 0.5]), "m", False)
-
-
-def test_epoch_losses_are_means_over_steps(tmp_path):
-    from utils import read_json
-
-    log = [{"step": 3, "loss": 3.0}, {"step": 4, "loss": 7.0}, {"step": 8, "loss": 1.0}]
-    write_logs(tmp_path, log, 4)
-    assert read_json(tmp_path / "training_losses.json") == [
-        {"epoch": 1, "loss": 4.0},
-        {"epoch": 2, "loss": 1.0},
-    ]
-
-
-def test_running_mean_is_over_a_tenth_of_all_values():
-    assert running_mean([3.0, 1.0]) == [3.0, 1.0]  # a tenth of two is one
-    values = [float(i) for i in range(30)]
-    assert running_mean(values)[:4] == [0.0, 0.5, 1.0, 2.0]
-    assert running_mean(values)[-1] == 28.0
-    assert running_mean([]) == []
