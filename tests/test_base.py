@@ -1,29 +1,25 @@
-"""What is loaded is what was meant: base weights, adapters to go on from, the layers that adapters are put on."""
+"""What is loaded is what was meant: no weight that training needs is random."""
 
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import utils
+from parts import base
+from utils import InputError
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import (
-    AutoModel,
-    BertConfig,
-    BertModel,
-    GPT2Config,
-    GPT2Model,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
+from transformers import BertConfig
 
 
 def copied(model, folder, rename=None, drop=(), **config):
-    """Copy a model, its weights renamed by rename(name), those that contain one of `drop` left out, config changed."""
+    """Copy a model, its weights renamed by rename(name), its config changed.
+
+    Weights whose names contain one of `drop` are left out.
+    """
     shutil.copytree(model, folder)
     weights = load_file(Path(model) / "model.safetensors")
     kept = {
@@ -66,9 +62,9 @@ RANDOM_BASES = {
 @pytest.mark.parametrize("case", RANDOM_BASES)
 def test_an_encoder_with_random_weights_is_refused(case, run_embed, tiny_bert, tmp_path):
     changes, sentence = RANDOM_BASES[case]
-    base = copied(tiny_bert, tmp_path / "base", **changes)
-    with pytest.raises(utils.InputError) as error:
-        run_embed("--dry_run", model=base)
+    folder = copied(tiny_bert, tmp_path / "base", **changes)
+    with pytest.raises(InputError) as error:
+        run_embed("--dry_run", model=folder)
     assert sentence in str(error.value)
     assert ("trust_remote_code" in str(error.value)) == (case == "code of its own")
 
@@ -84,32 +80,33 @@ RANDOM_CAUSAL_MODELS = {
 
 @pytest.mark.parametrize("first", RANDOM_CAUSAL_MODELS)
 def test_a_causal_model_with_random_weights_is_refused(first, run_sft, tiny_chat, tmp_path):
-    base = copied(tiny_chat, tmp_path / "base", **RANDOM_CAUSAL_MODELS[first])
+    folder = copied(tiny_chat, tmp_path / "base", **RANDOM_CAUSAL_MODELS[first])
     with pytest.raises(
-        utils.InputError, match=f"weights are not in its files and would be random .{first}"
+        InputError, match=f"weights are not in its files and would be random .{first}"
     ):
-        run_sft("--dry_run", model=base)
+        run_sft("--dry_run", model=folder)
 
 
 def test_an_encoder_is_no_causal_model(run_sft, tiny_chat, tmp_path):
-    base = copied(tiny_chat, tmp_path / "base", model_type="distilbert")
+    folder = copied(tiny_chat, tmp_path / "base", model_type="distilbert")
     with pytest.raises(
-        utils.InputError, match="is a distilbert model, which AutoModelForCausalLM does not know"
+        InputError, match="is a distilbert model, which AutoModelForCausalLM does not know"
     ):
-        run_sft("--dry_run", model=base)
+        run_sft("--dry_run", model=folder)
 
 
 def test_a_quantised_base_with_random_weights_is_refused(run_embed, tiny_bert, tmp_path):
-    base = copied(tiny_bert, tmp_path / "base", num_hidden_layers=3)
-    with pytest.raises(utils.InputError, match="16 of 55 weights are not in its files"):
-        run_embed("--dry_run", "--load_in_4bit", model=base)
+    folder = copied(tiny_bert, tmp_path / "base", num_hidden_layers=3)
+    with pytest.raises(InputError, match="16 of 55 weights are not in its files"):
+        run_embed("--dry_run", "--load_in_4bit", model=folder)
 
 
 @pytest.mark.parametrize("flags", [[], ["--load_in_4bit"]])
 def test_weights_that_the_outputs_do_not_need_may_be_missing(flags, run_embed, tiny_bert, tmp_path):
-    base = copied(tiny_bert, tmp_path / "base", drop=["pooler"])
-    report = run_embed("--dry_run", *flags, model=base)
-    note = "not in the base's files, and not needed by the outputs: pooler.dense.bias, pooler.dense.weight"
+    folder = copied(tiny_bert, tmp_path / "base", drop=["pooler"])
+    report = run_embed("--dry_run", *flags, model=folder)
+    names = "pooler.dense.bias, pooler.dense.weight"
+    note = f"not in the base's files, and not needed by the outputs: {names}"
     assert note in report["plan"]["notes"]
 
 
@@ -122,226 +119,40 @@ class Experts(nn.Module):
         self.config = SimpleNamespace()
 
 
-def test_the_weights_of_an_expert_that_the_trial_text_does_not_reach_are_needed():
-    model, args = Experts(), SimpleNamespace(model_name="moe", trust_remote_code=False)
+def test_the_weights_of_an_expert_that_the_trial_text_does_not_reach_are_needed(monkeypatch):
+    model, origin = Experts(), base.Origin("moe")
 
     def outputs():
         return model.experts[0](torch.ones(2))
 
-    notes = []
-    utils.check_loaded(model, {"head.weight": "head.weight"}, outputs, args, notes)
-    assert notes == ["not in the base's files, and not needed by the outputs: head.weight"]
-    with pytest.raises(utils.InputError, match="1 of 6 weights .* .experts.1.weight"):
-        utils.check_loaded(model, {"experts.1.weight": "experts.1.weight"}, outputs, args, notes)
+    monkeypatch.setattr(utils, "NOTES", [])
+    base.check_loaded(model, {"head.weight": "head.weight"}, outputs, origin)
+    assert utils.NOTES == ["not in the base's files, and not needed by the outputs: head.weight"]
+    with pytest.raises(InputError, match="1 of 6 weights .* .experts.1.weight"):
+        base.check_loaded(model, {"experts.1.weight": "experts.1.weight"}, outputs, origin)
 
 
-# ---------------------------------------------------------------- adapters to go on from
+def test_dropout_is_off_in_what_is_loaded_alone():
+    asked = BertConfig(hidden_dropout_prob=0.1)
+    found = base.training_config(asked, keep_dropout=False)
+    assert (found.hidden_dropout_prob, found.attention_probs_dropout_prob) == (0, 0)
+    assert not found.use_cache and asked.hidden_dropout_prob == 0.1
+    assert base.training_config(asked, keep_dropout=True).hidden_dropout_prob == 0.1
 
 
-@pytest.fixture
-def adapter(tiny_bert, tmp_path):
-    """An adapter of the tiny encoder with one module saved whole, as a folder and make(base) that goes on with it."""
-    config = LoraConfig(
-        r=2, target_modules=["query", "key"], modules_to_save=["position_embeddings"]
-    )
-    get_peft_model(AutoModel.from_pretrained(tiny_bert), config).save_pretrained(
-        tmp_path / "adapter"
-    )
-    folder = str(tmp_path / "adapter")
-    return SimpleNamespace(
-        folder=folder,
-        make=lambda: utils.with_adapter(AutoModel.from_pretrained(tiny_bert), folder, "moved/base"),
-    )
-
-
-def change_adapter(folder, drop=(), rename=str, add=()):
-    file = Path(folder) / "adapter_model.safetensors"
-    weights = {
-        rename(name): t
-        for name, t in load_file(file).items()
-        if not any(part in name for part in drop)
-    }
-    save_file(weights | dict(add), file)
-
-
-def test_all_of_an_adapter_is_loaded_to_go_on_with(adapter):
-    stored = load_file(adapter.folder + "/adapter_model.safetensors")
-    model = adapter.make()
-    name = "base_model.model.encoder.layer.1.attention.self.key.lora_A"
-    assert torch.equal(model.get_parameter(f"{name}.default.weight"), stored[f"{name}.weight"])
-    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
-    assert len(trained) == len(stored) == 9
-    assert model.peft_config["default"].base_model_name_or_path == "moved/base"
-
-
-INCOMPLETE_ADAPTERS = {
-    "half of it": (
-        {"drop": ["layer.1"]},
-        "it lacks 4 of its weights (base_model.model.encoder.layer.1.",
-    ),
-    "other names": (
-        {"rename": lambda name: name.replace("layer.1", "layer.7")},
-        "it lacks 4 of its weights",
-    ),
-    "more": (
-        {"add": {"base_model.model.head.lora_A.weight": torch.ones(2, 64)}},
-        "the model has no place for 1 of its weights",
-    ),
-    "a saved module": (
-        {"drop": ["position"]},
-        "it lacks 'base_model.model.embeddings.position_embeddings.weight'.",
-    ),
-    "another size": (
-        {
-            "add": {
-                "base_model.model.encoder.layer.0.attention.self.key.lora_A.weight": torch.ones(
-                    2, 8
-                )
-            }
-        },
-        "does not fit",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", INCOMPLETE_ADAPTERS)
-def test_half_an_adapter_is_not_gone_on_with(case, adapter):
-    changes, sentence = INCOMPLETE_ADAPTERS[case]
-    change_adapter(adapter.folder, **changes)
-    with pytest.raises(utils.InputError) as error:
-        adapter.make()
-    assert sentence in str(error.value) and "--init_adapter" in str(error.value)
-
-
-def test_an_adapter_of_another_base_is_not_gone_on_with(adapter, run_embed, tiny_bert, tmp_path):
-    print_of = utils.base_fingerprint(SimpleNamespace(model_name=tiny_bert, model_revision=None))
-    run = {"base_fingerprint": print_of, "flags": {"model_name": tiny_bert}}
-    utils.write_json(Path(adapter.folder) / "training_config.json", run)
-    weights = load_file(tiny_bert + "/model.safetensors")
-    other, moved = copied(tiny_bert, tmp_path / "other"), copied(tiny_bert, tmp_path / "moved")
-    save_file(
-        {name: weight + 1e-3 for name, weight in weights.items()}, other + "/model.safetensors"
-    )
-    with pytest.raises(
-        utils.InputError, match="other is not the base that --init_adapter .*adapter was trained on"
-    ):
-        run_embed("--dry_run", "--init_adapter", adapter.folder, model=other)
-    save_file(weights, moved + "/model.safetensors", metadata={"format": "pt"})
-    assert run_embed("--dry_run", "--init_adapter", adapter.folder, model=moved)["base_fingerprint"]
-
-
-# ---------------------------------------------------------------- what adapters are put on
-
-
-def small_bert():
-    return BertModel(
-        BertConfig(
-            vocab_size=9,
-            hidden_size=8,
-            intermediate_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=1,
-        )
-    )
-
-
-def small_experts():
-    """The first of two layers is dense, the second has four experts, fused into two parameters."""
-    return Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(
-            vocab_size=9,
-            hidden_size=8,
-            intermediate_size=8,
-            moe_intermediate_size=8,
-            num_hidden_layers=2,
-            head_dim=8,
-            num_attention_heads=1,
-            num_key_value_heads=1,
-            num_experts=4,
-            num_experts_per_tok=2,
-            mlp_only_layers=[0],
-        )
-    )
-
-
-def small_gpt2():
-    return GPT2Model(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=1, n_positions=8))
-
-
-UNTRAINED = {
-    "misspelt": (
-        small_bert,
-        "query,valeu",
-        "no layer is called valeu. Linear layers here: dense, key, query, value.",
-    ),
-    "only misspelt": (small_bert, "valeu", "no layer is called valeu. Linear"),
-    "all-linear in a list": (
-        small_bert,
-        "query,all-linear",
-        "no layer is called all-linear. Linear",
-    ),
-    "not needed": (
-        small_bert,
-        "query,pooler.dense",
-        "the outputs do not depend on pooler.dense, which is all that",
-    ),
-    "only not needed": (
-        small_bert,
-        "pooler.dense",
-        "the outputs do not depend on pooler.dense, which is all that",
-    ),
-    "a norm": (small_bert, "query,LayerNorm", "a LayerNorm is no layer that peft adapts. Linear"),
-    "a block": (small_bert, "attention", "a BertAttention is no layer that peft adapts. Linear"),
-    "fused experts": (
-        small_experts,
-        "q_proj,gate_up_proj",
-        "gate_up_proj is no layer but a parameter "
-        "(model.layers.1.mlp.experts.gate_up_proj), as fused experts are",
-    ),
-    "half of what is fused": (
-        small_experts,
-        "q_proj,gate_proj",
-        "without also targeting up_proj because they are fu",
-    ),
-    "GPT-2": (
-        small_gpt2,
-        "c_attn,q_proj",
-        "no layer is called q_proj. Linear layers here: c_attn, c_fc, c_proj.",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", UNTRAINED)
-def test_target_modules_that_get_no_adapter_are_refused(case):
-    make, targets, sentence = UNTRAINED[case]
-    with pytest.raises(utils.InputError) as error:
-        utils.with_new_adapter(
-            make(), LoraConfig(r=2, target_modules=targets.split(",")), ["pooler.dense"]
-        )
-    assert "--target_modules" in str(error.value) and sentence in str(error.value)
-
-
-ADAPTED = {
-    "names": (small_bert, ["query", "dense"], 8, []),
-    "a path": (small_bert, ["encoder.layer.0.output.dense"], 2, []),
-    "all of an encoder": (small_bert, "all-linear", 12, []),
-    "an embedding": (small_gpt2, ["wte", "c_attn"], 4, []),
-    # router, gate_up_proj and down_proj, and attention in both layers
-    "fused experts": (small_experts, "all-linear", 22, ["gate_proj", "up_proj", "down_proj"]),
-    "experts by their old names": (
-        small_experts,
-        ["q_proj", "gate_proj", "up_proj"],
-        6,
-        ["gate_proj", "up_proj"],
-    ),
-}
-
-
-@pytest.mark.parametrize("case", ADAPTED)
-def test_target_modules_that_get_an_adapter(case):
-    make, targets, count, left = ADAPTED[case]
-    unused = ["pooler.dense"]
-    model = utils.with_new_adapter(make(), LoraConfig(r=2, target_modules=targets), unused)
-    trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
-    assert len(trained) == count and not any("pooler" in name for name in trained)
-    assert utils.left_out(model, targets, unused) == [f"model.layers.0.mlp.{name}" for name in left]
+@pytest.mark.parametrize(
+    "asked, capability, expected",
+    [
+        (None, None, ("none", "float32, no GPU")),
+        ("bf16", None, ("none", "float32, no GPU for --bf16")),
+        ("none", None, ("none", "float32, no GPU")),
+        (None, (7, 5), ("fp16", "fp16, chosen for a GPU of compute capability 7.5")),
+        ("bf16", (7, 5), ("fp16", "fp16, chosen for a GPU of compute capability 7.5")),
+        (None, (9, 0), ("bf16", "bf16, chosen for a GPU of compute capability 9.0")),
+        ("none", (8, 0), ("none", "float32, as asked for a GPU of compute capability 8.0")),
+    ],
+)
+def test_a_gpu_gets_the_precision_it_has_hardware_for(asked, capability, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert base.choose_precision(asked) == expected

@@ -1,15 +1,20 @@
-"""The tokenizer that is trained with is the one that is saved, belongs to the model, and can read the texts."""
+"""The tokenizer that is trained with is saved, belongs to the model, and can read the texts."""
 
 import json
+import math
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import train_embed_lora
 import train_sft_lora
 import utils
 from conftest import CHATML, chat_tokenizer, train_tokenizer
-from train_embed_lora import Texts, append_eos, unknown_share
+from parts import base, run
+from parts import tokenizer as room
+from parts.base import Origin
+from parts.template import Chat
+from parts.tokenizer import append_eos
+from train_embed_lora import Texts, unknown_share
 from utils import InputError
 
 import numpy as np
@@ -22,6 +27,7 @@ from transformers import (
     BertModel,
     GPTNeoXTokenizer,
     PreTrainedTokenizerFast,
+    Trainer,
 )
 
 SPECIAL = {
@@ -31,11 +37,11 @@ SPECIAL = {
     "pad_token": "<pad>",
     "sep_token": "<sep>",
 }
-ARGS = SimpleNamespace(trust_remote_code=False, model_name="BASE")
+BASE = Origin("BASE")
 
 
 def gpt_neox(folder):
-    """The tokenizer of Pythia and its kin, whose class makes its own template whenever it is loaded."""
+    """The tokenizer of Pythia and its kin, whose class makes its own template on every loading."""
     special = {"unk_token": "<|endoftext|>", "pad_token": "<|padding|>"}
     stored = json.loads(train_tokenizer(special, None).backend_tokenizer.to_str())["model"]
     return GPTNeoXTokenizer(
@@ -48,6 +54,13 @@ def behind_bytes(tokenizer):
     steps = [processors.ByteLevel(trim_offsets=False), tokenizer.backend_tokenizer.post_processor]
     tokenizer.backend_tokenizer.post_processor = processors.Sequence(steps)
     return tokenizer
+
+
+@pytest.fixture
+def notes(monkeypatch):
+    """What is noted from here on."""
+    monkeypatch.setattr(utils, "NOTES", [])
+    return utils.NOTES
 
 
 MADE = {  # name: (tokenizer, what it puts before a text, behind it)
@@ -64,12 +77,12 @@ MADE = {  # name: (tokenizer, what it puts before a text, behind it)
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_append_eos_ends_every_text_also_once_it_is_saved(name, tmp_path):
+def test_append_eos_ends_every_text_also_once_it_is_saved(name, tmp_path, notes):
     make, before, after = MADE[name]
-    tokenizer, notes = make(tmp_path), []
+    tokenizer = make(tmp_path)
     text = "where do I find the lamp"
     bare = tokenizer.tokenize(text)
-    tokenizer = append_eos(tokenizer, ARGS, notes)
+    tokenizer = append_eos(tokenizer, BASE)
     tokenizer.save_pretrained(tmp_path)
     saved = AutoTokenizer.from_pretrained(tmp_path)
     expected = [*before, *bare, *after, tokenizer.eos_token]
@@ -91,7 +104,7 @@ def test_append_eos_keeps_a_word_that_the_tokenizer_puts_behind_a_text(tmp_path)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         f"<s> $A {word}", special_tokens=ids
     )
-    found = append_eos(tokenizer, ARGS, [])("door")["input_ids"]
+    found = append_eos(tokenizer, BASE)("door")["input_ids"]
     assert tokenizer.convert_ids_to_tokens(found) == [
         "<s>",
         *tokenizer.tokenize("door"),
@@ -103,10 +116,10 @@ def test_append_eos_keeps_a_word_that_the_tokenizer_puts_behind_a_text(tmp_path)
 @pytest.mark.parametrize(
     "template, token", [("<s> $A <sep>", "<sep>"), ("$A </s>", "</s>"), ("<s> $A <pad>", "<pad>")]
 )
-def test_append_eos_changes_nothing_where_texts_end_in_a_special_token(template, token):
-    tokenizer, notes = train_tokenizer(SPECIAL, template), []
+def test_append_eos_changes_nothing_where_texts_end_in_a_special_token(template, token, notes):
+    tokenizer = train_tokenizer(SPECIAL, template)
     before = tokenizer("door")["input_ids"]
-    assert append_eos(tokenizer, ARGS, notes) is tokenizer
+    assert append_eos(tokenizer, BASE) is tokenizer
     assert tokenizer("door")["input_ids"] == before
     assert notes == [
         f"--append_eos changes nothing: the tokenizer ends every text in {token} by itself"
@@ -114,38 +127,34 @@ def test_append_eos_changes_nothing_where_texts_end_in_a_special_token(template,
 
 
 def test_append_eos_that_does_not_last_is_refused(monkeypatch):
-    monkeypatch.setattr(utils, "read_tokenizer", lambda *_: train_tokenizer(SPECIAL, "<s> $A"))
+    monkeypatch.setattr(room, "read_tokenizer", lambda *_: train_tokenizer(SPECIAL, "<s> $A"))
     with pytest.raises(
         InputError, match="does not end short and truncated texts in </s> once it is saved"
     ):
-        append_eos(train_tokenizer(SPECIAL, "<s> $A"), ARGS, [])
-    blind = Tokenizer(
-        models.BPE(vocab={"h": 0, "<s>": 1, "</s>": 2}, merges=[])
-    )  # what it cannot read, it leaves out
+        append_eos(train_tokenizer(SPECIAL, "<s> $A"), BASE)
+    # what it cannot read, it leaves out
+    blind = Tokenizer(models.BPE(vocab={"h": 0, "<s>": 1, "</s>": 2}, merges=[]))
     blind.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     with pytest.raises(InputError, match="cannot be told what it puts around a text"):
-        append_eos(
-            PreTrainedTokenizerFast(tokenizer_object=blind, bos_token="<s>", eos_token="</s>"),
-            ARGS,
-            [],
-        )
+        special = {"bos_token": "<s>", "eos_token": "</s>"}
+        append_eos(PreTrainedTokenizerFast(tokenizer_object=blind, **special), BASE)
     without = train_tokenizer({"unk_token": "<unk>"}, None)
     with pytest.raises(InputError, match="the tokenizer has no EOS token"):
-        append_eos(without, ARGS, [])
+        append_eos(without, BASE)
 
 
 def test_a_tokenizer_that_is_read_back_otherwise_is_refused_at_start(
     run_embed, monkeypatch, tiny_qwen, tmp_path
 ):
-    def load(args):
+    def load(origin):
         tokenizer = gpt_neox(tmp_path)
         ids = [("<|endoftext|>", tokenizer.eos_token_id)]
         template = processors.TemplateProcessing("$A <|endoftext|>", special_tokens=ids)
         tokenizer.backend_tokenizer.post_processor = template
         return tokenizer
 
-    monkeypatch.setattr(utils, "load_tokenizer", load)
-    monkeypatch.setattr(utils, "train", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(room, "load_tokenizer", load)
+    monkeypatch.setattr(Trainer, "train", lambda *_, **__: pytest.fail("trained"))
     with pytest.raises(
         InputError,
         match="the GPTNeoXTokenizer of .*, saved and read back, gives other tokens than in",
@@ -155,13 +164,13 @@ def test_a_tokenizer_that_is_read_back_otherwise_is_refused_at_start(
 
 def changed_after_saving(monkeypatch, change):
     """Have final/ changed by change(folder) once it is saved."""
-    save = utils.save_final
+    save = run.save_final
 
-    def save_and_change(trainer, folder, run):
-        save(trainer, folder, run)
+    def save_and_change(trainer, folder, *rest):
+        save(trainer, folder, *rest)
         change(folder)
 
-    monkeypatch.setattr(utils, "save_final", save_and_change)
+    monkeypatch.setattr(run, "save_final", save_and_change)
 
 
 def without_template(folder):
@@ -210,13 +219,13 @@ def test_a_base_without_a_tokenizer_is_refused(
 
 def test_a_hub_model_without_a_tokenizer_is_refused(tiny_bert, tmp_path, monkeypatch):
     cache = without_tokenizer(tiny_bert, tmp_path / "cache")
-    monkeypatch.setattr(utils, "cached_file", lambda source, name, **_: str(Path(cache) / name))
-    monkeypatch.setattr(utils, "read_tokenizer", lambda *_: "made up")
-    args = SimpleNamespace(model_name="someone/model", model_revision=None, init_adapter=None)
+    monkeypatch.setattr(base, "cached_file", lambda source, name, **_: str(Path(cache) / name))
+    monkeypatch.setattr(room, "read_tokenizer", lambda *_: "made up")
+    origin = Origin("someone/model")
     with pytest.raises(InputError, match="someone/model has no tokenizer: none of"):
-        utils.load_tokenizer(args)
+        room.load_tokenizer(origin)
     (Path(cache) / "spiece.model").touch()
-    assert utils.load_tokenizer(args) == "made up"
+    assert room.load_tokenizer(origin) == "made up"
 
 
 @pytest.mark.parametrize("script", ["embed", "sft"])
@@ -311,7 +320,7 @@ def test_unknown_tokens_are_counted_in_the_texts_alone(texts, template, share):
 def test_unknown_tokens_of_conversations_are_those_of_their_texts():
     tokenizer = chat_tokenizer(CHATML, "<|im_end|>", None, ["<|im_start|>", "<|unk|>"])
     tokenizer.unk_token = "<|unk|>"
-    chat = train_sft_lora.Chat(tokenizer, False, [])
+    chat = Chat(tokenizer, False, [])
     start, end, unknown = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "<|unk|>"])
     samples = [{"input_ids": np.array([start, unknown, 300, end, start, unknown, end])}]
     assert train_sft_lora.unknown_share(samples, chat) == pytest.approx(2 / 3)
@@ -319,10 +328,25 @@ def test_unknown_tokens_of_conversations_are_those_of_their_texts():
     assert train_sft_lora.unknown_share(samples, chat) == 0
 
 
-def test_a_text_of_emoji_is_said_to_be_unreadable(minilm, capsys):
-    tokenizer, texts, notes = AutoTokenizer.from_pretrained(minilm), Texts(), []
+def test_a_text_of_emoji_is_said_to_be_unreadable(minilm, notes):
+    tokenizer, texts = AutoTokenizer.from_pretrained(minilm), Texts()
     for text in ("😀🦄", "🦄"):
         texts.add("", text, False)
     texts.tokenise(tokenizer, 50, 50, 0)
-    train_embed_lora.show_examples([], texts, tokenizer, notes)
+    train_embed_lora.show_examples([], texts, tokenizer)
     assert notes[0].startswith("100% of all tokens are [UNK]")
+
+
+# ---------------------------------------------------------------- lengths
+
+
+def test_a_length_above_the_positions_is_lowered_with_a_note(notes):
+    assert room.within_limit("--max_length", 64, 64) == 64
+    assert room.within_limit("--max_length", 64, math.inf) == 64
+    assert notes == []
+    assert room.within_limit("--max_length", 65, 64) == 64
+    assert room.within_limit("query_max_len", 70, 64, "the base model") == 64
+    assert notes == [
+        "--max_length 65 is above the 64 positions of the base: lowered to 64",
+        "query_max_len 70 is above the 64 positions of the base model: lowered to 64",
+    ]

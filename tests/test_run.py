@@ -1,0 +1,50 @@
+"""Before the first step the heaviest rows are rehearsed, and their gradients must be finite."""
+
+import math
+
+from conftest import make_rows, write_jsonl
+from parts import run
+
+import pytest
+import torch
+
+
+@pytest.mark.parametrize("slope, scale", [(1.0, 32768), (8.0, 4096), (60000.0, 1), (70000.0, None)])
+def test_the_loss_scale_falls_until_half_precision_gradients_are_finite(slope, scale):
+    weight = torch.ones(3, requires_grad=True)
+    scaler = torch.amp.GradScaler("cpu")
+
+    def attempt():  # the gradient, slope x scale, passes through float16, which ends at 65504
+        scaler.scale((weight.half().float() * slope).sum()).backward()
+
+    assert scaler.get_scale() == 65536
+    assert run.finite_gradients(attempt, [weight], scaler) == (scale is not None)
+    if scale:
+        assert scaler.get_scale() == scale and weight.grad.tolist() == [slope * scale] * 3
+
+
+def test_without_a_loss_scaler_a_gradient_is_finite_or_not():
+    weight = torch.ones(2, requires_grad=True)
+    assert run.finite_gradients(lambda: weight.sum().backward(), [weight], None)
+    assert not run.finite_gradients(lambda: (weight * math.inf).sum().backward(), [weight], None)
+
+
+def test_training_begins_at_the_scale_of_the_rehearsal(run_embed, tmp_path, monkeypatch, capsys):
+    rehearse, scales = run.rehearse, []
+
+    def rehearse_scaled(trainer, *rest):
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+        for weight in trainer.model.parameters():
+            if weight.requires_grad:
+                weight.register_hook(lambda grad: grad.half().float())  # infinite from 65520 on
+        rehearse(trainer, *rest)
+        scales.append(trainer.accelerator.scaler.get_scale())
+
+    monkeypatch.setattr(run, "rehearse", rehearse_scaled)
+    data = write_jsonl(tmp_path / "eight.jsonl", make_rows(8))  # one step, which is rehearsed whole
+    flags = ["--max_steps", 1, "--batch_size", 8, "--eval_strategy", "no", "--max_grad_norm", 0]
+    run_embed(*flags, data=data)
+    assert 1 < scales[0] < 2.0**40
+    assert f"finite gradients at a loss scale of {scales[0]:g}" in capsys.readouterr().out
+    stored = torch.load(tmp_path / "out/checkpoint-1/scaler.pt")
+    assert stored["scale"] == scales[0]  # no step was skipped
