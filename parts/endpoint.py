@@ -12,7 +12,7 @@ import urllib.request
 from dataclasses import dataclass
 
 from parts.answers import label_of, measure, prediction_line, predictions_file, write_predictions
-from parts.chats import THINKING
+from parts.messages import THINKING
 from utils import InputError, reason, shows_bars
 
 from tqdm.auto import tqdm

@@ -3,13 +3,15 @@
 import json
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import SimpleNamespace
 
-import train_sft_lora
 import utils
 from conftest import write_jsonl
-from train_sft_lora import Example
+from parts import endpoint
+from parts.answers import write_predictions
+from parts.chats import Example
+from parts.endpoint import Endpoint, ask, ask_all
 
 import pytest
 
@@ -56,16 +58,14 @@ def completion(content, reason="stop", **more):
 
 
 @pytest.fixture
-def serve(tmp_path, monkeypatch):
-    """Return start(reply) -> (Server, args as parse_args leaves them); without pauses between tries."""
-    monkeypatch.setattr(train_sft_lora, "PAUSES", (0, 0))
+def serve(monkeypatch):
+    """Return start(reply) -> (Server, Endpoint); without pauses between tries."""
+    monkeypatch.setattr(endpoint, "PAUSES", (0, 0))
     servers = []
 
     def start(reply):
         servers.append(Server(reply))
-        return servers[-1], SimpleNamespace(
-            endpoint=servers[-1].url, endpoint_model="mine", max_new_tokens=40, enable_thinking="false",
-            output_dir=str(tmp_path / "out"), dry_run=False)  # fmt: skip
+        return servers[-1], Endpoint(servers[-1].url, "mine", thinking=False, max_new_tokens=40)
 
     yield start
     for server in servers:
@@ -100,13 +100,13 @@ def test_eight_are_asked_at_once_and_the_file_has_the_order_of_the_rows(serve, t
         return completion(f"<think>hm</think>answer {text}")
 
     seen = []
-    server, args = serve(reply)
-    answers = train_sft_lora.ask_all(args, "dev-0", make_examples(24))
+    server, asked = serve(reply)
+    answers = ask_all(asked, tmp_path / "out", "dev-0", make_examples(24))
     assert answers == [(f"<think>hm</think>answer {i}", True) for i in range(24)]
     assert server.most == 8 and len(server.bodies) == 24
     assert 0 < max(map(len, seen)) < 24  # lines stand in the file while others are asked
     assert "rows.jsonl, line 1" not in seen[10]
-    train_sft_lora.write_predictions(args, "dev-0", make_examples(24), answers)
+    write_predictions(tmp_path / "out", "dev-0", make_examples(24), answers)
     assert [line["where"] for line in written(tmp_path)] == [
         f"rows.jsonl, line {i + 1}" for i in range(24)
     ]
@@ -122,20 +122,18 @@ CALLS = [{"role": "user", "content": "Rain?", "weight": 0},
          {"role": "tool", "content": "2"}, {"role": "user", "content": "So?"}]  # fmt: skip
 
 
-@pytest.mark.parametrize("thinking", ["false", "true"])
+@pytest.mark.parametrize("thinking", [False, True])
 def test_messages_are_sent_as_openai_takes_them(serve, thinking):
-    server, args = serve(lambda text: completion("Yes."))
-    args.enable_thinking = thinking
+    server, asked = serve(lambda text: completion("Yes."))
     tools = [{"name": "f", "parameters": {}}, {"type": "function", "function": {"name": "g"}}]
-    train_sft_lora.ask(
-        args, Example("line 1", [*CALLS, {"role": "assistant", "content": "Yes."}], tools)
-    )
+    messages = [*CALLS, {"role": "assistant", "content": "Yes."}]
+    ask(replace(asked, thinking=thinking), Example("line 1", messages, tools))
     (body,) = server.bodies
     assert body["tools"] == [
         {"type": "function", "function": {"name": "f", "parameters": {}}},
         tools[1],
     ]
-    assert body["chat_template_kwargs"] == {"enable_thinking": thinking == "true"}
+    assert body["chat_template_kwargs"] == {"enable_thinking": thinking}
     question, answer, *results, last = body["messages"]
     assert question == {"role": "user", "content": "Rain?"} and last == {
         "role": "user",
@@ -148,7 +146,7 @@ def test_messages_are_sent_as_openai_takes_them(serve, thinking):
     assert calls[0]["id"] == "mine" and {call["type"] for call in calls} == {"function"}
     assert [result["tool_call_id"] for result in results] == [call["id"] for call in calls]
     assert len({call["id"] for call in calls}) == 3 and results[1]["name"] == "g"
-    if thinking == "true":
+    if thinking:
         assert answer == {
             "role": "assistant",
             "content": CALLS[1]["content"],
@@ -173,8 +171,8 @@ def test_messages_are_sent_as_openai_takes_them(serve, thinking):
     ],
 )
 def test_replies_are_read(serve, reply, expected):
-    server, args = serve(lambda text: reply)
-    assert train_sft_lora.ask(args, make_examples(1)[0]) == expected
+    server, asked = serve(lambda text: reply)
+    assert ask(asked, make_examples(1)[0]) == expected
 
 
 BAD = {
@@ -200,9 +198,9 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_replies_are_asked_for_three_times_and_end_in_a_sentence(serve, name):
     reply, sentence = BAD[name]
-    server, args = serve(lambda text: reply)
+    server, asked = serve(lambda text: reply)
     with pytest.raises(utils.InputError, match=sentence) as error:
-        train_sft_lora.ask(args, make_examples(1)[0])
+        ask(asked, make_examples(1)[0])
     assert len(server.bodies) == 3 and "asked 3 times, last for rows.jsonl, line 1" in str(
         error.value
     )
@@ -210,16 +208,16 @@ def test_bad_replies_are_asked_for_three_times_and_end_in_a_sentence(serve, name
 
 
 def test_a_refused_request_is_not_sent_again(serve):
-    server, args = serve(lambda text: (400, b"no such model"))
+    server, asked = serve(lambda text: (400, b"no such model"))
     with pytest.raises(utils.InputError, match="answers 400: no such model"):
-        train_sft_lora.ask(args, make_examples(1)[0])
+        ask(asked, make_examples(1)[0])
     assert len(server.bodies) == 1
 
 
 def test_a_server_that_comes_back_is_asked_again(serve):
     replies = iter([(503, b"loading"), (200, b"{"), completion("Yes.")])
-    server, args = serve(lambda text: next(replies))
-    assert train_sft_lora.ask(args, make_examples(1)[0]) == ("Yes.", True)
+    server, asked = serve(lambda text: next(replies))
+    assert ask(asked, make_examples(1)[0]) == ("Yes.", True)
 
 
 def test_a_failure_keeps_the_answers_that_came(serve, tmp_path):
@@ -227,47 +225,47 @@ def test_a_failure_keeps_the_answers_that_came(serve, tmp_path):
         time.sleep(0.02)
         return completion(f"answer {text}") if int(text) < 19 else (404, b"gone")
 
-    server, args = serve(reply)
+    server, asked = serve(reply)
     with pytest.raises(
         utils.InputError,
         match="answers 404: gone. (19|2.) of 40 answers are in .*predictions-dev-0",
     ):
-        train_sft_lora.ask_all(args, "dev-0", make_examples(40))
+        ask_all(asked, tmp_path / "out", "dev-0", make_examples(40))
     assert {line["prediction"] for line in written(tmp_path)} == {f"answer {i}" for i in range(19)}
     assert len(server.bodies) < 40  # those that had not begun were not asked
 
 
-def test_ctrl_c_waits_for_nobody(serve, monkeypatch):
+def test_ctrl_c_waits_for_nobody(serve, tmp_path, monkeypatch):
     def reply(text):
         if text != "0":
-            asked.wait(20)
+            ended.wait(20)
         return completion("Yes.")
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    asked = threading.Event()
-    server, args = serve(reply)
-    monkeypatch.setattr(train_sft_lora.tqdm, "update", interrupt)
+    ended = threading.Event()
+    server, asked = serve(reply)
+    monkeypatch.setattr(endpoint.tqdm, "update", interrupt)
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        train_sft_lora.ask_all(args, "dev-0", make_examples(20))
+        ask_all(asked, tmp_path / "out", "dev-0", make_examples(20))
     assert time.monotonic() - start < 5
-    asked.set()
+    ended.set()
 
 
-def test_a_mistake_of_ours_is_no_hang(serve, monkeypatch):
-    server, args = serve(lambda text: completion("Yes."))
-    monkeypatch.setattr(train_sft_lora, "as_request", lambda *_: 1 / 0)
+def test_a_mistake_of_ours_is_no_hang(serve, tmp_path, monkeypatch):
+    server, asked = serve(lambda text: completion("Yes."))
+    monkeypatch.setattr(endpoint, "as_request", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        train_sft_lora.ask_all(args, "dev-0", make_examples(20))
+        ask_all(asked, tmp_path / "out", "dev-0", make_examples(20))
 
 
 def test_a_server_that_is_too_slow_is_not_asked_again(serve, monkeypatch):
-    monkeypatch.setattr(train_sft_lora, "ANSWER_SECONDS", 0.2)
-    server, args = serve(lambda text: time.sleep(0.5) or completion("Yes."))
+    monkeypatch.setattr(endpoint, "ANSWER_SECONDS", 0.2)
+    server, asked = serve(lambda text: time.sleep(0.5) or completion("Yes."))
     with pytest.raises(utils.InputError, match="gave no answer within"):
-        train_sft_lora.ask(args, make_examples(1)[0])
+        ask(asked, make_examples(1)[0])
     assert len(server.bodies) == 1
 
 
@@ -279,7 +277,7 @@ def test_an_endpoint_is_an_address(run_sft, tmp_path, capsys):
 
 
 def test_a_dry_run_asks_nothing(run_sft, serve, tmp_path):
-    server, args = serve(lambda text: completion("b"))
+    server, asked = serve(lambda text: completion("b"))
     data = write_jsonl(tmp_path / "dev.jsonl", [{"prompt": "a", "completion": "b"}])
     run_sft("--eval_only", "--endpoint", server.url, "--dev_file", data, "--dry_run", data=None)
     assert not server.bodies and not (tmp_path / "out").exists()

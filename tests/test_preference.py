@@ -5,7 +5,6 @@ import math
 import shutil
 from types import SimpleNamespace
 
-import train_sft_lora
 import utils
 from conftest import (
     TOPICS,
@@ -15,14 +14,21 @@ from conftest import (
     relative,
     write_jsonl,
 )
-from train_sft_lora import gains, preference_losses
+from parts.chats import read_pair
+from parts.flags import PREFERENCE_LOSSES as LOSSES
+from parts.preference import (
+    WITHOUT_REFERENCE,
+    Preference,
+    collate_pairs,
+    gains,
+    preference_losses,
+)
+from parts.samples import first_answer
 
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import MistralConfig, MistralForCausalLM
-
-LOSSES = train_sft_lora.PREFERENCE_LOSSES
 
 
 def make_pairs(count):
@@ -58,16 +64,6 @@ def trainer_of(sft_trainer, pairs):
     )
 
 
-def flags(loss, beta=0.1, ftx=0.0, smoothing=0.0, gamma=0.5):
-    return SimpleNamespace(
-        pref_loss=loss,
-        pref_beta=beta,
-        pref_ftx=ftx,
-        dpo_label_smoothing=smoothing,
-        simpo_gamma=gamma,
-    )
-
-
 def sigmoid(x):
     return 1 / (1 + math.exp(-x))
 
@@ -94,25 +90,21 @@ BY_HAND = {  # gains +2 and -1, margin 3; per token 0.5 and -0.5, means -1.5 and
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_loss_equals_the_number_worked_by_hand(loss):
-    args = flags(loss, beta=0.5, gamma=0.4)
-    found = preference_losses(args, LOGPS, REFERENCE, LENGTHS, kl=(0.75, 0.25))
+    plain = Preference(loss, beta=0.5, simpo_gamma=0.4)
+    found = preference_losses(plain, LOGPS, REFERENCE, LENGTHS, kl=(0.75, 0.25))
     assert found.shape == (1,) and found.item() == pytest.approx(BY_HAND[loss], abs=1e-6)
-    with_sft = preference_losses(
-        flags(loss, 0.5, 0.3, gamma=0.4), LOGPS, REFERENCE, LENGTHS, kl=(0.75, 0.25)
-    )
-    assert with_sft.item() == pytest.approx(BY_HAND[loss] + 0.3 * 1.5, abs=1e-6)
+    beside_sft = Preference(loss, beta=0.5, ftx=0.3, simpo_gamma=0.4)
+    found = preference_losses(beside_sft, LOGPS, REFERENCE, LENGTHS, kl=(0.75, 0.25))
+    assert found.item() == pytest.approx(BY_HAND[loss] + 0.3 * 1.5, abs=1e-6)
 
 
 def test_hinge_and_smoothing_by_hand():
-    assert preference_losses(
-        flags("hinge", 0.2), LOGPS, REFERENCE, LENGTHS
-    ).item() == pytest.approx(1 - 0.6, abs=1e-6)
-    smooth = preference_losses(
-        flags("sigmoid", 0.5, smoothing=0.1), LOGPS, REFERENCE, LENGTHS
-    ).item()
-    assert smooth == pytest.approx(
-        -0.9 * math.log(sigmoid(1.5)) - 0.1 * math.log(sigmoid(-1.5)), abs=1e-6
-    )
+    hinge = preference_losses(Preference("hinge", beta=0.2), LOGPS, REFERENCE, LENGTHS)
+    assert hinge.item() == pytest.approx(1 - 0.6, abs=1e-6)
+    smoothed = Preference("sigmoid", beta=0.5, label_smoothing=0.1)
+    found = preference_losses(smoothed, LOGPS, REFERENCE, LENGTHS)
+    expected = -0.9 * math.log(sigmoid(1.5)) - 0.1 * math.log(sigmoid(-1.5))
+    assert found.item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_losses_equal_trls():
@@ -128,14 +120,14 @@ def test_losses_equal_trls():
         beta=0.3, simpo_gamma=0.7, label_smoothing=0.0, loss_type="simpo", alpha=0.0,
         accelerator=SimpleNamespace(device="cpu"),
     )  # fmt: skip
-    found = preference_losses(flags("orpo", 0.3), logps, reference, lengths)
+    found = preference_losses(Preference("orpo", 0.3), logps, reference, lengths)
     assert torch.allclose(
         found, -means[0] - ORPOTrainer.odds_ratio_loss(like, *means)[0], atol=1e-6
     )
-    found = preference_losses(flags("simpo", 0.3, gamma=0.7), logps, reference, lengths)
+    found = preference_losses(Preference("simpo", 0.3, simpo_gamma=0.7), logps, reference, lengths)
     assert torch.allclose(found, CPOTrainer.cpo_loss(like, *means)[0], atol=1e-6)
     for loss in ("sigmoid", "hinge", "ipo"):
-        found = preference_losses(flags(loss, 0.3), logps, reference, lengths)
+        found = preference_losses(Preference(loss, 0.3), logps, reference, lengths)
         assert torch.allclose(
             found.mean(), trl_dpo_loss(loss, logps, reference, lengths), atol=1e-6
         )
@@ -171,7 +163,7 @@ def trl_dpo_loss(loss, logps, reference, lengths):
 
 @pytest.mark.parametrize("loss", ["sigmoid", "hinge", "ipo", "kto_pair"])
 def test_a_model_equal_to_its_reference_gains_nothing(loss):
-    assert not gains(flags(loss), LOGPS, LOGPS, LENGTHS).any()
+    assert not gains(loss, LOGPS, LOGPS, LENGTHS).any()
 
 
 def test_gradients_of_the_six_differ(trainer_of):
@@ -203,9 +195,9 @@ def naive_loss(trainer, rows):
     )
     with torch.no_grad(), trainer.model.disable_adapter():
         reference = logps()
-    found, args = logps(), trainer.flags
-    kl = gains(args, found, reference, lengths).detach().mean(0).clamp(min=0)
-    return preference_losses(args, found, reference, lengths, kl).mean()
+    found, preference = logps(), trainer.preference
+    kl = gains(preference.kind, found, reference, lengths).detach().mean(0).clamp(min=0)
+    return preference_losses(preference, found, reference, lengths, kl).mean()
 
 
 def naive_gradient(trainer, rows):
@@ -225,17 +217,14 @@ def test_step_equals_the_naive_computation(trainer_of, loss, batch_size, shares)
     trainer = trainer_of("--pref_loss", loss, *cut)
     assert trainer.shares
     rows = trainer.train_dataset[:8]
-    step = train_sft_lora.collate_pairs(shares, rows)
-    trainer.shares = shares
+    step = collate_pairs(shares, rows)
     assert len(trainer.cut_step(step)[0]) >= 8 // batch_size
     loss, expected = naive_gradient(trainer, rows)
     found_loss, found = gradient(trainer, step)
     assert found_loss.item() == pytest.approx(loss.item(), rel=1e-5)
     assert relative(found, expected) < 1e-5
     if shares:
-        shared, apart = (
-            train_sft_lora.collate_pairs(each, rows)["sequences"] for each in (True, False)
-        )
+        shared, apart = (collate_pairs(each, rows)["sequences"] for each in (True, False))
         assert sum(map(len, shared)) < 0.8 * sum(map(len, apart))
 
 
@@ -309,8 +298,8 @@ def test_kto_counts_no_negative_kl(trainer_of):
     step = trainer.data_collator(rows)
     logps, lengths = trainer.pair_logps(trainer.model, step, range(8))
     reference = torch.tensor(step["reference"])
-    assert (gains(trainer.flags, logps, reference, lengths).mean(0) < 0).all()
-    expected = preference_losses(trainer.flags, logps, reference, lengths).mean()
+    assert (gains("kto_pair", logps, reference, lengths).mean(0) < 0).all()
+    expected = preference_losses(trainer.preference, logps, reference, lengths).mean()
     assert gradient(trainer, step)[0].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -400,7 +389,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_pair_is_read(form):
-    example = train_sft_lora.read_pair("x", FORMS[form], None)
+    example = read_pair("x", FORMS[form], None)
     assert [(m["role"], m["content"]) for m in example.messages] == [
         ("user", "where is the lamp?"), ("assistant", "behind the door")]  # fmt: skip
     assert (example.rejected["role"], example.rejected["content"]) == ("assistant", "no")
@@ -408,7 +397,7 @@ def test_every_form_of_pair_is_read(form):
 
 def test_system_text_and_json_cells_are_read():
     row = {"system_prompt": "SYS", "chosen": [*CHAT, GOOD], "rejected": [*CHAT, BAD]}
-    assert train_sft_lora.read_pair("x", row, None).messages[0] == {
+    assert read_pair("x", row, None).messages[0] == {
         "role": "system",
         "content": "SYS",
     }
@@ -417,7 +406,7 @@ def test_system_text_and_json_cells_are_read():
         "chosen": json.dumps([GOOD]),
         "rejected": json.dumps(BAD),
     }
-    example = train_sft_lora.read_pair("x", row, None)
+    example = read_pair("x", row, None)
     assert (example.messages[-1]["content"], example.rejected["content"]) == (
         "behind the door",
         "no",
@@ -427,7 +416,7 @@ def test_system_text_and_json_cells_are_read():
 def test_calls_empty_cells_and_labels_beside_pairs_are_read_as_beside_answers():
     row = {"messages": "[]", "prompt": "where is the lamp?", "tools": "[]", "label": False}
     call = {"from": "function_call", "value": '{"name": "look", "arguments": {}}'}
-    example = train_sft_lora.read_pair("x", {**row, "chosen": call, "rejected": "no"}, None)
+    example = read_pair("x", {**row, "chosen": call, "rejected": "no"}, None)
     assert example.messages[0]["content"] == "where is the lamp?" and example.tools is None
     assert example.messages[1]["tool_calls"][0]["function"]["name"] == "look"
     row = {
@@ -436,9 +425,9 @@ def test_calls_empty_cells_and_labels_beside_pairs_are_read_as_beside_answers():
         "chosen": "behind the door",
         "rejected": "no",
     }
-    assert train_sft_lora.read_pair("x", row, None).messages[0]["content"] == "where is the lamp?"
+    assert read_pair("x", row, None).messages[0]["content"] == "where is the lamp?"
     with pytest.raises(utils.InputError, match='"images" is not empty'):
-        train_sft_lora.read_pair("x", {**row, "images": ["a.png"]}, None)
+        read_pair("x", {**row, "images": ["a.png"]}, None)
 
 
 def test_length_accuracy_counts_ties_as_halves(trainer_of):
@@ -497,8 +486,8 @@ def test_both_sides_are_shortened_alike(trainer_of):
     trainer = trainer_of("--max_length", 40, "--overlong", "truncate_prompt")
     for pair in trainer.train_dataset:
         chosen, rejected = pair["sides"]
-        first = train_sft_lora.first_answer(chosen)
-        assert first == train_sft_lora.first_answer(rejected)
+        first = first_answer(chosen)
+        assert first == first_answer(rejected)
         assert list(chosen["input_ids"][:first]) == list(rejected["input_ids"][:first])
         assert max(len(chosen["input_ids"]), len(rejected["input_ids"])) <= 40
 
@@ -526,7 +515,7 @@ def test_a_run_learns_to_prefer(run_sft, pairs, tmp_path, loss):
     }
     assert {"accuracy", "margin", *names} <= set(logged[-1])
     assert logged[-1]["accuracy"] > 0.9 and logged[-1]["tokens_chosen"] > 1
-    if loss not in train_sft_lora.WITHOUT_REFERENCE:
+    if loss not in WITHOUT_REFERENCE:
         assert (before["accuracy"], before["margin"]) == (0.5, 0.0)
 
 

@@ -1,8 +1,8 @@
 """A step's loss and gradient are those of the plain full-logits computation, whatever it is cut into."""
 
-import train_sft_lora
 import utils
 from conftest import gradient, gradients_of_two_processes, randomise_adapters, relative
+from parts import causal
 
 import pytest
 import torch
@@ -58,11 +58,9 @@ def test_logits_in_chunks_change_nothing(sft_trainer, flags, monkeypatch):
     trainer = sft_trainer("--batch_size", 8, *flags)
     rows = trainer.train_dataset[:8]
     loss, expected = naive_gradient(trainer, rows)
-    sizes, scores = [], train_sft_lora.token_scores
-    monkeypatch.setattr(train_sft_lora, "LOGITS_AT_ONCE", 7 * 640)
-    monkeypatch.setattr(
-        train_sft_lora, "token_scores", lambda x, y: sizes.append(len(y)) or scores(x, y)
-    )
+    sizes, scores = [], causal.token_scores
+    monkeypatch.setattr(causal, "LOGITS_AT_ONCE", 7 * 640)
+    monkeypatch.setattr(causal, "token_scores", lambda x, y: sizes.append(len(y)) or scores(x, y))
     found_loss, found = gradient(trainer, trainer.data_collator(rows))
     assert trainer.plain_head and max(sizes) == 7
     assert found_loss.item() == pytest.approx(loss.item(), rel=1e-5)
@@ -72,7 +70,7 @@ def test_logits_in_chunks_change_nothing(sft_trainer, flags, monkeypatch):
 def test_a_head_with_softcapping_is_left_to_the_model(
     sft_trainer, tiny_chat, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(train_sft_lora, "LOGITS_AT_ONCE", 7 * 640)
+    monkeypatch.setattr(causal, "LOGITS_AT_ONCE", 7 * 640)
     AutoTokenizer.from_pretrained(tiny_chat).save_pretrained(tmp_path / "gemma")
     shape = {
         "hidden_size": 64,
@@ -150,7 +148,7 @@ def test_generation_in_a_batch_is_that_of_a_row_alone(sft_trainer, monkeypatch):
         list(row["input_ids"][: row["supervised"].argmax()]) for row in trainer.train_dataset[:9]
     ]
     together = trainer.generate(prompts)
-    monkeypatch.setattr(train_sft_lora, "GENERATED_AT_ONCE", 1)
+    monkeypatch.setattr(causal, "GENERATED_AT_ONCE", 1)
     assert trainer.generate(prompts) == together
     chat, found = trainer.chat, []
     for prompt in prompts:  # greedy, by hand, without a cache

@@ -2,18 +2,14 @@
 
 import json
 
-from train_sft_lora import (
-    DevSet,
-    Example,
-    TrainSet,
+from parts.scores import (
     answer_of,
     generation_metrics,
     is_empty,
     leaves,
-    parse_args,
-    plan_run,
+    metric_names,
+    shown_of,
 )
-from utils import InputError
 
 import pytest
 
@@ -121,45 +117,6 @@ def test_a_model_that_never_answers_in_json_is_always_wrong_where_nothing_is():
     assert found["json_valid"] == pytest.approx(1 / 4)
 
 
-def plan_of(dev_names, *flags):
-    """The plan of a run with dev sets whose references are JSON, half of them empty."""
-    examples = [Example("x", [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}])
-                for text in (EMPTY, ONE)]  # fmt: skip
-    dev_sets = {name: DevSet([], [(None, example) for example in examples]) for name in dev_names}
-    args = parse_args(["--train_file", "x", *flags])
-    return plan_run(args, TrainSet([{"input_ids": [1], "supervised": [True]}] * 40), dev_sets, [])
-
-
-def test_what_two_stages_are_for_is_shown_of_each_dev_set():
-    shown = plan_of(["all", "pos"], "--metric_for_best", "all_f1").shown
-    wanted = ("loss", "f1", "recall", "false_positive_rate", "json_valid")
-    assert shown[0] == "all_f1"
-    assert set(shown) == {f"{name}_{key}" for name in ("all", "pos") for key in wanted}
-
-
-@pytest.mark.parametrize(
-    "dev_names, asked, meant, greater_is_better",
-    [
-        ([""], "eval_loss", "loss", False),
-        ([""], "eval_f1", "f1", True),
-        (["all"], "eval_all_false_positive_rate", "all_false_positive_rate", False),
-        (["eval"], "eval_loss", "eval_loss", False),
-        (["eval"], "eval_eval_f1", "eval_f1", True),
-        ([""], "f1", "f1", True),
-    ],
-)
-def test_trainers_name_of_a_metric_means_ours(dev_names, asked, meant, greater_is_better):
-    plan = plan_of(dev_names, "--metric_for_best_model", asked)
-    assert plan.metric == meant and plan.greater_is_better == greater_is_better
-
-
-def test_a_metric_that_is_not_measured_is_refused_under_trainers_name_too():
-    with pytest.raises(
-        InputError, match="--metric_for_best eval_f2 is not measured. Choose one of loss"
-    ):
-        plan_of([""], "--metric_for_best", "eval_f2")
-
-
 def test_thinking_is_no_part_of_an_answer():
     assert answer_of("<think>\nlet me see\n</think>\n\n" + ONE) == ONE
     assert answer_of(f" {ONE}\n") == ONE
@@ -167,3 +124,27 @@ def test_thinking_is_no_part_of_an_answer():
 
 def test_endless_brackets_are_no_json():
     assert generation_metrics([ONE], ["[" * 100_000], [False])["json_valid"] == 0
+
+
+@pytest.mark.parametrize(
+    "references",
+    [
+        ["four", "1"],
+        [EMPTY],
+        [ONE, TWO],
+        [EMPTY, ONE, "no"],
+        ['["x"]', '{"a": {"b": 1, "c": null}, "d": 0}'],
+    ],
+)
+def test_metrics_are_named_as_they_will_be_measured(references):
+    found = generation_metrics(references, references, [True] * len(references))
+    assert metric_names(references) == list(found)
+
+
+def test_without_references_no_answer_is_scored():
+    assert metric_names([]) == []
+
+
+def test_an_exact_match_is_shown_where_answers_are_no_json_alone():
+    assert shown_of(["loss", "exact_match", "stop_rate"]) == ["loss", "exact_match"]
+    assert shown_of(["loss", "exact_match", "f1", "recall.a"]) == ["loss", "f1"]
