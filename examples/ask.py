@@ -17,7 +17,7 @@ from parts.flags import integer
 from parts.masks import decode_answer, find_frame
 from parts.messages import Drop
 from parts.scores import answer_of
-from parts.template import Chat, as_message, stored_stops
+from parts.template import Chat, stored_stops
 from parts.tokenizer import load_tokenizer
 from utils import InputError
 
@@ -80,8 +80,8 @@ def load_model(source):
 
 def prompt_of(chat, system, question):
     """Return the token ids that a model is asked by."""
-    messages = [as_message("system", system)] if system else []
-    messages.append(as_message("user", question))
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": question})
     try:
         return chat.ids(chat.render(chat.prepare(messages), True))
     except Drop as drop:

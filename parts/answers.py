@@ -5,6 +5,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+from parts.masks import turn
 from parts.messages import Drop
 from parts.plan import named
 from parts.scores import answer_of, generation_metrics
@@ -56,6 +57,7 @@ def measure_trainer(dev_sets, folder, trainer):
         return trainer.generate(prompts)
 
     def written(name, examples, answers):
+        # all processes have all answers, and share the folder
         if folder and trainer.is_world_process_zero():
             label = label_of(name, trainer.state.global_step)
             write_predictions(folder, label, examples, answers)
@@ -75,6 +77,7 @@ def draw_rows(name, examples, count, seed):
         is_weighted = "weight" in example.messages[example.last]  # 0: not to be learnt, either
         if example.answer and not is_weighted:  # an answer that is a call alone has no words
             rows.append(example)
+    # a generator of its own: the same rows whatever was drawn before, and in a server's evaluation
     return random.Random(f"{seed} {name}").sample(rows, min(count, len(rows)))
 
 
@@ -89,7 +92,7 @@ def choose_generated(name, examples, chat, *, count, seed, max_length, longest_a
         try:
             # the answer with its prompt, as preparing may fold the system turn into the first
             messages = chat.prepare(example.messages[: example.last + 1])
-            prompt, answer = chat.turn(messages, len(messages) - 1, example.tools)
+            prompt, answer = turn(chat, messages, len(messages) - 1, example.tools)
         except Drop:
             continue  # counted where the dev set was tokenised
         is_short = longest_answer is None or len(answer) <= longest_answer

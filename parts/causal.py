@@ -97,12 +97,13 @@ class CausalTrainer(StepTrainer):
 
         Only the positions before them, which predict them, get logits. inputs: more of the model's.
         """
-        keep = F.pad(mask[:, 1:], (0, 1))  # (B, T)
+        keep = F.pad(mask[:, 1:], (0, 1))  # (B, T) one to the left
         labels = input_ids[mask]  # (N,)
         chunk = max(1, LOGITS_AT_ONCE // self.model.config.get_text_config().vocab_size)
         # no attention mask: a causal model never sees the padding on its right
         inputs |= {"input_ids": input_ids, "logits_to_keep": keep}
         with self.accelerator.autocast():
+            # behind a head that is not plain stands code of the model's own
             if len(labels) <= chunk or not self.plain_head:
                 return token_scores(model(**inputs).logits, labels)
             with self.hidden_states_only():
@@ -185,6 +186,7 @@ class CausalTrainer(StepTrainer):
 
         Returns [(text, whether it stopped)].
         """
+        # the longest first: memory that runs out does so at once, and parts are padded little
         own = sorted(self.own_share(len(prompts)), key=lambda i: -len(prompts[i]))
         answers = self.evaluated(lambda: self.generate_own(prompts, own))
         if self.accelerator.num_processes > 1:

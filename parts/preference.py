@@ -72,7 +72,8 @@ def preference_losses(preference, logps, reference, lengths, kl=(0.0, 0.0)):
         worse = torch.sigmoid(beta * (kl[0] - rejected))
         losses = 1 - (better + worse) / 2
     elif kind == "orpo":
-        odds = gained - torch.log(-torch.expm1(gained.clamp(max=-1e-6)))  # log(p / (1 - p))
+        # log(p / (1 - p)) of mean token probabilities; p = 1 would have none
+        odds = gained - torch.log(-torch.expm1(gained.clamp(max=-1e-6)))
         losses = fine_tuning - beta * F.logsigmoid(odds[:, 0] - odds[:, 1])
     else:
         losses = -F.logsigmoid(beta * margin - preference.simpo_gamma)
@@ -155,6 +156,7 @@ class PreferenceTrainer(CausalTrainer):
             shared = self.trial_logps(pair, True)
         except (TypeError, ValueError, RuntimeError):  # attention that takes no mask of its own
             return False
+        # relative to sums over whole answers; half precision has three digits
         in_half = self.args.fp16 or self.args.bf16
         return torch.allclose(apart, shared, rtol=2e-3 if in_half else 1e-5)
 
@@ -167,9 +169,10 @@ class PreferenceTrainer(CausalTrainer):
         """Return summed log-probabilities of answers, and their lengths in tokens: both (P, 2)."""
         lay_out = self.lay_out_shared if step["shares"] else self.lay_out_apart
         input_ids, answer, lengths, inputs = lay_out(step, piece)
-        losses, _ = self.token_scores(model, input_ids, answer, **inputs)  # (N,) side by side
+        losses, _ = self.token_scores(model, input_ids, answer, **inputs)  # (N,)
+        # tokens come answer by answer in either layout: chosen, rejected, chosen of the next pair
         sides = torch.arange(lengths.numel(), device=lengths.device)
-        side = sides.repeat_interleave(lengths.flatten()).to(losses.device)  # (N,) 2 pair + side
+        side = sides.repeat_interleave(lengths.flatten()).to(losses.device)  # (N,)
         logps = -losses.new_zeros(lengths.numel()).index_add(0, side, losses)
         return logps.view(-1, 2), lengths.to(losses.device)
 
@@ -194,8 +197,9 @@ class PreferenceTrainer(CausalTrainer):
         answer = (t >= prompt) & (t < end) & (t != middle)
         same_part = is_second[:, :, None] == is_second[:, None]  # (P, query, key)
         in_prompt = (t < prompt - 1)[:, None]
-        is_past = t[:, :, None] >= t[:, None]
-        seen = (same_part | in_prompt) & is_past
+        is_causal = t[:, :, None] >= t[:, None]
+        # padding belongs to the second part, whose tokens before it never see it
+        seen = (same_part | in_prompt) & is_causal
         inputs = {
             "position_ids": torch.where(is_second, t - middle + prompt - 1, t),
             "attention_mask": self.as_mask(seen[:, None]),
@@ -207,6 +211,7 @@ class PreferenceTrainer(CausalTrainer):
         if self.model.config._attn_implementation != "eager":
             return seen
         mask = torch.zeros(seen.shape, device=seen.device)
+        # not -inf, and finite in every precision that it may be cast to
         return mask.masked_fill(~seen, torch.finfo(torch.float16).min)
 
     def lay_out_apart(self, step, piece):
@@ -253,6 +258,7 @@ class PreferenceTrainer(CausalTrainer):
         off = self.model.disable_adapter() if self.compares_base else contextlib.nullcontext()
         with off:
             for samples in self.pair_sets:
+                # kept in the sample, which each epoch puts into another step
                 for row, logps in self.reference_logps(samples).items():
                     samples[row]["reference"] = logps
 
@@ -284,7 +290,7 @@ class PreferenceTrainer(CausalTrainer):
         counted = self.counted_rows(model, step).to(self.args.device)  # (rows,) bool
         pairs = self.accelerator.reduce(counted.sum())
         kl = (0.0, 0.0)
-        if self.preference.kind == "kto_pair":
+        if self.preference.kind == "kto_pair":  # of the whole step, before any of its pieces
             kl = self.sum_of_gains(model, step, pieces, counted) / pairs
             kl = kl.clamp(min=0)  # an estimate may be below the 0 that a divergence is at least
         total = 0
@@ -294,7 +300,7 @@ class PreferenceTrainer(CausalTrainer):
                 logps, lengths = self.pair_logps(model, step, piece)
                 reference = self.reference(step, piece, logps)
                 losses = preference_losses(self.preference, logps, reference, lengths, kl)
-                losses = losses * counted[piece]
+                losses = losses * counted[piece]  # 0 where a row only fills the step up
                 # DDP averages the gradients, whose sum is wanted
                 loss = losses.sum() / pairs * self.accelerator.num_processes
                 self.accelerator.backward(loss)

@@ -75,7 +75,7 @@ def generation_metrics(references, predictions, stopped):
         if gold is not None:
             pairs.append((gold, parse_answer(text)))
     found = {"stop_rate": mean(stopped), "exact_match": mean(exact)}
-    if not pairs:
+    if not pairs:  # no extraction: to have no JSON is right
         return found
     return found | emptiness(pairs) | leaf_scores(pairs)
 
@@ -107,10 +107,10 @@ def leaf_scores(pairs):
         golds.update(by_path(wanted))
         claims.update(by_path(claimed))
         hits.update(by_path(wanted & claimed))
-    if not golds:
+    if not golds:  # every reference is empty: nothing could be recalled
         return {}
     found = figures("", hits.total(), claims.total(), golds.total())
-    for path in sorted(golds):
+    for path in sorted(golds):  # claims of other paths count above alone
         found |= figures(f".{path}", hits[path], claims[path], golds[path])
     return found
 

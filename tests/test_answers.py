@@ -4,11 +4,14 @@ import json
 import shutil
 from pathlib import Path
 
-import train_sft_lora
 import utils
 from conftest import CHATML, chat_tokenizer, make_chats, randomise_adapters, write_jsonl
 from examples import ask
-from train_sft_lora import Chat, answer_of, decode_answer
+from parts import causal
+from parts.answers import DevSet, choose_asked, draw_rows, measure, write_predictions
+from parts.chats import Example
+from parts.scores import answer_of
+from train_sft_lora import Chat, decode_answer
 
 import pytest
 from peft import LoraConfig, get_peft_model
@@ -125,7 +128,7 @@ def test_perfect_answers_in_a_frame_are_counted(run_sft, harmony, tmp_path, monk
 
     rows = [row for row in make_chats(40) if len(row["messages"]) == 3]
     expected = {row["messages"][1]["content"]: row["messages"][2]["content"] for row in rows}
-    monkeypatch.setattr(train_sft_lora, "generate_greedily", perfect)
+    monkeypatch.setattr(causal, "generate_greedily", perfect)
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
     found = run_sft(
         "--eval_only", "--dev_file", data, "--eval_generate", 9, model=harmony, data=None
@@ -136,6 +139,61 @@ def test_perfect_answers_in_a_frame_are_counted(run_sft, harmony, tmp_path, monk
         for line in (tmp_path / "out/predictions-dev-0.jsonl").read_text().splitlines()
     ]
     assert len(lines) == 9 and all(line["prediction"] == line["reference"] for line in lines)
+
+
+# ---------------------------------------------------------------- dev sets
+
+
+def example_of(question, answer, **more):
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer} | more]
+    return Example(f"rows.jsonl, {question}", turns)
+
+
+def test_a_dev_set_is_measured_by_its_samples_and_by_answers_to_its_rows():
+    def answer(name, prompts, examples):
+        assert name == "b" and prompts == [[5], None]
+        return [("<think>hm</think>yes", True), ("yes", False)]
+
+    kept = []
+    rows = [example_of("1?", "yes"), example_of("2?", "no")]
+    dev_sets = {"a": DevSet([1, 2], []), "b": DevSet([3], [([5], rows[0]), (None, rows[1])])}
+    found = measure(
+        dev_sets, lambda samples: {"loss": sum(samples)}, answer, lambda *x: kept.append(x)
+    )
+    assert found == {"a_loss": 3, "b_loss": 3, "b_stop_rate": 0.5, "b_exact_match": 0.5}
+    assert kept == [("b", rows, [("<think>hm</think>yes", True), ("yes", False)])]
+
+
+def test_without_a_score_answers_alone_are_measured():
+    dev_sets = {"": DevSet([], [(None, example_of("1?", "yes"))])}
+    found = measure(dev_sets, None, lambda *_: [("yes", True)], lambda *_: None)
+    assert found == {"stop_rate": 1, "exact_match": 1}
+
+
+def test_rows_to_answer_are_drawn_alike_and_have_words_to_compare_with():
+    rows = [example_of(f"{i}?", f"answer {i}") for i in range(20)]
+    calls, unlearnt = example_of("call?", ""), example_of("old?", "no", weight=0)
+    drawn = draw_rows("dev", [*rows, calls, unlearnt], 100, 7)
+    assert sorted(row.where for row in drawn) == sorted(row.where for row in rows)
+    assert draw_rows("dev", rows, 5, 7) == draw_rows("dev", rows, 5, 7)
+    assert draw_rows("dev", rows, 5, 7) != draw_rows("other", rows, 5, 7)
+    with pytest.raises(utils.InputError, match="dev set dev: no row has an answer in words"):
+        choose_asked("", [calls, unlearnt], count=5, seed=7)
+
+
+def test_predictions_are_written_whole(tmp_path):
+    rows = [example_of("1?", "yes"), example_of("2?", "no")]
+    write_predictions(tmp_path / "out", "dev-0", rows, [("<think>hm</think>是", True), ("", False)])
+    (file,) = (tmp_path / "out").iterdir()
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert [line["prediction"] for line in lines] == ["是", ""]
+    assert lines[1] == {
+        "messages": [{"role": "user", "content": "2?"}],
+        "reference": "no",
+        "prediction": "",
+        "stopped": False,
+        "where": "rows.jsonl, 2?",
+    }
 
 
 # ---------------------------------------------------------------- examples/ask.py
@@ -191,6 +249,24 @@ def test_ask_reads_what_the_run_was_trained_with(
     assert prompt == f"{system}<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n{end}"
     _, prompts = ask_and_catch(monkeypatch, folder, "one", "--system", "")
     assert "system" not in prompts[-1]
+
+
+@pytest.mark.parametrize(
+    "run, thinks",
+    [
+        ({"flags": {"enable_thinking": "true"}}, True),  # an older run's: settled in place
+        ({"flags": {"enable_thinking": "auto"}, "settled": {"enable_thinking": "true"}}, True),
+        ({"flags": {"enable_thinking": "auto"}, "settled": {"enable_thinking": "false"}}, False),
+        ({}, False),
+    ],
+)
+def test_ask_reads_what_was_settled_of_a_flag(tiny_chat, tmp_path, run, thinks):
+    folder = shutil.copytree(tiny_chat, tmp_path / "merged")
+    if run:
+        run["flags"]["system_prompt"] = "Be brief."
+        utils.write_json(folder / "training_config.json", run)
+    chat, system = ask.read_run(str(folder))
+    assert chat.thinking is thinks and system == ("Be brief." if run else None)
 
 
 def test_ask_finds_base_and_settings_of_an_adapter(tiny_chat, tmp_path, monkeypatch):
