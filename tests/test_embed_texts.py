@@ -1,0 +1,79 @@
+"""The texts of a run: tokenised once, cut where the flags say, shown as the model sees them."""
+
+from conftest import make_rows, write_jsonl
+from train_embed_lora import Texts, note_cut_texts, parse_args
+
+import datasets
+import pytest
+from transformers import AutoTokenizer
+
+
+def test_texts_are_tokenised_once_and_cached(tiny_bert, tmp_path, capfd):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    datasets.enable_progress_bars()  # which a run without a terminal switches off
+    for attempt in range(2):
+        texts = Texts()
+        places = [
+            texts.add("Q: ", "where is it", True),
+            texts.add("", "lamp " * 50, False),
+            texts.add("Q: ", "where is it", True),
+        ]
+        texts.tokenise(tokenizer, 20, 10, 0)
+        assert places == [0, 1, 0]
+        assert texts[0].tolist() == tokenizer("Q: where is it")["input_ids"]
+        assert len(texts[1]) == 10 and texts[1][-1] == tokenizer.sep_token_id
+        assert ("tokenising" in capfd.readouterr().err) == (attempt == 0)
+
+
+@pytest.mark.parametrize(
+    "query_max_len, passage_max_len, note",
+    [
+        (6, 20, "2 queries are cut at --query_max_len 6, but"),
+        (7, 20, "1 queries are cut at --query_max_len 7, but"),
+        (8, 20, None),
+        (20, 5, "1 documents are cut at --passage_max_len 5, but"),
+        (20, 6, None),
+        (5, 5, None),
+    ],
+)
+def test_texts_cut_at_the_shorter_of_two_lengths_are_noted(
+    tiny_bert, query_max_len, passage_max_len, note
+):
+    tokenizer, texts, notes = AutoTokenizer.from_pretrained(tiny_bert), Texts(), []
+    for count, is_query in ((4, True), (5, True), (6, True), (4, False)):
+        texts.add("", "?" * count, is_query)  # so many tokens, and [CLS] and [SEP]
+    args = parse_args(["--train_file", "x"])
+    args.query_max_len, args.passage_max_len = query_max_len, passage_max_len
+    texts.tokenise(tokenizer, query_max_len, passage_max_len, 0)
+    note_cut_texts(args, texts, tokenizer, notes)
+    assert not notes if note is None else notes[0].startswith(note)
+
+
+def test_per_row_prompt_replaces_the_query_prefix(tmp_path, embed_trainer):
+    data = write_jsonl(
+        tmp_path / "bge.jsonl",
+        [{**row, "prompt": "Find it: "} for row in make_rows(20)[:10]] + make_rows(20)[10:],
+    )
+    trainer = embed_trainer(
+        "--query_prefix", "Q: ", "--doc_prefix", "D: ", "--dev_size", 0, data=data
+    )
+    queries = {text for text, is_query in trainer.data_collator.texts.index if is_query}
+    assert sum(text.startswith("Find it: where") for text in queries) == 10
+    assert sum(text.startswith("Q: where") for text in queries) == 10
+    assert all(
+        text.startswith("D: ")
+        for text, is_query in trainer.data_collator.texts.index
+        if not is_query
+    )
+
+
+def test_a_language_that_the_base_cannot_read_is_noted(tmp_path, minilm, run_embed, capsys):
+    rows = [
+        {"query": f"序列号{i}在哪里？", "pos": [f"序列号印在电池下方的贴纸上{i}。"]}
+        for i in range(8)
+    ]
+    run_embed("--dry_run", model=minilm, data=write_jsonl(tmp_path / "zh.jsonl", rows))
+    assert "of all tokens are [UNK]: the base cannot read these texts" in capsys.readouterr().out
+    rows = [{"query": f"where is number {i}?", "pos": [f"It is on sticker {i}."]} for i in range(8)]
+    run_embed("--dry_run", model=minilm, data=write_jsonl(tmp_path / "en.jsonl", rows))
+    assert "[UNK]" not in capsys.readouterr().out

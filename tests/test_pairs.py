@@ -1,0 +1,190 @@
+"""Every format of training rows is read for what it is."""
+
+from conftest import write_jsonl
+from parts.pairs import Columns, Example, read_examples
+from parts.rows import read_rows
+
+import pytest
+
+BGE = {
+    "query": "q1",
+    "pos": ["p1", "p2"],
+    "neg": ["n1"],
+    "pos_scores": [1.0, 0.5],
+    "neg_scores": [0.1],
+    "prompt": "Find: ",
+}
+
+
+def read(path, **columns):
+    """Return the Examples and drops of a file."""
+    return read_examples(read_rows(path), Columns(**columns), None)
+
+
+@pytest.mark.parametrize(
+    "row, expected",
+    [
+        (BGE, Example("q1", ["p1", "p2"], ["n1"], "Find: ")),
+        ({"query": "q", "pos": ["p"], "neg": []}, Example("q", ["p"], [])),
+        ({"query": "q", "pos": "p"}, Example("q", ["p"], [])),
+        ({"anchor": "q", "positive": "p", "negative": "n"}, Example("q", ["p"], ["n"])),
+        ({"question": "q", "answer": "p"}, Example("q", ["p"], [])),
+        ({"Query": "q", "Document": "p"}, Example("q", ["p"], [])),
+        (
+            {"query": "q", "response": "p", "negative_1": "a", "negative_2": "b"},
+            Example("q", ["p"], ["a", "b"]),
+        ),
+        ({"query": "q", "pos_doc": ["p"], "neg_doc": ["n"]}, Example("q", ["p"], ["n"])),
+        (
+            {
+                "query_id": 7,
+                "query": "q",
+                "positive_passages": [{"docid": "1", "title": "T", "text": "p"}],
+                "negative_passages": [{"docid": "2", "title": "", "text": "n"}],
+            },
+            Example("q", ["T p"], ["n"]),
+        ),
+        (
+            {
+                "query": "q",
+                "positive_passages": [{"docid": "1", "title": "T", "content": "p"}],
+                "neg": '["a", "b"]',
+            },
+            Example("q", ["T p"], ["a", "b"]),
+        ),
+        ({"query": "q", "pos": '["p"]', "neg": "[]"}, Example("q", ["p"], [])),
+        ({"query": "q", "pos": "[1] p", "neg": "[1]"}, Example("q", ["[1] p"], ["[1]"])),
+        (
+            {"query": "None", "pos": "nan", "neg": float("nan")},
+            Example("None", ["nan"], []),
+        ),  # no cells of a table
+        ({"query": "q", "pos": "p", "prompt": [" Find: "]}, Example("q", ["p"], [], " Find: ")),
+        (
+            {"query": "q", "pos": "p", "neg_scores": [1], "neg_ids": [2], "label": "faq"},
+            Example("q", ["p"], []),
+        ),
+    ],
+)
+def test_formats(tmp_path, row, expected):
+    assert read(write_jsonl(tmp_path / "rows.jsonl", [row]))[0] == [expected]
+
+
+def test_columns_may_be_named(tmp_path, capsys):
+    path = write_jsonl(
+        tmp_path / "rows.jsonl",
+        [{"frage": "q", "answer": "no", "positive": "p", "schlecht": "n", "id": "1"}],
+    )
+    named = {"query": "frage", "positive": "positive", "negative": "schlecht"}
+    assert read(path, **named)[0] == [Example("q", ["p"], ["n"])]
+    assert (
+        "query = frage, positive = positive, negatives = schlecht (unused: answer, id)"
+        in capsys.readouterr().out
+    )
+
+
+def test_scores_are_reported_as_unused(tmp_path, capsys):
+    read(write_jsonl(tmp_path / "rows.jsonl", [BGE]))
+    assert "unused: pos_scores, neg_scores" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name", "negative1 neg_2 hard_neg hard_negative_1 Hard_Negatives rejected_response".split()
+)
+def test_names_of_negatives(tmp_path, name):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"query": "q", "response": "p", name: "n"}])
+    assert read(path)[0][0].neg == ["n"]
+
+
+def test_an_empty_cell_of_a_table_is_no_text_and_a_list_is_a_list(tmp_path):
+    cells = ["[]", "nan", "NaN", "NULL", "None", "null", "", '["a", "b"]', "No null"]
+    for name, separator in (("a.csv", ","), ("A.TSV", "\t")):
+        lines = [
+            ["query", "positive", "negative"],
+            *([f"q{i}", f"p{i}", cell] for i, cell in enumerate(cells)),
+        ]
+        lines += [["nan", "p", "n"], ["q", "null", "n"]]
+        quoted = [
+            separator.join('"' + cell.replace('"', '""') + '"' for cell in line) for line in lines
+        ]
+        (tmp_path / name).write_text("\n".join(quoted))
+        examples, drops = read(tmp_path / name)
+        assert [example.neg for example in examples] == [[]] * 7 + [["a", "b"], ["No null"]]
+        assert drops == {"rows with an empty query": 1, "rows with an empty positive": 1}
+
+
+LABELS = [
+    [1, 0, 1, 0, 0],
+    ["1", "0", "1", "0", "0"],
+    [1.0, 0.0, 1.0, 0.0, 0.0],
+    [True, False, True, False, False],
+]
+
+LABELS += [["True", "false", " 1.0", "0", "FALSE"]]
+
+
+@pytest.mark.parametrize("labels", LABELS)
+@pytest.mark.parametrize("name", ["label", "Score", "relevance"])
+def test_label_0_makes_a_document_a_negative_of_its_query(tmp_path, capsys, name, labels):
+    pairs = [("q", "a"), ("q", "b"), ("Q", "c"), ("r", "d"), ("q", "e")]
+    rows = [
+        {"query": q, "document": d, name: label}
+        for (q, d), label in zip(pairs, labels, strict=True)
+    ]
+    rows += [{"query": "q", "document": "x", name: None}]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    examples, drops = read(path)
+    assert examples == [Example("q", ["a", "c"], ["b", "e"])]
+    assert drops == {"queries without a document of label 1": 1, f"rows with an empty {name}": 1}
+    said = capsys.readouterr().out
+    assert (
+        f"negatives = none, label = {name}" in said and f"label 1 (first: {path}, line 4)" in said
+    )
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [
+            {"query": "q", "pos": "p", "neg": "n", "label": 0},
+            {"query": "r", "pos": "s", "neg": "", "label": 3},
+        ],
+        [{"query": "q", "pos": "p", "label": "wrong"}, {"query": "r", "pos": "s", "label": "0"}],
+        [{"query": "q", "pos": "p", "score": 5}, {"query": "r", "pos": "s", "score": 5.0}],
+        [{"query": "q", "pos": "p", "score": [0.5]}, {"query": "r", "pos": "s", "score": None}],
+        [{"query": "q", "pos": "p", "labels": 0}, {"query": "r", "pos": "s", "labels": 1}],
+    ],
+)
+def test_other_labels_are_unused(tmp_path, rows):
+    examples, _ = read(write_jsonl(tmp_path / "rows.jsonl", rows))
+    assert [example.query for example in examples] == ["q", "r"]
+
+
+def test_a_label_decides_beside_a_teachers_score(tmp_path):
+    rows = [
+        {"query": "q", "pos": f"p{i}", "label": i, "score": 0.3 + i, "relevance": 1} for i in (0, 1)
+    ]
+    assert read(write_jsonl(tmp_path / "rows.jsonl", rows))[0] == [Example("q", ["p1"], ["p0"])]
+
+
+def test_drops_are_counted_with_their_place(tmp_path, capsys):
+    rows = [
+        {"query": "q1", "pos": ["p1"], "neg": ["n1"]},
+        {"query": " ", "pos": ["p"]},
+        {"query": "q2", "pos": ["", None]},
+        {"query": "Q1", "pos": ["P1"], "neg": ["n1"]},
+        {"query": "q3", "pos": ["p3"], "neg": ["P3 ", "n3"]},
+        {"query": "q4"},
+    ]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    examples, drops = read(path)
+    assert [example.query for example in examples] == ["q1", "q3"]
+    assert examples[1].neg == ["n3"]
+    assert drops == {
+        "rows with an empty query": 1,
+        "rows with an empty positive": 2,
+        "duplicate rows": 1,
+        "negatives equal to a positive": 1,
+    }
+    said = capsys.readouterr().out
+    assert f"1 duplicate rows (first: {path}, line 4)" in said
+    assert f"2 rows with an empty positive (first: {path}, line 3)" in said

@@ -1,0 +1,59 @@
+"""Rows of every kind of file, each for what it is."""
+
+import json
+
+from conftest import write_jsonl
+from parts.pairs import Columns, Example, read_examples
+from parts.rows import expand_files, read_rows
+from utils import InputError
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+
+def read(pattern):
+    """Return the Examples and drops of files."""
+    rows = [row for file in expand_files([str(pattern)]) for row in read_rows(file)]
+    return read_examples(rows, Columns(), None)
+
+
+def test_file_types_and_globs(tmp_path):
+    rows = [
+        {"query": f"q{i}", "positive": 'p, "with"\ntwo lines' if i == 1 else f"p{i}"}
+        for i in range(3)
+    ]
+    expected = [Example(row["query"], [row["positive"]], []) for row in rows]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "lines.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for name, separator in (("a.csv", ","), ("a.tsv", "\t")):
+        lines = [
+            separator.join(f'"{value.replace(chr(34), chr(34) * 2)}"' for value in row.values())
+            for row in rows
+        ]
+        (tmp_path / name).write_text(
+            "\n".join(["\ufeffquery" + separator + "positive", *lines]), encoding="utf-8"
+        )
+    (tmp_path / "excel.csv").write_text((tmp_path / "a.tsv").read_text().replace("\t", ";"))
+    for name in ("a.jsonl", "a.json", "lines.json", "a.parquet", "a.csv", "a.tsv", "excel.csv"):
+        assert read(tmp_path / name)[0] == expected, name
+    write_jsonl(tmp_path / "b.jsonl", [{"query": "q9", "positive": "p9"}])
+    assert len(read(tmp_path / "[ab].jsonl")[0]) == 4
+
+
+def test_a_name_twice_is_refused_where_a_text_would_be_lost(tmp_path):
+    columns = [pa.array(["q"]), pa.array(["p"]), pa.array(["other"])]
+    table = pa.Table.from_arrays(columns, names=["query", "positive", "positive"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(
+        InputError, match='a.parquet: 2 columns or keys are called "positive". Rename'
+    ):
+        read_rows(tmp_path / "a.parquet")
+    (tmp_path / "excel.csv").write_text("query,positive,,\nq,p,,\n")  # empty columns to the right
+    (tmp_path / "deeper.jsonl").write_text(
+        '{"query": "q", "positive": "p", "meta": {"a": 1, "a": 2}}\n'
+    )
+    for name in ("excel.csv", "deeper.jsonl"):
+        assert read(tmp_path / name)[0] == [Example("q", ["p"], [])]
