@@ -210,7 +210,7 @@ def describe(asked, settled, precision, *, data_fingerprint, base_fingerprint, p
     base, the rows or the process decided, in values that JSON keeps (lists, no tuples).
     """
     # readers take a base for not quantised where nothing says how many bits
-    flags = {name: value for name, value in asked.items() if (name, value) != ("bits", None)}
+    asked = {name: value for name, value in asked.items() if (name, value) != ("bits", None)}
     versions = {"python": sys.version.split()[0]}
     for name in VERSIONS:
         if importlib.util.find_spec(name):
@@ -219,7 +219,7 @@ def describe(asked, settled, precision, *, data_fingerprint, base_fingerprint, p
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     return {
-        "flags": flags,
+        "flags": asked,
         "settled": settled,
         "versions": versions,
         "precision": precision,
