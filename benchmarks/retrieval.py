@@ -1,9 +1,9 @@
-"""Time retrieval_metrics with the best 100 documents of each query picked, and with all documents sorted for each.
+"""Time retrieval_metrics with the best 100 documents of each query picked, and with all sorted.
 
-    python benchmarks/retrieval.py                # 20,000 documents; writes runs/benchmark_retrieval.json
+    python benchmarks/retrieval.py       # 20,000 documents; writes runs/benchmark_retrieval.json
 
-Random vectors, and vectors that nearly all tie; both ways in turn, CPU seconds of all threads, medians of the rounds.
-The metrics must be equal to the last bit.
+Random vectors, and vectors that nearly all tie; both ways in turn, CPU seconds of all threads,
+medians of the rounds. The metrics must be equal to the last bit.
 """
 
 import argparse
