@@ -2,11 +2,11 @@
 
     python benchmarks/end_to_end.py --data NER_FOLDER --llama_cpp LLAMA_CPP
 
-NER_FOLDER holds stage1_train.jsonl (chats whose answers are JSON); LLAMA_CPP is llama.cpp's source; llama-cpp-python
-with its server must be installed. A Qwen3 of 4 layers of 256 with random weights and Qwen2's real tokenizer half learns
-100 rows (all weights), LoRA learns the rest. It is far too small to find names in new texts, so what is evaluated is
-what it has learnt: the same rows on the base, with the adapter, merged, as f16 GGUF and as quantised GGUF behind a
-server.
+NER_FOLDER holds stage1_train.jsonl (chats whose answers are JSON); LLAMA_CPP is llama.cpp's source;
+llama-cpp-python with its server must be installed. A Qwen3 of 4 layers of 256 with random weights
+and Qwen2's real tokenizer half learns 100 rows (all weights), LoRA learns the rest. It is far too
+small to find names in new texts, so what is evaluated is what it has learnt: the same rows on the
+base, with the adapter, merged, as f16 GGUF and as quantised GGUF behind a server.
 """
 
 import argparse
@@ -23,7 +23,9 @@ from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 ROOT = Path(__file__).parent.parent
 CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}"
+    "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 ASK = ["--eval_generate", "100", "--max_new_tokens", "96", "--overwrite", "--report_to", "none"]
@@ -47,9 +49,12 @@ def make_tokenizer(llama_cpp, folder):
     tokenizer = Qwen2TokenizerFast(
         vocab={token: i for i, token in enumerate(tokens) if plain[i]},
         merges=[tuple(merge.split(" ")) for merge in merges],
-        eos_token="<|endoftext|>", pad_token="<|endoftext|>", unk_token=None,
-        additional_special_tokens=["<|im_start|>", "<|im_end|>"], chat_template=CHATML,
-    )  # fmt: skip
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        unk_token=None,
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+        chat_template=CHATML,
+    )
     tokenizer.eos_token = "<|im_end|>"
     tokenizer.save_pretrained(folder)
     return tokenizer
@@ -59,11 +64,20 @@ def make_base(llama_cpp, folder):
     """Save the random Qwen3."""
     tokenizer = make_tokenizer(llama_cpp, folder)
     torch.manual_seed(0)
-    Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=151936, hidden_size=256, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
-        head_dim=32, intermediate_size=768, max_position_embeddings=1024, tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )).save_pretrained(folder)  # fmt: skip
+    config = Qwen3Config(
+        vocab_size=151936,
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+        intermediate_size=768,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
 
 
 def make_rows(data, folder):
@@ -170,8 +184,9 @@ def main():
         folder / "merged",
         "--overwrite",
     )
-    run("examples/gguf_ollama.py", "--model_path", folder / "merged", "--llama_cpp", args.llama_cpp, "--quantize",
-        args.quantize, "--output_path", folder / "gguf", "--overwrite")  # fmt: skip
+    gguf = ["--model_path", folder / "merged", "--output_path", folder / "gguf", "--overwrite"]
+    llama = ["--llama_cpp", args.llama_cpp, "--quantize", args.quantize]
+    run("examples/gguf_ollama.py", *gguf, *llama)
     metrics = {
         "base": evaluate(folder, "base", "--model_name", folder / "base/final"),
         "adapter": evaluate(folder, "adapter", "--model_name", folder / "sft/final"),

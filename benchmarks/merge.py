@@ -1,11 +1,11 @@
-"""Merge a LoRA adapter into a 1.2 GB bf16 base: merge.py against peft's merge_and_unload and save_pretrained.
+"""Merge a LoRA adapter into a 1.2 GB bf16 base: merge.py against peft's merge_and_unload.
 
     python benchmarks/merge.py --rounds 3
 
-The base has the shape of Qwen3-0.6B (random weights), the adapter r 16 on all linear layers. Each side merges in a
-process of its own, alternating, up to an fsync. `seconds` is the work without imports, `command_seconds` the whole
-process, as a user waits for it; memory is the peak above an interpreter that has only imported torch. The limit is a
-plain file copy with fsync.
+The base has the shape of Qwen3-0.6B (random weights), the adapter r 16 on all linear layers. Each
+side merges in a process of its own, alternating, up to an fsync. `seconds` is the work without
+imports, `command_seconds` the whole process, as a user waits for it; memory is the peak above an
+interpreter that has only imported torch. The limit is a plain file copy with fsync.
 """
 
 import argparse
@@ -35,18 +35,20 @@ print("MEASURED", time.perf_counter() - started, peak() - bare)
 SIDES = {
     "ours": (
         f"sys.path.insert(0, {str(ROOT)!r})\nimport merge",
-        'merge.main(["--base_model_path", sys.argv[0], "--lora_adapter_path", sys.argv[1], "--output_path", sys.argv[2]'
-        ', "--training_precision", "bfloat16", "--verify", "off"])',
+        'merge.main(["--base_model_path", sys.argv[0], "--lora_adapter_path", sys.argv[1], '
+        '"--output_path", sys.argv[2], "--training_precision", "bfloat16", "--verify", "off"])',
     ),
     "peft": (
         "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM",
         "model = AutoModelForCausalLM.from_pretrained(sys.argv[0], dtype=torch.bfloat16)\n"
-        "PeftModel.from_pretrained(model, sys.argv[1]).merge_and_unload().save_pretrained(sys.argv[2])\n"
+        "model = PeftModel.from_pretrained(model, sys.argv[1]).merge_and_unload()\n"
+        "model.save_pretrained(sys.argv[2])\n"
         'os.fsync(os.open(sys.argv[2] + "/model.safetensors", os.O_RDONLY))',
     ),
     "copy": (
         "import shutil",
-        'os.makedirs(sys.argv[2])\nsource, target = (folder + "/model.safetensors" for folder in sys.argv[::2])\n'
+        "os.makedirs(sys.argv[2])\n"
+        'source, target = [folder + "/model.safetensors" for folder in sys.argv[::2]]\n'
         "shutil.copyfile(source, target)\nos.fsync(os.open(target, os.O_RDONLY))",
     ),
 }
@@ -58,9 +60,16 @@ def make_model(folder, layers):
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
-        vocab_size=151936, hidden_size=1024, num_hidden_layers=layers, num_attention_heads=16, num_key_value_heads=8,
-        head_dim=128, intermediate_size=3072, tie_word_embeddings=True, dtype="bfloat16",
-    )  # fmt: skip
+        vocab_size=151936,
+        hidden_size=1024,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        intermediate_size=3072,
+        tie_word_embeddings=True,
+        dtype="bfloat16",
+    )
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(folder / "base")
@@ -74,15 +83,15 @@ def make_model(folder, layers):
 
 
 def measure(side, folder):
-    """Run one side in a process of its own; returns (seconds, MiB above bare, seconds of the whole command)."""
+    """Run one side in a process of its own; returns (seconds, MiB above bare, whole seconds)."""
     out = folder / "out"
     shutil.rmtree(out, ignore_errors=True)
     os.sync()
     imports, body = SIDES[side]
     code = MEASURED.format(imports=imports, body=body)
     started = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code, folder / "base", folder / "adapter", out], capture_output=True,
-                          text=True, check=True, cwd=folder)  # fmt: skip
+    command = [sys.executable, "-c", code, folder / "base", folder / "adapter", out]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder)
     command_seconds = time.perf_counter() - started
     return *map(float, done.stdout.split("MEASURED")[1].split()), command_seconds
 
@@ -111,15 +120,21 @@ def main():
         side: [statistics.median(column) for column in zip(*rows, strict=True)]
         for side, rows in runs.items()
     }
+    speedup = {}
+    for i, name in ((0, "work"), (2, "command")):
+        speedup[name] = medians["peft"][i] / medians["ours"][i]
     report = {
-        "gigabytes": gigabytes, "rounds": args.rounds, "runs": runs, "torch": torch.__version__,
+        "gigabytes": gigabytes,
+        "rounds": args.rounds,
+        "runs": runs,
+        "torch": torch.__version__,
         "cores": os.cpu_count(),
         "seconds": {side: found[0] for side, found in medians.items()},
         "mebibytes_above_bare": {side: found[1] for side, found in medians.items()},
         "gigabytes_per_second": {side: gigabytes / found[0] for side, found in medians.items()},
         "command_seconds": {side: found[2] for side, found in medians.items()},
-        "speedup": {name: medians["peft"][i] / medians["ours"][i] for name, i in (("work", 0), ("command", 2))},
-    }  # fmt: skip
+        "speedup": speedup,
+    }
     path = ROOT / "benchmarks/results/merge.json"
     path.write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps({name: value for name, value in report.items() if name != "runs"}, indent=2))

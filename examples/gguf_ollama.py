@@ -1,10 +1,13 @@
 """Turn a folder that merge.py wrote into a GGUF for llama.cpp and Ollama, every step of it proven.
 
-git clone --depth 1 https://github.com/ggml-org/llama.cpp; pip install llama-cpp-python sentencepiece
-python examples/gguf_ollama.py --model_path MERGED --llama_cpp llama.cpp --output_path GGUF --quantize q4_k_m
+git clone --depth 1 https://github.com/ggml-org/llama.cpp
+pip install llama-cpp-python sentencepiece
+python examples/gguf_ollama.py --model_path MERGED --llama_cpp llama.cpp --output_path GGUF \\
+  --quantize q4_k_m
 
-GGUF gets model-f16.gguf, model-q4_k_m.gguf, Modelfile and gguf_report.json; unproven-*.gguf did not pass. One model is
-in memory at a time, in the dtype of its file. Shapes: P positions, V vocabulary, N texts, D embedding.
+GGUF gets model-f16.gguf, model-q4_k_m.gguf, Modelfile and gguf_report.json; unproven-*.gguf did not
+pass. One model is in memory at a time, in the dtype of its file.
+Shapes: P positions, V vocabulary, N texts, D embedding.
 """
 
 import argparse
@@ -36,20 +39,22 @@ LIMITS = {
     "quantised": {"kl": 2.0, "top1": 0.5, "cosine": 0.9},
 }
 PROMPTS = (
-    "What is the capital of Japan? Answer in one word.¦日本の首都はどこですか。一言で答えてください。¦17 + 25 = ?"
-    "¦中国的首都是哪里?用一个词回答。¦한국의 수도는 어디입니까? 한 단어로.¦Quelle est la capitale de la France ?"
+    "What is the capital of Japan? Answer in one word."
+    "¦日本の首都はどこですか。一言で答えてください。¦17 + 25 = ?¦中国的首都是哪里?用一个词回答。"
+    "¦한국의 수도는 어디입니까? 한 단어로.¦Quelle est la capitale de la France ?"
 ).split("¦")
 PIECES = (  # of texts that tokenizers disagree on: compared each alone and before each
-    "a¦ ¦   ¦\n¦\n\n¦\t¦\r\n¦1¦1234567¦3.14¦日本語のテキスト。¦カタカナ¦中文,¦한국어¦naïve Łódź¦Привет¦Ελληνικά¦שלום"
-    "¦مرحبا¦ชาวโลก¦हिन्दी¦🙂¦👩‍👩‍👧¦I'm we'LL¦def f(x):\n    return x ** 2¦{'k': ['\\n']}¦https://a.b/c_d?e=%2¦...!?¦---¦“–”"
+    "a¦ ¦   ¦\n¦\n\n¦\t¦\r\n¦1¦1234567¦3.14¦日本語のテキスト。¦カタカナ¦中文,¦한국어"
+    "¦naïve Łódź¦Привет¦Ελληνικά¦שלום"
+    "¦مرحبا¦ชาวโลก¦हिन्दी¦🙂¦👩‍👩‍👧¦I'm we'LL¦def f(x):\n    return x ** 2"
+    "¦{'k': ['\\n']}¦https://a.b/c_d?e=%2¦...!?¦---¦“–”"
 ).split("¦")
-WORDPIECE_FAILS = re.compile(
-    "[\u0900-\u097f가-힣]"
-)  # llama.cpp's does not decompose Hangul and drops Hindi's vowels
+# llama.cpp's does not decompose Hangul and drops Hindi's vowels
+WORDPIECE_FAILS = re.compile("[\u0900-\u097f가-힣]")
 
 
 class InputError(ValueError):
-    """A flag, file or folder of the user's is wrong, or a proof failed: shown without a traceback, exit code 1."""
+    """A flag, file or folder is wrong, or a proof failed: shown without a traceback, exit 1."""
 
 
 def need(true, sentence):
@@ -105,11 +110,12 @@ def read_json(path):
 
 def trained_with(folder):
     """Return the flags of the training, {} of a model that was not trained here."""
-    return read_json(folder / "training_config.json").get("flags", {})
+    record = read_json(folder / "training_config.json")
+    return record.get("flags", {}) | record.get("settled", {})
 
 
 def check_inputs(args):
-    """Return (base model, whether this is an embedding model, prompts); raises InputError on what must not go on."""
+    """Return (base model, whether this is an embedding model, prompts); raises InputError."""
     folder, out, script = (
         args.model_path,
         args.output_path,
@@ -118,7 +124,8 @@ def check_inputs(args):
     report, pooled = read_json(folder / "merge_report.json"), (folder / "modules.json").exists()
     need(
         report,
-        f"{folder} has no merge_report.json, so it was not written by merge.py. Merge with merge.py.",
+        f"{folder} has no merge_report.json, so it was not written by merge.py. Merge with "
+        "merge.py.",
     )
     need(
         report.get("verified") is True,
@@ -144,7 +151,10 @@ def check_inputs(args):
 
 
 def find_base(args, name, flags):
-    """Return the folder of the base, of a hub id that in the hub's cache; InputError if there is no comparable one."""
+    """Return the folder of the base, of a hub id that in the hub's cache.
+
+    Raises InputError if there is no base that the model can be compared with.
+    """
     try:
         folder = merge.find_base(name or "", flags.get("model_revision"), cached_only=True)
     except merge.InputError:
@@ -159,7 +169,7 @@ def find_base(args, name, flags):
 
 
 def load(folder):
-    """Return a causal LM, or a SentenceTransformer where there is a modules.json, in the dtype of its file."""
+    """Return a causal LM, or where there is a modules.json a SentenceTransformer, in its dtype."""
     if (Path(folder) / "modules.json").exists():
         module = importlib.import_module("sentence_transformers")
         return module.SentenceTransformer(str(folder), model_kwargs={"dtype": "auto"})
@@ -168,7 +178,10 @@ def load(folder):
 
 
 def blocks_of(module):
-    """Yield (module, its weights) so that each weight is in one: blocks of layers are whole, others have their own."""
+    """Yield (module, its weights) so that each weight is in one.
+
+    Blocks of layers are whole, other modules have their own weights.
+    """
     yield module, list(module.parameters(recurse=False))
     for child in module.children():
         if isinstance(module, torch.nn.ModuleList):
@@ -179,9 +192,9 @@ def blocks_of(module):
 
 @contextlib.contextmanager
 def in_float32(model):
-    """Let a model compute in float32: each block's weights are converted while it runs, and put back.
+    """Let a model compute in float32: a block's weights are converted while it runs, and put back.
 
-    The rounding of 16-bit activations would be taken for a difference between the model and its GGUF.
+    The rounding of 16-bit activations would be taken for a difference between model and GGUF.
     """
     stored, hooks = {}, []
 
@@ -207,7 +220,10 @@ def in_float32(model):
 
 
 def answer(model, tokenizer, chat, prompts, max_new_tokens=MAX_NEW_TOKENS[False]):
-    """Answer greedily; returns (answers, their token ids, stop ids); raises InputError if no answer stops."""
+    """Answer greedily; returns (answers, their token ids, stop ids).
+
+    Raises InputError if no answer stops.
+    """
     stops = model.generation_config.eos_token_id
     stops, answers, sequences = stops if isinstance(stops, list) else [stops], [], []
     for prompt in prompts:
@@ -228,17 +244,20 @@ def answer(model, tokenizer, chat, prompts, max_new_tokens=MAX_NEW_TOKENS[False]
             flush=True,
         )
         sequences.append(output[:MAX_TOKENS])
-    found = f"None of {len(answers)} answers stops within {max_new_tokens} tokens at eos_token_id {stops} of"
     need(
         any(each["stopped"] for each in answers),
-        f"{found} generation_config.json. Was that trained on?",
+        f"None of {len(answers)} answers stops within {max_new_tokens} tokens at eos_token_id "
+        f"{stops} of generation_config.json. Was that trained on?",
     )
     return answers, sequences, stops
 
 
 @torch.no_grad()
 def outputs(model, inputs):
-    """Return log-probabilities at the last positions of token ids (P, V), or embeddings of length 1 of texts (N, D)."""
+    """Return log-probabilities (P, V) at the last positions of token ids, or of texts embeddings.
+
+    Embeddings (N, D) have length 1.
+    """
     if not isinstance(model, torch.nn.Module):
         return raw_outputs(model, inputs)
     try:
@@ -270,8 +289,9 @@ def raw_outputs(model, inputs):
 def compare(kind, merged, base, other):
     """Return a GGUF's figures; raises InputError if it is another model than the merged one.
 
-    Of embeddings (N, D) the lowest cosine; of log-probabilities (P, V) kl, the mean of KL(merged || other) in nats, and
-    top1, the share of equal argmax. With d = merged - base, e = other - base: retained <e,d>/|d|^2, residual |e-d|/|d|.
+    Of embeddings (N, D) the lowest cosine; of log-probabilities (P, V) kl, the mean of
+    KL(merged || other) in nats, and top1, the share of equal argmax. With d = merged - base,
+    e = other - base: retained <e,d>/|d|^2, residual |e-d|/|d|.
     """
     need(
         merged.shape == other.shape,
@@ -290,7 +310,8 @@ def compare(kind, merged, base, other):
         good = value <= limits[name] if name == "kl" else value >= limits[name]  # of NaN neither
         need(
             good,
-            f"The {kind} GGUF is not the merged model: {name} {value:.3g}, limit {limits[name]:g}. {cure}",
+            f"The {kind} GGUF is not the merged model: {name} {value:.3g}, limit "
+            f"{limits[name]:g}. {cure}",
         )
     if base is not None:
         d, e = merged - base, other - base
@@ -300,9 +321,11 @@ def compare(kind, merged, base, other):
 
 
 def check_tokens(llm, tokenizer, chat, texts, stops):
-    """Compare a GGUF's token ids and end of answer with the tokenizer's; stops: None for an embedding model.
+    """Compare a GGUF's token ids and end of answer with the tokenizer's.
 
-    Returns (texts compared, whether llama.cpp adds BOS, warnings); raises InputError naming three differences."""
+    stops: None for an embedding model. Returns (texts compared, whether llama.cpp adds BOS,
+    warnings); raises InputError naming three differences.
+    """
     embedding, turns = (
         stops is None,
         [{"role": role, "content": "日本 1"} for role in ("user", "assistant", "user")],
@@ -333,24 +356,30 @@ def check_tokens(llm, tokenizer, chat, texts, stops):
     found = f"The GGUF gives other token ids in {len(other)} of {len(cases)} texts"
     need(
         not other,
-        f"{found}. Update llama.cpp, and merge with the base's tokenizer.{''.join([*other.values()][:3])}",
+        f"{found}. Update llama.cpp, and merge with the base's tokenizer."
+        + "".join([*other.values()][:3]),
     )
     adds_bos = not embedding and llm.tokenize(b"a")[0] == llm.token_bos()
     wanted = not adds_bos or chats[0].startswith(tokenizer.bos_token or "\0")
     need(
         wanted,
-        "llama.cpp adds a BOS that the chat template has not. Set add_bos_token false in the tokenizer.",
+        "llama.cpp adds a BOS that the chat template has not. Set add_bos_token false in the "
+        "tokenizer.",
     )
     ends = embedding or llm.token_eos() in stops
     need(
         ends,
-        f"The GGUF stops at token {llm.token_eos()}, generation_config.json at {stops}. Correct eos_token.",
+        f"The GGUF stops at token {llm.token_eos()}, generation_config.json at {stops}. Correct "
+        "eos_token.",
     )
     return len(cases), adds_bos, []
 
 
 def write_gguf(kind, args, path):
-    """Convert the model with llama.cpp's script, or quantise model-f16.gguf with llama-quantize or llama-cpp-python."""
+    """Convert the model with llama.cpp's script, or quantise model-f16.gguf.
+
+    Quantising takes llama-quantize, or without it llama-cpp-python.
+    """
     source, places = (
         path.with_name("model-f16.gguf"),
         [f"{args.llama_cpp}/build/bin", os.environ.get("PATH", "")],
@@ -386,7 +415,7 @@ def write_gguf(kind, args, path):
 
 
 def find_template(render):
-    """Return (Ollama's Go template equal to render(messages), notes); raises InputError if there is none."""
+    """Return (Ollama's Go template equal to render(messages), notes); raises InputError."""
 
     def cut(roles, generate=True):
         marks = [f"mark{i}{role}mark" for i, role in enumerate(roles.split())]
@@ -444,7 +473,8 @@ def find_template(render):
         [{"role": "user", "content": " x \n"}], add_generation_prompt=False
     ):
         notes.append(
-            "the model's own template strips contents, and Ollama's does not: send no blanks around them"
+            "the model's own template strips contents, and Ollama's does not: send no blanks "
+            "around them"
         )
     go = [
         f'if eq .Role "{role}" }}}}{start}{{{{ .Content }}}}{end}{{{{ '
@@ -455,7 +485,10 @@ def find_template(render):
 
 
 def write_modelfile(args, tokenizer, render, stops):
-    """Write Ollama's Modelfile; returns warnings. stops: ids that end an answer, None for an embedding model."""
+    """Write Ollama's Modelfile; returns warnings.
+
+    stops: ids that end an answer, None for an embedding model.
+    """
     folder, lines, notes = args.model_path, [f"FROM ./model-{args.quantize}.gguf"], []
     if stops:
         try:
@@ -463,11 +496,13 @@ def write_modelfile(args, tokenizer, render, stops):
             lines.append(f'TEMPLATE """{template}"""')
             if "strftime_now" in tokenizer.chat_template:
                 notes.append(
-                    "the model's own template writes the date of the day, and TEMPLATE for ever that of today"
+                    "the model's own template writes the date of the day, and TEMPLATE for ever "
+                    "that of today"
                 )
         except (InputError, TemplateError) as error:
             notes = [
-                f"no TEMPLATE in Modelfile, as Ollama cannot express the model's: {error}. Use llama-server"
+                f"no TEMPLATE in Modelfile, as Ollama cannot express the model's: {error}. Use "
+                "llama-server"
             ]
         config, generation = (
             read_json(folder / "config.json"),
@@ -491,7 +526,7 @@ def write_modelfile(args, tokenizer, render, stops):
 
 
 def main(argv=None):
-    """Answer, convert, compare, quantise, compare again, write the Modelfile; returns gguf_report.json's content."""
+    """Answer, convert, compare, quantise, compare again, write the Modelfile; return the report."""
     args = parse_args(argv)
     base, embedding, prompts = check_inputs(args)
     folder, out, figures, answers, stops = args.model_path, args.output_path, {}, [], None
@@ -542,7 +577,8 @@ def main(argv=None):
         path = path.rename(out / f"model-{kind}.gguf")
     if figures[args.quantize].get("residual", 0) > 0.5:
         notes.append(
-            f"{args.quantize} adds noise of over half of what the fine-tune changed: larger kinds add less"
+            f"{args.quantize} adds noise of over half of what the fine-tune changed: larger kinds "
+            "add less"
         )
     bos = tokenizer.bos_token if adds_bos else ""  # Ollama adds it
     warnings += notes + write_modelfile(

@@ -1,4 +1,4 @@
-"""Write training pairs from the docstrings of Python's own standard library: summary line -> the rest of the docstring.
+"""Write training pairs from the docstrings of Python's standard library: summary line -> the rest.
 
 python examples/stdlib_pairs.py runs/demo/pairs.jsonl
 """

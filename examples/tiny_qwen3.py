@@ -1,4 +1,4 @@
-"""Make what the SFT demo needs without a download: a tiny Qwen3 with random weights, and rows of an extraction task.
+"""Make what the SFT demo needs without a download: a tiny Qwen3, and rows of an extraction task.
 
 python examples/tiny_qwen3.py runs/demo
 """
@@ -23,7 +23,9 @@ FORMS = (
 )
 SYSTEM = "Extract the order as JSON."
 CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}"
+    "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -40,7 +42,7 @@ def make_rows(count):
 
 
 def make_pairs(rows):
-    """Return preference pairs: the JSON is better than the same order, or a longer chat about it, in words."""
+    """Return preference pairs: the JSON is better than the same order, or more, in words."""
     pairs = []
     for i, (*prompt, answer) in enumerate(row["messages"] for row in rows):
         order = json.loads(answer["content"])
@@ -51,7 +53,7 @@ def make_pairs(rows):
 
 
 def make_model(folder, texts, vocabulary=600, positions=512):
-    """Save a Qwen3 of 4 layers of 192 with random weights, and a byte-level tokenizer trained on the texts."""
+    """Save a Qwen3 of 4 layers of 192 with random weights, and a tokenizer trained on the texts."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = (
         pre_tokenizers.ByteLevel(add_prefix_space=False),
@@ -101,5 +103,6 @@ if __name__ == "__main__":
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part)
         (out / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     print(
-        f"{len(rows)} rows in {out}/orders.jsonl, pairs in {out}/preferences.jsonl, a model in {out}/tiny_qwen3"
+        f"{len(rows)} rows in {out}/orders.jsonl, pairs in {out}/preferences.jsonl, "
+        f"a model in {out}/tiny_qwen3"
     )

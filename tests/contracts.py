@@ -3,8 +3,11 @@
 A finding is a sentence with "file:line" in front. tests/test_contracts.py applies the rules.
 """
 
+import argparse
 import ast
 import sys
+
+import pytest
 
 NAMESPACES = {"args", "flags"}  # what the parsed command line may be called
 PARSERS = ("parse_args", "parse_known_args", "finish")  # what returns it
@@ -373,3 +376,23 @@ def flags_read(text):
             if last_name(node.args[0]) == "args" and isinstance(node.args[1], ast.Constant):
                 found.add(node.args[1].value)
     return found
+
+
+def parser_of(module):
+    """Return the parser that a script's parse_args makes."""
+
+    class Caught(Exception):
+        pass
+
+    def catch(parser, *_):
+        raise Caught(parser)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Caught) as caught:
+        patch.setattr(argparse.ArgumentParser, "parse_args", catch)
+        module.parse_args([])
+    return caught.value.args[0]
+
+
+def options_of(module):
+    """Return the options that a script declares: [argparse.Action], without --help."""
+    return [each for each in parser_of(module)._actions if each.dest != "help"]

@@ -14,7 +14,9 @@ COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 def code_files():
     """Return the scripts, merge.py, utils.py and the rooms."""
-    scripts = [ROOT / f"{name}.py" for name in ("train_embed_lora", "train_sft_lora", "merge", "utils")]
+    scripts = [
+        ROOT / f"{name}.py" for name in ("train_embed_lora", "train_sft_lora", "merge", "utils")
+    ]
     return [*scripts, *sorted((ROOT / "parts").glob("*.py"))]
 
 

@@ -1,6 +1,5 @@
 """What keeps flags, documents and code in step, and the code as it is meant to be read."""
 
-import argparse
 import importlib.metadata
 import io
 import re
@@ -49,32 +48,12 @@ def broken(rule, paths, *more):
     return "\n".join(sentence for path in paths for sentence in rule(path, text_of(path), *more))
 
 
-def parser_of(module):
-    """Return the parser that a script's parse_args makes."""
-
-    class Caught(Exception):
-        pass
-
-    def catch(parser, *_):
-        raise Caught(parser)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Caught) as caught:
-        patch.setattr(argparse.ArgumentParser, "parse_args", catch)
-        module.parse_args([])
-    return caught.value.args[0]
-
-
-def options_of(module):
-    """Return the options that a script declares: [argparse.Action], without --help."""
-    return [each for each in parser_of(module)._actions if each.dest != "help"]
-
-
 # ---------------------------------------------------------------- flags and documents
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_is_read(script):
-    declared = dict.fromkeys(option.dest for option in options_of(SCRIPTS[script]))
+    declared = dict.fromkeys(option.dest for option in contracts.options_of(SCRIPTS[script]))
     assert len(declared) > 65
     read = set()
     for path in (f"{script}.py", FLAGS, PLAN):
@@ -101,13 +80,15 @@ def test_every_documented_command_parses(script, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_is_in_the_readme(script):
-    declared = [name for option in options_of(SCRIPTS[script]) for name in option.option_strings]
+    declared = [
+        name for option in contracts.options_of(SCRIPTS[script]) for name in option.option_strings
+    ]
     assert len(declared) > 80
     assert [name for name in declared if f"`{name}`" not in README] == []
 
 
 def test_merge_reads_and_documents_every_flag():
-    options = options_of(merge)
+    options = contracts.options_of(merge)
     assert len(options) == 9
     read = contracts.flags_read(text_of("merge.py"))
     assert [option.dest for option in options if option.dest not in read] == []

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import contracts
 from conftest import CHATML, ROOT, chat_tokenizer
 from examples import gguf_ollama
 from examples.gguf_ollama import InputError
@@ -108,9 +109,25 @@ def test_the_command_ends_with_one_sentence(tiny_chat, tmp_path):
 
 
 def test_every_flag_is_read():
-    source = (ROOT / "examples/gguf_ollama.py").read_text()
-    declared = re.findall(r'add_argument\("--(\w+)"', source)
-    assert len(declared) == 6 and all(f"args.{name}" in source for name in declared)
+    declared = {option.dest for option in contracts.options_of(gguf_ollama)}
+    source = (ROOT / "examples/gguf_ollama.py").read_text(encoding="utf-8")
+    assert len(declared) == 6 and declared <= contracts.flags_read(source)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"flags": {"max_length": 128, "enable_thinking": "false", "lr": 1}},  # older runs
+        {
+            "flags": {"max_length": 2048, "enable_thinking": "auto", "lr": 1},
+            "settled": {"max_length": 128, "enable_thinking": "false"},
+        },
+    ],
+)
+def test_what_a_run_settled_counts(record, tmp_path):
+    (tmp_path / "training_config.json").write_text(json.dumps(record))
+    settled = {"max_length": 128, "enable_thinking": "false", "lr": 1}
+    assert gguf_ollama.trained_with(tmp_path) == settled
 
 
 # ---------------------------------------------------------------- answers
