@@ -150,7 +150,7 @@ def distinct(found):
     drops = defaultdict(list)
     seen = set()
     for where, example in found:
-        known = {text_id(text) for text in example.pos}
+        known = set(map(text_id, example.pos))
         true_neg = [text for text in example.neg if text_id(text) not in known]
         false_neg = len(example.neg) - len(true_neg)
         if false_neg:
@@ -167,7 +167,7 @@ def distinct(found):
 
 def refuse_ids(where, name, texts):
     """Raise InputError where every text of a column is a number."""
-    if len(texts) > 1 and all(text.isdecimal() for text in texts):
+    if len(texts) > 1 and all(map(str.isdecimal, texts)):
         raise InputError(
             f"{where}: every {name} is a number, ids rather than texts. Look the texts up first."
         )
@@ -204,7 +204,7 @@ def find_roles(rows, columns):
 def find_column(fields, kind, names, flag, where):
     """Return the one column of a `kind`: the flag's, or the one whose name is in `names`."""
     if flag:
-        found = [name for name in fields if name == flag]
+        found = [flag] if flag in fields else []
     else:
         found = [name for name in fields if name.lower() in names]
     if len(found) == 1:
@@ -251,14 +251,17 @@ def find_label(rows, names):
     None without one. Raises InputError where it holds other numbers: which of them are matches is
     not known here.
     """
-    labels = {}  # column -> its numbers
+    labels = []  # columns of 1s and 0s alone
+    telling = []  # those of them that have both
     others = []  # what is said of columns with other numbers
     candidates = [name for name in names if name.lower() in LABEL_NAMES]
     for name in sorted(candidates, key=str.lower):  # label, relevance, score
         places = places_of_labels(rows, name)
         has_lists = any(isinstance(row.get(name), list) for _, row in rows)
         if places and places.keys() <= {0, 1} and not has_lists:
-            labels[name] = places
+            labels.append(name)
+            if len(places) == 2:
+                telling.append(name)
         elif len(places) > 1:
             odd = [number for number in places if number not in (0, 1)]
             number = next(iter(odd or places))
@@ -266,7 +269,6 @@ def find_label(rows, names):
             if has_lists:
                 what = "a list of labels"
             others.append(f"{places[number]}: {name} is {what}")
-    telling = [name for name in labels if len(labels[name]) == 2]  # has 1s and 0s
     if len(telling) > 1:
         raise InputError(
             f"{rows[0][0]}: {len(telling)} columns could be the label: {', '.join(telling)}. "

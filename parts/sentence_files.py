@@ -113,8 +113,10 @@ def name_pooling(config):
     elif named:
         names = [named]
     else:
-        keys = [key for key, value in config.items() if key.startswith("pooling_mode_") and value]
-        names = [key.removeprefix("pooling_mode_") for key in keys]
+        names = []
+        for key, is_on in config.items():
+            if key.startswith("pooling_mode_") and is_on:
+                names.append(key.removeprefix("pooling_mode_"))
     return " + ".join(str(POOLINGS.get(str(name), name)) for name in names) or None
 
 
