@@ -475,16 +475,13 @@ def test_auto_is_decided_by_outputs_or_by_all_tensors_together(verify, tmp_path)
 
 
 def test_figures_over_all_tensors_weigh_each_by_what_it_changes():
-    big, small = (
-        {"delta": 3.0, "retained": 1.0, "residual": 0.1},
-        {"delta": 1.0, "retained": 0.5, "residual": 0.4},
-    )
+    big = merge.Figures(delta=3.0, retained=1.0, residual=0.1)
+    small = merge.Figures(delta=1.0, retained=0.5, residual=0.4)
     found = merge.over_all({"big": big, "small": small})
-    assert math.isclose(found["retained"], (9 * 1.0 + 1 * 0.5) / 10)
-    assert math.isclose(found["residual"], math.sqrt((9 * 0.01 + 1 * 0.16) / 10))
-    assert (
-        merge.over_all({"none": {"delta": 0.0, "retained": 1.0, "residual": 0.0}})["retained"] == 1
-    )
+    assert math.isclose(found.retained, (9 * 1.0 + 1 * 0.5) / 10)
+    assert math.isclose(found.residual, math.sqrt((9 * 0.01 + 1 * 0.16) / 10))
+    none = merge.Figures(delta=0.0, retained=1.0, residual=0.0)
+    assert merge.over_all({"none": none}).retained == 1
 
 
 def test_a_float32_file_that_is_served_in_bfloat16_is_the_bfloat16_merge(tmp_path):
