@@ -145,7 +145,7 @@ def merged(adapter, dtype, folder):
     }
     largest = max(each["relative_delta"] for each in report["tensors"].values())
     return pairs | {
-        "outputs_pass": merge.keeps(pairs["outputs"]),
+        "outputs_pass": merge.keeps(merge.Figures(**pairs["outputs"])),
         "largest_relative_delta": largest,
     }
 
