@@ -1197,12 +1197,12 @@ class Job:
 def make_job(args):
     """Read and check everything that is merged; returns a Job, nothing written yet."""
     adapter = read_adapter(args.lora_adapter_path)
-    flags = flags_of(adapter.trained)
+    trained = flags_of(adapter.trained)
     name = args.base_model_path or adapter.config.get("base_model_name_or_path") or ""
-    revision = flags.get("model_revision") or adapter.config.get("revision")
+    revision = trained.get("model_revision") or adapter.config.get("revision")
     base = read_base(find_base(name, revision))
     fit = fit_adapter(adapter, base, name)
-    check_base(adapter, base.folder, flags)
+    check_base(adapter, base.folder, trained.get("model_name"))
     trained_rows = {row for change in fit.changes.values() for row in change.rows}
     job = Job(
         adapter=adapter,
@@ -1222,7 +1222,8 @@ def make_job(args):
         trust_remote_code=args.trust_remote_code,
     )
     if job.qlora_base == "dequant":
-        job = dequantised(job, flags.get("bits") or flags.get("quantization_bits") or 4)
+        bits = trained.get("bits") or trained.get("quantization_bits") or 4
+        job = dequantised(job, bits)
     return job
 
 
@@ -1282,12 +1283,12 @@ def what_to_do(adapter, base_folder, name):
     return f"Pass the base that it was trained on ({trained_on}) as --base_model_path."
 
 
-def check_base(adapter, base_folder, flags):
+def check_base(adapter, base_folder, trained_on):
     """Raise InputError where the adapter was trained on other weights than those of the base."""
     if not is_base(base_folder, adapter.trained.get("base_fingerprint")):
         raise InputError(
             f"{base_folder} is not the base that {adapter.folder} was trained on: its weights are "
-            f"not those of {flags.get('model_name')}. Pass that one as --base_model_path; if it is "
+            f"not those of {trained_on}. Pass that one as --base_model_path; if it is "
             "the same model in other files, delete base_fingerprint from its training_config.json."
         )
 
