@@ -149,6 +149,7 @@ def test_only_those_that_declare_flags_import_argparse():
 
 LIBRARIES = ["torch", "transformers", "datasets", "peft", "accelerate", "safetensors"]
 MODELS = ["parts.base", "parts.behaviour", "parts.adapters", "parts.step", "parts.causal"]
+OF_CHATS = ["messages", "formats", "chats", "trials", "template", "pieces", "masks", "samples"]
 OF_FILES = ["rows", "splits", "token_cache", "pairs", "chats", "dev_sets", "checkpoints", "report"]
 ARROWS = {
     "utils is below all": (["utils.py"], ["parts", "merge", *SCRIPTS]),
@@ -160,7 +161,7 @@ ARROWS = {
     "merge.py stands alone": (["merge.py"], ["utils", "parts"]),
     "flags, plan and scores are pure": ([FLAGS, PLAN, "parts/scores.py"], LIBRARIES),
     "template and masks know a tokenizer and no model": (
-        [f"parts/{room}.py" for room in ("messages", "chats", "template", "masks", "samples")],
+        [f"parts/{room}.py" for room in OF_CHATS],
         [*MODELS, "parts.preference"],
     ),
     "step knows no files": (["parts/step.py"], [f"parts.{room}" for room in OF_FILES]),
