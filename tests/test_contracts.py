@@ -1,5 +1,6 @@
 """What keeps flags, documents and code in step, and the code as it is meant to be read."""
 
+import copy
 import importlib.metadata
 import io
 import re
@@ -127,6 +128,23 @@ def test_the_oldest_python_is_named_alike_and_a_notebook_keeps_its_torch():
 def test_nothing_writes_into_the_parsed_command_line():
     others = [path for path in CODE if path != FLAGS]
     assert broken(contracts.namespace_writes, others) == ""
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_leaves_the_parsed_command_line_as_it_was(script, run_embed, run_sft, monkeypatch):
+    module, parsed = SCRIPTS[script], []
+    parse_args = module.parse_args
+
+    def keep(argv=None):
+        args = parse_args(argv)
+        parsed.append((args, copy.deepcopy(vars(args))))
+        return args
+
+    monkeypatch.setattr(module, "parse_args", keep)
+    run = run_embed if module is train_embed_lora else run_sft
+    run("--max_steps", 1, "--max_length", 9999, "--dev_sample_limit", 4)  # lowered to the base's
+    ((args, before),) = parsed
+    assert vars(args) == before and before["max_length"] == 9999
 
 
 def test_rooms_take_values_and_never_the_command_line():
