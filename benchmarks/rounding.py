@@ -1,12 +1,13 @@
-"""What a 16-bit merge keeps of a fine-tune: three adapters on bf16 bases, at four scales, merged in bf16 and float16.
+"""What a 16-bit merge keeps of a fine-tune: three adapters at four scales, in bf16 and float16.
 
     python benchmarks/rounding.py
 
-An embedding adapter (all-MiniLM-L6-v2, 96 steps at lr 2e-4), a language adapter (the tiny Qwen3 of examples/, 96 steps
-at lr 2e-4), and a random one with |dW|/|W| = 2e-2 on the latter; each as it is and with B scaled down. Figures are
-merge.py's: kept and noise at the outputs in float32, the same over all tensors, and the limit on the noise over all
-tensors that follows: the largest that passes no merge whose outputs fail. `served` is the noise at the outputs of base
-+ adapter themselves where they run in bf16.
+The bases are in bf16. An embedding adapter (all-MiniLM-L6-v2, 96 steps at lr 2e-4), a language
+adapter (the tiny Qwen3 of examples/, 96 steps at lr 2e-4), and a random one with |dW|/|W| = 2e-2 on
+the latter; each as it is and with B scaled down. Figures are merge.py's: kept and noise at the
+outputs in float32, the same over all tensors, and the limit on the noise over all tensors that
+follows: the largest that passes no merge whose outputs fail. `served` is the noise at the outputs
+of base + adapter themselves where they run in bf16.
 """
 
 import contextlib
@@ -110,7 +111,7 @@ def scaled(adapter, scale, folder):
 
 
 def served(adapter, base, auto_class):
-    """Return |e - d|/|d|: d what the adapter changes at the outputs, e the same where base + adapter run in bf16."""
+    """Return |e - d|/|d|: d what the adapter changes at the outputs, e the same in bf16."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     outputs = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -124,7 +125,7 @@ def served(adapter, base, auto_class):
 
 
 def merged(adapter, dtype, folder):
-    """Merge in `dtype`; return what its report says of outputs and tensors, and whether each would pass."""
+    """Merge in `dtype`; return what its report says, and whether the outputs would pass."""
     flags = [
         "--lora_adapter_path",
         str(adapter),
@@ -133,9 +134,8 @@ def merged(adapter, dtype, folder):
         "--training_precision",
         dtype,
     ]
-    with contextlib.suppress(
-        merge.InputError
-    ):  # the proof fails; the report is written all the same
+    # where the proof fails, the report is written all the same
+    with contextlib.suppress(merge.InputError):
         merge.main([*flags, "--verify", "full"])
     report = json.loads((folder / "merge_report.json").read_text())
     proof = report["verification"]
@@ -151,7 +151,7 @@ def merged(adapter, dtype, folder):
 
 
 def limit_of(rows):
-    """Return the largest noise over all tensors, to 0.1 %, that passes no merge whose outputs fail."""
+    """Return the largest noise over all tensors that passes no merge whose outputs fail."""
     low, high = merge.RETAINED
     failing = [row["weights"] for row in rows if not row["outputs_pass"]]
     noise = [row["residual"] for row in failing if low <= row["retained"] <= high]
