@@ -284,22 +284,23 @@ def as_older_run(out):
 def test_an_older_run_goes_on_and_a_settled_value_may_not_change(run_embed, tmp_path):
     out = tmp_path / "out"
     flags = ["--max_steps", 2, "--checkpoint_steps", 1, "--eval_strategy", "no"]
-    whole = run_embed(*flags, "--max_length", 9999)  # above the base's 128 positions
+    flags += ["--query_max_len", 9999]  # above the base's 128 positions
+    whole = run_embed(*flags)
     weights = (out / "final/adapter_model.safetensors").read_bytes()
-    assert whole["flags"]["max_length"] == 9999 and whole["settled"]["max_length"] == 128
-    assert whole["settled"]["pooling"] == "mean"
+    assert whole["flags"]["query_max_len"] == 9999 and whole["flags"]["pooling"] == "auto"
+    assert whole["settled"]["query_max_len"] == 128 and whole["settled"]["pooling"] == "mean"
     old = as_older_run(out)
-    assert old["max_length"] == 128 and old["pooling"] == "mean"
+    assert old["query_max_len"] == 128 and old["pooling"] == "mean"
     shutil.rmtree(out / "final")
     shutil.rmtree(out / "checkpoint-2")
     (out / "training_summary_report.json").unlink()
     for changed, said in (
-        (["--max_length", 100], "max_length was 128 and is 100"),
+        (["--query_max_len", 100], "query_max_len was 128 and is 100"),
         (["--pooling", "cls"], "pooling was mean and is cls"),
     ):
         with pytest.raises(InputError, match=f"cannot resume .*checkpoint-1: .*{said}"):
-            run_embed(*flags, "--max_length", 9999, *changed, "--resume_from_checkpoint")
-    again = run_embed(*flags, "--max_length", 9999, "--resume_from_checkpoint")
+            run_embed(*flags, *changed, "--resume_from_checkpoint")
+    again = run_embed(*flags, "--resume_from_checkpoint")
     assert again["steps"] == 2 and again["resumed_after"] == 1
     assert (out / "final/adapter_model.safetensors").read_bytes() == weights
-    assert utils.read_json(out / "training_config.json")["settled"]["max_length"] == 128
+    assert utils.read_json(out / "training_config.json")["settled"]["query_max_len"] == 128
