@@ -64,11 +64,12 @@ def split_rows(rows, sources, sizes, as_examples):
     """
     examples, dropped = as_examples(rows)
     rng = random.Random(sizes.seed)
-    rng.shuffle(examples)
+    rng.shuffle(examples)  # the first groups are held out, the first rows trained on
     dev_sets = {}
     for name, source in sources.items():
         dev = read_dev_set(source, as_examples)
         count = min(sizes.dev or len(dev.queries), len(dev.queries))
+        # sorted, so that the draw does not depend on the order of a file's lines
         kept = rng.sample(sorted(dev.queries), count)
         dev.queries = {key: dev.queries[key] for key in sorted(kept)}
         if not dev.queries:
@@ -101,7 +102,10 @@ def read_dev_set(source, as_examples):
 
 
 def mirrored_groups(examples):
-    """Return {query id: group}: each other's positives, (a, b) and (b, a), share a group."""
+    """Return {query id: group}: each other's positives, (a, b) and (b, a), share a group.
+
+    Paraphrases often come in both directions: one would be trained on, the other measured.
+    """
     pairs = set()
     for example in examples:
         for text in example.pos:
@@ -162,7 +166,7 @@ def dev_from_examples(examples):
     own = {}
     for key, (text, _) in queries.items():
         name = ids.get(text_id(text))
-        if name and name not in relevant[key]:
+        if name and name not in relevant[key]:  # it would always rank first, and never count
             own[key] = name
     return DevSet(queries, corpus, relevant, own)
 
@@ -208,10 +212,11 @@ def dev_from_beir(folder):
     queries = read_beir_texts(folder / "queries.jsonl")
     relevant = {}
     for where, query, document, score in read_qrels(qrels[0], queries):
+        # a judgement of what is not there would make recall 1 unreachable
         if query not in queries or document not in corpus:
             unknown = query if query not in queries else document
             raise InputError(f"{where}: {unknown} is in no file of {folder}.")
-        if score > 0:
+        if score > 0:  # 0: looked at, and found irrelevant
             relevant.setdefault(query, set()).add(document)
     return DevSet({name: (queries[name], None) for name in relevant}, corpus, relevant)
 

@@ -123,7 +123,7 @@ def join_labelled(found):
     """
     by_prompt = {}
     for where, example in found:
-        key = (by_query(example), example.prompt)
+        key = (by_query(example), example.prompt)  # a joined row has one prompt
         if key not in by_prompt:
             by_prompt[key] = (where, Example(example.query, [], [], example.prompt))
         _, joined = by_prompt[key]
@@ -151,13 +151,14 @@ def distinct(found):
     seen = set()
     for where, example in found:
         known = set(map(text_id, example.pos))
+        # the loss would push away what it pulls
         true_neg = [text for text in example.neg if text_id(text) not in known]
         false_neg = len(example.neg) - len(true_neg)
         if false_neg:
             drops["negatives equal to a positive"] += [where] * false_neg
         example.neg = true_neg
         key = (by_query(example), *sorted(known), *sorted(map(text_id, true_neg)))
-        if key in seen:
+        if key in seen:  # in one step each of the two would be the other's negative
             drops["duplicate rows"].append(where)
             continue
         seen.add(key)
@@ -167,6 +168,7 @@ def distinct(found):
 
 def refuse_ids(where, name, texts):
     """Raise InputError where every text of a column is a number."""
+    # MS MARCO's triples, say, name their texts by the numbers of another file
     if len(texts) > 1 and all(map(str.isdecimal, texts)):
         raise InputError(
             f"{where}: every {name} is a number, ids rather than texts. Look the texts up first."
@@ -179,6 +181,7 @@ def refuse_ids(where, name, texts):
 def find_roles(rows, columns):
     """Find by name what each column is, and say it; raises InputError for what is unclear."""
     where = rows[0][0]
+    # a row may lack a column, so that the first one does not show all
     fields = list(dict.fromkeys(name for _, row in rows[:1000] for name in row))
     query = find_column(fields, "query", QUERY_NAMES, columns.query, where)
     positive = find_column(fields, "positive", POSITIVE_NAMES, columns.positive, where)
@@ -254,6 +257,8 @@ def find_label(rows, names):
     labels = []  # columns of 1s and 0s alone
     telling = []  # those of them that have both
     others = []  # what is said of columns with other numbers
+    # rows that are all matches may have a column of 1s: one with both is believed before it, and
+    # before a teacher's scores
     candidates = [name for name in names if name.lower() in LABEL_NAMES]
     for name in sorted(candidates, key=str.lower):  # label, relevance, score
         places = places_of_labels(rows, name)
@@ -263,6 +268,7 @@ def find_label(rows, names):
             if len(places) == 2:
                 telling.append(name)
         elif len(places) > 1:
+            # one number in all rows, a version say, is no label
             odd = [number for number in places if number not in (0, 1)]
             number = next(iter(odd or places))
             what = f"{number:g}, one of {len(places)} different numbers"

@@ -47,7 +47,7 @@ def read_enough(source, sizes, split_rows):
         return split_rows(rows, dev)
     if source.dev_split:
         dev_rows = read_hub_rows(source.hub, source.dev_split, sizes.seed)
-        if dev_rows:
+        if dev_rows:  # else rows are held out of the other split
             dev[""] = dev_rows
     count = rows_to_draw(sizes, has_dev=bool(dev))
     rows = read_hub_rows(source.hub, source.split, sizes.seed, count)
@@ -72,6 +72,7 @@ def rows_to_draw(sizes, has_dev):
     if not sizes.train or sizes.whole:
         return math.inf
     held_out = 0 if has_dev else dev_wanted(sizes, sizes.train)
+    # twice, since rows are dropped, and 1000, since whole groups are held out
     return 2 * (sizes.train + held_out) + 1000
 
 
@@ -137,7 +138,8 @@ def hold_out(examples, key, sizes, by, most=math.inf, unit=None):
     if sizes.dev or sizes.dev_size is not None:
         most = math.inf  # the flags say how many
     wanted = dev_wanted(sizes, len(examples))
-    if not wanted or len(examples) <= 3 or not sizes.evaluates:
+    has_enough = len(examples) > 3  # of so few a dev set of one would take what is trained on
+    if not wanted or not has_enough or not sizes.evaluates:
         return examples, {}
     groups = groups_of(examples, key)
     smallest = min(map(len, groups))
