@@ -149,7 +149,10 @@ def circles(texts):
 
 
 def first_reached(module, texts):
-    """What importing a module reaches first, utils or a third party's package: (name, line)."""
+    """What importing a module reaches first, utils or a third party's package: (name, line).
+
+    merge.py is neither: it stands alone, and quiets by itself what it imports.
+    """
     for line, other in imports_of(texts[module], module_level=True):
         if other == "utils":
             return other, line
@@ -157,7 +160,7 @@ def first_reached(module, texts):
             reached = first_reached(other, texts)
             if reached:
                 return reached[0], line
-        elif other.split(".")[0] not in sys.stdlib_module_names:
+        elif other.split(".")[0] not in {*sys.stdlib_module_names, "merge"}:
             return other, line
     return None
 
@@ -198,8 +201,8 @@ def assigned_from(scope, is_source):
 class Writes:
     """Finds what one function, or a module outside of functions, writes into the namespace."""
 
-    def __init__(self, scope):
-        self.scope, self.names = scope, set(NAMESPACES)
+    def __init__(self, scope, names=NAMESPACES):
+        self.scope, self.names = scope, set(names)
         while more := assigned_from(scope, self.is_namespace) - self.names:  # other = args
             self.names |= more
         self.dicts = assigned_from(scope, self.is_dict)
@@ -246,17 +249,38 @@ class Writes:
         return name in MUTATORS and owner is not None and self.is_dict(owner)
 
 
+def is_child_of(node, kind):
+    """Tell whether a class is a child of a class whose name ends in `kind`."""
+    return any((last_name(base) or "").endswith(kind) for base in node.bases)
+
+
+def scopes_of(tree):
+    """[(scope, what the command line may be called in it)]: functions, classes, what is neither.
+
+    In the on_* methods of a callback `args` are Trainer's own, which calls them.
+    """
+    scopes, others = [], []
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and is_child_of(node, "Callback"):
+            methods = [each for each in node.body if getattr(each, "name", "").startswith("on_")]
+            scopes += [(method, NAMESPACES - {"args"}) for method in methods]
+            node.body = [each for each in node.body if each not in methods]
+        if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
+            scopes.append((node, NAMESPACES))
+        else:
+            others.append(node)
+    return [*scopes, (ast.Module(others, []), NAMESPACES)]
+
+
 def namespace_writes(name, text, exempt=("parse_args",)):
     """Writes into the parsed command line, outside of functions called as in `exempt`."""
     tree = ast.parse(text)
     for node in ast.walk(tree):  # emptied, so that the rest can be walked as it is
         if isinstance(node, FUNCTIONS) and node.name in exempt:
             node.body, node.args.defaults, node.decorator_list = [ast.Pass()], [], []
-    functions = [node for node in tree.body if isinstance(node, (*FUNCTIONS, ast.ClassDef))]
-    others = [node for node in tree.body if node not in functions]
     found = []
-    for scope in [*functions, ast.Module(others, [])]:
-        for node in Writes(scope).found():
+    for scope, names in scopes_of(tree):
+        for node in Writes(scope, names).found():
             found.append(at(name, node, "writes into the parsed command line"))
     return found
 
@@ -276,10 +300,8 @@ class Holders(ast.NodeVisitor):
     def add(self, node, what):
         self.found.append(at(self.name, node, f"{what} holds, or is called as, the command line"))
 
-    def is_child_of(self, kind):
-        """Tell whether the class around is a child of a class whose name ends in `kind`."""
-        bases = self.classes[-1].bases if self.classes else []
-        return any((last_name(base) or "").endswith(kind) for base in bases)
+    def is_in_child_of(self, kind):
+        return bool(self.classes) and is_child_of(self.classes[-1], kind)
 
     def visit_ClassDef(self, node):
         self.classes.append(node)
@@ -291,7 +313,7 @@ class Holders(ast.NodeVisitor):
             return
         spec = node.args
         own = {spec.vararg.arg} & {"args"} if spec.vararg else set()
-        if node.name.startswith("on_") and self.is_child_of("Callback"):
+        if node.name.startswith("on_") and self.is_in_child_of("Callback"):
             own.add("args")
         self.visit_parameters(node, own)
         self.allowed.append(own | self.allowed[-1])
@@ -335,7 +357,7 @@ class Holders(ast.NodeVisitor):
         if node.attr != "args" or not isinstance(node.ctx, ast.Load):
             return False
         owner = last_name(node.value)
-        return owner == "trainer" or owner == "self" and self.is_child_of("Trainer")
+        return owner == "trainer" or owner == "self" and self.is_in_child_of("Trainer")
 
     def visit_Call(self, node):
         called = last_name(node.func) or ""

@@ -315,6 +315,9 @@ def test_what_is_no_write_into_the_command_line_is_left_alone():
         assert contracts.namespace_writes("x.py", MAIN.format(line)) == []
     own = "def parse_args(argv):\n    args = parser.parse_args(argv)\n    args.lr = 1\n"
     assert contracts.namespace_writes("x.py", own) == []
+    callback = "class A(TrainerCallback):\n    def {}(self, args): args.save_total_limit = None\n"
+    assert contracts.namespace_writes("x.py", callback.format("on_step_end")) == []
+    assert contracts.namespace_writes("x.py", callback.format("load"))
 
 
 @pytest.mark.parametrize(
@@ -405,6 +408,7 @@ def test_circles_and_unquieted_libraries_are_found():
         "parts.f": "import utils",
         "parts.g": "from parts.h import x\nimport utils",
         "parts.h": "import torch",
+        "parts.i": "import merge\nimport utils\nimport torch",
     }
     assert contracts.circles(rooms) == ["parts.a -> parts.b -> parts.c -> parts.a"]
     late = contracts.unquieted({name: rooms[name] for name in rooms if name[-1] not in "abc"})
