@@ -294,12 +294,8 @@ def test_wordpiece_may_fail_on_korean_and_hindi_alone(minilm):
 # ---------------------------------------------------------------- conversion and quantisation
 
 
-def make_arguments(llama_cpp, model="MODEL"):
-    return SimpleNamespace(llama_cpp=llama_cpp, model_path=Path(model))
-
-
 def test_the_converter_runs_with_its_own_gguf_package(llama_cpp, tmp_path):
-    gguf_ollama.write_gguf("f16", make_arguments(llama_cpp), tmp_path / "unproven-f16.gguf")
+    gguf_ollama.write_gguf("f16", llama_cpp, Path("MODEL"), tmp_path / "unproven-f16.gguf")
     assert (tmp_path / "unproven-f16.gguf").read_text() == "f16"
 
 
@@ -309,7 +305,7 @@ def test_the_converter_runs_with_its_own_gguf_package(llama_cpp, tmp_path):
 def test_a_failing_converter_is_quoted(llama_cpp, tmp_path, fault, cure):
     (llama_cpp / "convert_hf_to_gguf.py").write_text(f"print('out')\n{fault}\n")
     with pytest.raises(InputError, match=cure) as error:
-        gguf_ollama.write_gguf("f16", make_arguments(llama_cpp), tmp_path / "unproven-f16.gguf")
+        gguf_ollama.write_gguf("f16", llama_cpp, Path("MODEL"), tmp_path / "unproven-f16.gguf")
     assert ("ZeroDivisionError" in str(error.value)) == (fault == "1 / 0")
 
 
@@ -320,7 +316,7 @@ def test_a_built_llama_quantize_is_used(llama_cpp, tmp_path, place):
     program.parent.mkdir(parents=True, exist_ok=True)
     program.write_text('#!/bin/sh\necho "$1 $2 $3" > "$2"\n')
     program.chmod(0o755)
-    gguf_ollama.write_gguf("q5_k_m", make_arguments(llama_cpp), tmp_path / "unproven-q5_k_m.gguf")
+    gguf_ollama.write_gguf("q5_k_m", llama_cpp, Path("MODEL"), tmp_path / "unproven-q5_k_m.gguf")
     written = (tmp_path / "unproven-q5_k_m.gguf").read_text().split()
     assert written == [
         str(tmp_path / "model-f16.gguf"),
@@ -329,7 +325,7 @@ def test_a_built_llama_quantize_is_used(llama_cpp, tmp_path, place):
     ]
     program.write_text("#!/bin/sh\necho no such type >&2\nexit 3\n")
     with pytest.raises(InputError, match="no such type"):
-        gguf_ollama.write_gguf("q5_k_m", make_arguments(llama_cpp), tmp_path / "x.gguf")
+        gguf_ollama.write_gguf("q5_k_m", llama_cpp, Path("MODEL"), tmp_path / "x.gguf")
 
 
 class FakeLlamaCpp:
@@ -451,23 +447,23 @@ def test_a_base_of_the_hub_is_found_in_the_cache(rehearsal, tmp_path, monkeypatc
     assert report["warnings"] == [] and report["figures"]["f16"]["retained"] == pytest.approx(
         1, abs=0.02
     )
-    find = partial(gguf_ollama.find_base, SimpleNamespace(model_path=folder))
-    assert find("owner/name", {}) == snapshot and find(str(base), {}) == base
-    for name, flags in (
-        ("owner/name", {"model_revision": "v2"}),
-        ("owner/other", {}),
-        ("/no/folder", {}),
-        (None, {}),
+    find = partial(gguf_ollama.find_base, folder)
+    assert find("owner/name", None) == snapshot and find(str(base), None) == base
+    for name, revision in (
+        ("owner/name", "v2"),
+        ("owner/other", None),
+        ("/no/folder", None),
+        (None, None),
     ):
         with pytest.raises(InputError, match=f"base {name} is no such folder"):
-            find(name, flags)
+            find(name, revision)
     config = json.loads((snapshot / "config.json").read_text())
     (snapshot / "config.json").write_text(json.dumps(config | {"vocab_size": 700}))
     with pytest.raises(InputError, match="owner/name has a vocabulary of another size"):
-        find("owner/name", {})
+        find("owner/name", None)
     (snapshot / "modules.json").write_text("[]")
     with pytest.raises(InputError, match="owner/name is another kind of model"):
-        find("owner/name", {})
+        find("owner/name", None)
 
 
 def test_one_model_is_in_memory_at_a_time(rehearsal, llama_cpp, monkeypatch):
@@ -772,8 +768,8 @@ def write_modelfile(folder, template, tmp_path, stops=(1, 2), **files):
         (folder / f"{name}.json").write_text(json.dumps(content))
     tokenizer = chat_tokenizer(template, "<|im_end|>", "<s>", ["<s>", "<|end|>"])
     stops = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|end|>"]) if stops else None
-    arguments = SimpleNamespace(model_path=folder, output_path=tmp_path, quantize="q6_k")
-    notes = gguf_ollama.write_modelfile(arguments, tokenizer, chat_of(tokenizer), stops)
+    chat = chat_of(tokenizer)
+    notes = gguf_ollama.write_modelfile(folder, tmp_path, "q6_k", tokenizer, chat, stops)
     return (tmp_path / "Modelfile").read_text(), notes
 
 

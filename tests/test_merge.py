@@ -657,6 +657,43 @@ def test_qlora_can_be_merged_into_what_training_saw(bits, tmp_path):
     )  # no norm, embedding or head
 
 
+def test_an_adapter_is_merged_by_what_its_run_settled(parts):
+    _, adapter, merged = parts
+    records = {
+        "older": {"flags": {"bits": 4}},
+        "settled": {"flags": {"bits": 8}, "settled": {"bits": 4}},
+        "asked": {"flags": {"bits": 8}, "settled": {}},
+    }
+    stored = {}
+    for name, record in records.items():
+        (adapter / "training_config.json").write_text(json.dumps(record))
+        flags = ["--lora_adapter_path", str(adapter), "--output_path", str(merged / name)]
+        merge.main([*flags, "--qlora_base", "dequant", "--verify", "off"])
+        files = sorted((merged / name).glob("*.safetensors"))
+        stored[name] = b"".join(file.read_bytes() for file in files)
+    assert stored["older"] == stored["settled"] != stored["asked"]
+
+
+@pytest.mark.parametrize(
+    ("record", "trained"),
+    [
+        ({}, {}),
+        ({"flags": {"bits": 4, "lr": 1}}, {"bits": 4, "lr": 1}),
+        ({"flags": {"bits": None, "lr": 1}}, {"lr": 1}),
+        ({"flags": {"bits": 4, "lr": 1}, "settled": {"lr": 2}}, {"bits": 4, "lr": 2}),
+        ({"flags": {"bits": 4, "lr": 1}, "settled": {"bits": None}}, {"lr": 1}),
+    ],
+)
+def test_what_a_run_settled_counts_before_what_was_asked(record, trained):
+    assert merge.flags_of(record) == trained
+
+
+@pytest.mark.parametrize("part", ["flags", "settled"])
+def test_a_record_of_a_run_that_is_none_is_named(part):
+    with pytest.raises(merge.InputError, match=rf"adapter holds \[5\] as {part}. Copy it again"):
+        merge.flags_of({"flags": {"bits": 4}, part: [5]})
+
+
 # ---------------------------------------------------------------- the folder
 
 
