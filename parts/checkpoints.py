@@ -8,7 +8,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from utils import InputError, read_json, recorded_flags, say, write_json
+from utils import InputError, note, read_json, recorded_flags, say, write_json
 
 import torch
 from accelerate import PartialState
@@ -245,6 +245,9 @@ def refuse_changes(checkpoint, stored, record):
     for name in COMPARED:
         old[name] = stored.get(name)
         new[name] = record[name]
+    if kind_of(old["data_fingerprint"]) != kind_of(new["data_fingerprint"]):
+        note("this run was begun by an older version: whether its data are these cannot be told")
+        del old["data_fingerprint"], new["data_fingerprint"]
     changed = []
     for name in sorted((old.keys() | new.keys()) - FREE_ON_RESUME):
         before = old.get(name)
@@ -255,3 +258,8 @@ def refuse_changes(checkpoint, stored, record):
         raise InputError(
             f"cannot resume {checkpoint}: {', '.join(changed)}. Give the flags of that run."
         )
+
+
+def kind_of(fingerprint):
+    """Return how a fingerprint of data was taken, which stands before its colon, if it has one."""
+    return (fingerprint or "").rpartition(":")[0]

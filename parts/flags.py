@@ -323,3 +323,12 @@ def fill_in(args, step):
     args.target_modules = args.target_modules or "all-linear"
     args.lr = args.lr or (2e-5 if full else 2e-4)
     args.gradient_accumulation = args.gradient_accumulation or max(1, step // args.batch_size)
+
+
+def asked_precision(args):
+    """Return "bf16", "fp16" or "none" as the flags name it, None where the machine decides."""
+    if args.fp16:
+        return "fp16"
+    if args.bf16:
+        return "bf16"
+    return args.mixed_precision

@@ -6,7 +6,7 @@ Shapes: B sequences of a piece, T tokens.
 import gc
 import math
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 from utils import InputError, say
 
@@ -209,3 +209,21 @@ class StepTrainer(Trainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+
+def get_rng_state():
+    """Return the state that dropout draws from: the CPU's, and the GPU's where there is one."""
+    gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return torch.get_rng_state(), gpu
+
+
+@contextmanager
+def replayed(state):
+    """Run a block with an earlier random state, and go on with the present one after it."""
+    cpu, gpu = state
+    devices = [] if gpu is None else [torch.cuda.current_device()]
+    with torch.random.fork_rng(devices=devices):
+        torch.set_rng_state(cpu)
+        if gpu is not None:
+            torch.cuda.set_rng_state(gpu)
+        yield

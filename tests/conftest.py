@@ -1,6 +1,5 @@
 """Tiny models and data made on the spot; nothing is downloaded."""
 
-import contextlib
 import json
 import os
 import subprocess
@@ -20,7 +19,8 @@ os.environ.update(
 
 import train_embed_lora
 import train_sft_lora
-import utils
+from parts.rehearsal import rehearse
+from parts.run import begin
 
 import pytest
 import torch
@@ -222,21 +222,21 @@ def pairs(tmp_path):
 
 
 @pytest.fixture
-def run_embed(tmp_path, tiny_bert, pairs):
-    """Call main([...]) on the tiny encoder and return its report; flags given again replace these."""
+def embed_argv(tmp_path, tiny_bert, pairs):
+    """Return make(flags): a command line for the tiny encoder; flags given again replace these."""
 
-    def run(*flags, model=tiny_bert, data=pairs, out=None):
-        base = [
-            "--model_name",
-            model,
-            "--train_file",
-            data,
-            "--output_dir",
-            str(out or tmp_path / "out"),
-        ]
-        return train_embed_lora.main([*base, "--report_to", "none", *map(str, flags)])
+    def make(*flags, model=tiny_bert, data=pairs, out=None):
+        folder = str(out or tmp_path / "out")
+        base = ["--model_name", model, "--train_file", data, "--output_dir", folder]
+        return [*base, "--report_to", "none", *map(str, flags)]
 
-    return run
+    return make
+
+
+@pytest.fixture
+def run_embed(embed_argv):
+    """Call main([...]) on the tiny encoder and return its report."""
+    return lambda *flags, **kwargs: train_embed_lora.main(embed_argv(*flags, **kwargs))
 
 
 @pytest.fixture
@@ -246,41 +246,30 @@ def chats(tmp_path):
 
 
 @pytest.fixture
-def run_sft(tmp_path, tiny_chat, chats):
-    """Call main([...]) on the tiny causal model and return its report; flags given again replace these."""
+def sft_argv(tmp_path, tiny_chat, chats):
+    """Return make(flags): a command line for the tiny causal model; flags given again replace."""
 
-    def run(*flags, model=tiny_chat, data=chats, out=None):
-        base = [
-            "--model_name",
-            model,
-            "--output_dir",
-            str(out or tmp_path / "out"),
-            "--report_to",
-            "none",
-        ]
+    def make(*flags, model=tiny_chat, data=chats, out=None):
+        folder = str(out or tmp_path / "out")
+        base = ["--model_name", model, "--output_dir", folder, "--report_to", "none"]
         base += ["--train_file", data] if data else []
-        return train_sft_lora.main([*base, *map(str, flags)])
-
-    return run
-
-
-def caught_before_training(monkeypatch, run):
-    """Return make(flags): the trainer that run(flags) would train with, its adapters no longer zero."""
-
-    def make(*flags, **kwargs):
-        caught = []
-
-        def catch(trainer, *_):
-            caught.append(trainer)
-            raise StopIteration
-
-        monkeypatch.setattr(utils, "train", catch)
-        with contextlib.suppress(StopIteration):
-            run("--overwrite", *flags, **kwargs)
-        randomise_adapters(caught[0].model)
-        return caught[0]
+        return [*base, *map(str, flags)]
 
     return make
+
+
+@pytest.fixture
+def run_sft(sft_argv):
+    """Call main([...]) on the tiny causal model and return its report."""
+    return lambda *flags, **kwargs: train_sft_lora.main(sft_argv(*flags, **kwargs))
+
+
+def rehearsed_trainer(prepared):
+    """Return the trainer of a run as it is before its first step, its adapters no longer zero."""
+    rehearse(prepared.trainer, prepared.plan, prepared.row_tokens, prepared.seed)
+    begin(prepared)
+    randomise_adapters(prepared.trainer.model)
+    return prepared.trainer
 
 
 def randomise_adapters(model):
@@ -292,15 +281,25 @@ def randomise_adapters(model):
 
 
 @pytest.fixture
-def embed_trainer(run_embed, monkeypatch):
-    """Return the trainer that main([...]) would train with, in place of training it."""
-    return caught_before_training(monkeypatch, run_embed)
+def embed_trainer(embed_argv):
+    """Return make(flags): the trainer that main([...]) would train with."""
+
+    def make(*flags, **kwargs):
+        return rehearsed_trainer(
+            train_embed_lora.prepare(embed_argv("--overwrite", *flags, **kwargs))
+        )
+
+    return make
 
 
 @pytest.fixture
-def sft_trainer(run_sft, monkeypatch):
-    """Return the trainer that main([...]) would train with, in place of training it."""
-    return caught_before_training(monkeypatch, run_sft)
+def sft_trainer(sft_argv):
+    """Return make(flags): the trainer that main([...]) would train with."""
+
+    def make(*flags, **kwargs):
+        return rehearsed_trainer(train_sft_lora.prepare(sft_argv("--overwrite", *flags, **kwargs)))
+
+    return make
 
 
 def gradient(trainer, step):

@@ -5,7 +5,6 @@ python tests/two_processes.py WORK_FOLDER MODULE FLAGS_AS_JSON FIRST_ROW ROWS_PE
 
 import importlib
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -13,29 +12,24 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 import utils  # noqa: E402
-from conftest import randomise_adapters  # noqa: E402
+from conftest import rehearsed_trainer  # noqa: E402
 
 work, module, flags = sys.argv[1], importlib.import_module(sys.argv[2]), json.loads(sys.argv[3])
 first, count, global_step = map(int, sys.argv[4:])
 
 
-def gradient_instead(trainer, *_):
-    """Run one step, each rank its own rows, as Trainer would: DDP around the model."""
-    rank = trainer.accelerator.process_index
-    randomise_adapters(trainer.model)
-    model = trainer.accelerator.prepare_model(trainer.model)
-    assert isinstance(model, torch.nn.parallel.DistributedDataParallel)
-    trainer.state.global_step = global_step
-    start, total = first + count * rank, len(trainer.train_dataset)
-    rows = [
-        trainer.train_dataset[i % total] for i in range(start, start + count)
-    ]  # the last step repeats rows
-    trainer.training_step(model, trainer.data_collator(rows))
-    flat = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad])
-    torch.save(flat, Path(work) / f"gradient{rank}.pt")
-    torch.distributed.barrier()
-    os._exit(0)  # an interpreter that ends beside gloo's threads may abort
-
-
-utils.train = gradient_instead
-module.main([*flags, "--output_dir", f"{work}/two"])
+prepared = module.prepare([*flags, "--output_dir", f"{work}/two"])
+trainer = rehearsed_trainer(prepared)
+rank = trainer.accelerator.process_index
+# one step, each rank its own rows, as Trainer would: DDP around the model
+model = trainer.accelerator.prepare_model(trainer.model)
+assert isinstance(model, torch.nn.parallel.DistributedDataParallel)
+trainer.state.global_step = global_step
+start, total = first + count * rank, len(trainer.train_dataset)
+# the last step repeats rows
+rows = [trainer.train_dataset[i % total] for i in range(start, start + count)]
+trainer.training_step(model, trainer.data_collator(rows))
+flat = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad])
+torch.save(flat, Path(work) / f"gradient{rank}.pt")
+torch.distributed.barrier()
+utils.leave_process_group()

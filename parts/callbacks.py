@@ -1,0 +1,188 @@
+"""What happens around the steps: progress and log lines, stops on signals, warnings in words."""
+
+import math
+import signal
+import time
+from contextlib import contextmanager
+from statistics import fmean
+from threading import current_thread, main_thread
+
+import utils
+from parts.report import write_logs
+from utils import InputError, say
+
+import torch
+from tqdm.auto import tqdm
+from transformers import ProgressCallback
+
+MAX_SKIPPED_STEPS = 20  # fp16: the loss scale falls from 65536 to below 1 in 17 skipped steps
+
+
+class RunCallback(ProgressCallback):
+    """Progress and log lines, stops on signals, the logs on disk, warnings in words.
+
+    `signal` is the number of the one that stops the run, None while there is none.
+    """
+
+    def __init__(self, trainer, plan, output_dir, before):
+        super().__init__()
+        self.trainer = trainer
+        self.plan = plan
+        self.output_dir = output_dir
+        self.before = before  # metrics of the untrained model, {} without a dev set
+        self.signal = None
+        self.skipped = 0  # steps in a row whose gradients overflowed
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.current_step = self.first_step = state.global_step
+        self.started = time.perf_counter()
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                dynamic_ncols=True,
+                disable=not utils.shows_bars(),
+            )
+        if state.global_step == 0 and self.before:
+            self.trainer.log(dict(self.before))
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        epoch = state.global_step // self.plan.steps_per_epoch
+        self.trainer.train_dataset.epoch = epoch
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        self.learning_rate = optimizer.param_groups[0]["lr"]
+
+    def on_step_end(self, args, state, control, **kwargs):
+        super().on_step_end(args, state, control, **kwargs)
+        figures = {"learning_rate": self.learning_rate, "epoch": state.epoch}
+        figures["step"] = state.global_step
+        state.log_history.append(self.trainer.step_figures | figures)
+        self.count_skipped()
+        stop = self.must_stop(args.device)
+        if stop:
+            args.save_total_limit = None  # at 1, Trainer would delete the checkpoint we stop with
+        every = self.plan.epoch_save_steps
+        ends_epochs = every > 0 and state.global_step % every == 0
+        if stop or ends_epochs:
+            control.should_save = True
+            control.should_training_stop |= stop
+            control.should_evaluate |= self.plan.save_best and not stop
+
+    def count_skipped(self):
+        """Count steps that the loss scaler skipped; raises InputError after too many in a row."""
+        if not self.trainer.accelerator.optimizer_step_was_skipped:
+            self.skipped = 0
+            return
+        self.skipped += 1
+        if self.skipped == MAX_SKIPPED_STEPS:
+            raise InputError(
+                f"fp16 gradients overflowed in {self.skipped} steps running: pass "
+                "--mixed_precision none."
+            )
+
+    def must_stop(self, device):
+        """Tell whether a signal has come, on any process: all must stop after the same step."""
+        stop = self.signal is not None
+        if self.trainer.accelerator.num_processes > 1:
+            signs = self.trainer.accelerator.gather(torch.tensor([stop], device=device))
+            stop = signs.any().item()
+        if stop and self.signal is None:
+            self.signal = signal.SIGTERM  # it reached another process
+        return stop
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        shown = []
+        for name in ["loss", "learning_rate", *(f"eval_{name}" for name in self.plan.shown)]:
+            if name in logs:
+                shown.append(f"{label_of(name)} {logs[name]:.4g}")
+        if "loss" in logs and not utils.shows_bars():
+            shown.append(self.time_left(state))
+        if shown and state.is_world_process_zero:
+            self.training_bar.write(f"step {state.global_step:6}  {'   '.join(shown)}")
+
+    def time_left(self, state):
+        """Return how long the rest will take at this pace, as "02:31 left"; "" before a step."""
+        done = state.global_step - self.first_step
+        if not done:
+            return ""
+        pace = (time.perf_counter() - self.started) / done  # seconds a step
+        seconds = pace * (state.max_steps - state.global_step)
+        return f"{tqdm.format_interval(seconds)} left"
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        super().on_evaluate(args, state, control, **kwargs)
+        for metric, greater_is_better in self.plan.watched:
+            text = worsening(state.log_history, metric, greater_is_better)
+            if text:
+                say(f"warning   {text}")
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            write_logs(self.output_dir, state.log_history, self.plan.steps_per_epoch)
+
+    def catch(self, number, frame):
+        """Handle SIGINT or SIGTERM: stop after this step; the second time at once."""
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+        say("\nstopping after this step, with a checkpoint; once more stops at once")
+
+
+def label_of(name):
+    """Return a metric's name as the log lines show it."""
+    if name == "eval_loss":  # a dev set without a name, beside the training loss
+        return "dev_loss"
+    return name.removeprefix("eval_")
+
+
+@contextmanager
+def caught_signals(handler):
+    """Let handler(number, frame) take SIGINT and SIGTERM; outside the main thread none can be."""
+    numbers = []
+    if current_thread() is main_thread():
+        numbers = [signal.SIGINT, signal.SIGTERM]
+    earlier = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, old in earlier.items():
+            signal.signal(number, old)
+
+
+def worsening(log, metric, greater_is_better):
+    """Return a warning if three evaluations got worse while the training loss fell, else None."""
+    name = f"eval_{metric}"
+    points = [(entry["step"], entry[name]) for entry in log if name in entry][-3:]
+    if len(points) < 3:
+        return None
+    (first, before), (middle, between), (_, now) = points
+    sign = 1 if greater_is_better else -1
+    falls = sign * before > sign * between > sign * now
+    worse = falls and sign * (before - now) > 0.01 * abs(before)
+    trained = [entry for entry in log if "loss" in entry and entry["step"] >= first]
+    early = [entry["loss"] for entry in trained if entry["step"] <= middle]
+    late = [entry["loss"] for entry in trained if entry["step"] > middle]
+    early_loss = fmean(early) if early else math.nan  # less than nothing, and nothing less
+    late_loss = fmean(late) if late else math.nan
+    if not (worse and late_loss < early_loss):
+        return None
+    return (
+        f"the loss fell from {early_loss:.3f} to {late_loss:.3f} while {metric} worsened from "
+        f"{before:.4f} to {now:.4f}: overfitting. Fewer epochs, or a lower --lr."
+    )
+
+
+def worsenings(log, watched):
+    """Return the warnings of all evaluations of a run, those before it was resumed too.
+
+    watched: a plan's [[metric, greater is better], ...].
+    """
+    found = []
+    for count, entry in enumerate(log, 1):
+        for metric, greater_is_better in watched:
+            if f"eval_{metric}" in entry:
+                text = worsening(log[:count], metric, greater_is_better)
+                if text:
+                    found.append(text)
+    return found

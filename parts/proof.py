@@ -1,0 +1,88 @@
+"""The proof: what was saved is read back from disk, and must be what was trained."""
+
+import tempfile
+
+from parts.tokenizer import saved_inputs
+from utils import InputError, say, write_json
+
+import torch
+from peft import PeftModel
+
+MAX_ERROR = {"half": 1e-2, "float32": 1e-5}  # of the outputs of what was saved, relative
+
+
+def check_saved_tokenizer(prepared):
+    """Raise InputError if the tokenizer would be read back from final/ as another one."""
+    tokenizer = prepared.trainer.processing_class
+    with tempfile.TemporaryDirectory() as trial:
+        tokenizer.save_pretrained(trial)
+        saved_inputs(trial, tokenizer, prepared.inputs, prepared.origin)
+
+
+def save_final(prepared):
+    """Write final/: weights, tokenizer, what made them, in files that everybody may read."""
+    trainer = prepared.trainer
+    folder = prepared.output_dir / "final"
+    trainer.save_model(str(folder))
+    if trainer.is_world_process_zero():
+        write_json(folder / "training_config.json", prepared.record)
+        for file in folder.glob("*.safetensors"):
+            file.chmod(0o644)  # safetensors writes 0600, which a server's user cannot read
+        prepared.write_files(folder)
+    trainer.accelerator.wait_for_everyone()
+
+
+def prove(prepared, untrained):
+    """Load final/ from disk and compare its outputs (N, D) with the live and `untrained` model's.
+
+    Returns {"relative_error", "relative_change"}. Raises RuntimeError if the model on disk differs
+    from the live one, and InputError if its tokenizer does, or if it does not differ from the base.
+    """
+    trainer = prepared.trainer
+    folder = str(prepared.output_dir / "final")
+    tokenizer = trainer.processing_class
+    ids = saved_inputs(folder, tokenizer, prepared.inputs, prepared.origin)
+    live = prepared.outputs(prepared.inputs(tokenizer))
+    saved = reloaded_outputs(prepared, folder, ids)
+    error = relative_difference(saved, live)
+    change = relative_difference(untrained, live)
+    half = trainer.args.fp16 or trainer.args.bf16
+    if error > MAX_ERROR["half" if half else "float32"]:
+        raise RuntimeError(
+            f"{folder} does not give the trained model's outputs: relative error {error:.1e}."
+        )
+    if change == 0:
+        raise InputError(
+            f"{folder} changes nothing: its outputs are those before training. Raise --lr or "
+            "--epochs."
+        )
+    say(
+        f"proof     {folder}, read back from disk, gives the trained outputs (relative error "
+        f"{error:.0e}); training moved them by {change:.1%}"
+    )
+    return {"relative_error": error, "relative_change": change}
+
+
+def relative_difference(outputs, live):
+    """Return the norm of the difference of two outputs (N, D), relative to the live model's."""
+    return (outputs - live).norm().item() / live.norm().item()
+
+
+def reloaded_outputs(prepared, folder, ids):
+    """Return the outputs of what stands in `folder`; the trainer has its own model again after."""
+    trainer = prepared.trainer
+    model = trainer.model
+    if isinstance(model, PeftModel):
+        model.load_adapter(folder, adapter_name="reloaded")
+        model.set_adapter("reloaded")
+        outputs = prepared.outputs(ids)
+        model.set_adapter("default")
+        model.delete_adapter("reloaded")
+        return outputs
+    saved = prepared.auto_class.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=prepared.origin.trust_remote_code
+    )
+    trainer.model = saved.to(model.device)
+    outputs = prepared.outputs(ids)
+    trainer.model = model
+    return outputs

@@ -1,0 +1,385 @@
+"""A run from its rehearsal to its proof: what both mains go through line by line.
+
+The only room that knows merge.py: by its fingerprint a base is known again, and what it could not
+merge is said before training.
+"""
+
+import importlib.util
+import math
+import shlex
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import merge
+import utils
+from parts.adapters import add_adapter, make_trainable
+from parts.base import Origin, base_folder
+from parts.callbacks import RunCallback, caught_signals, worsenings
+from parts.checkpoints import (
+    begin_output_dir,
+    best_checkpoint,
+    describe,
+    open_output_dir,
+    refuse_changes,
+)
+from parts.plan import Plan
+from parts.report import running_mean
+from parts.step import StepTrainer
+from parts.token_cache import trim_token_cache
+from utils import InputError, Stopped, note, read_json, say
+
+import torch
+from accelerate import PartialState
+from peft import PeftModel, get_peft_model_state_dict
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+
+OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit", "sgd": "sgd"}
+
+
+@dataclass
+class Prepared:
+    """A run before its first step, as prepare(argv) of both scripts returns it."""
+
+    trainer: StepTrainer
+    plan: Plan
+    origin: Origin
+    auto_class: type  # that loads the base
+    output_dir: Path  # the same for all processes
+    record: dict  # what final/training_config.json will hold
+    checkpoint: Path | None  # to resume from
+    row_tokens: list  # tokens of each training row
+    inputs: Callable  # inputs(tokenizer): token ids of a few texts, to compare models by
+    outputs: Callable  # outputs(token ids): what the trainer's model makes of them, (N, D)
+    write_files: Callable  # write_files(folder) adds the script's own files to final/
+    seed: int
+    dry_run: bool
+    overwrite: bool
+    merges: bool  # --merge_adapter
+
+
+def start(output_dir, resume, overwrite, seed):
+    """Begin a run in this process: (accelerate's state, the folder of all, checkpoint or None).
+
+    resume, overwrite: as the flags have them.
+    """
+    state = utils.start_process()
+    if state.is_local_main_process:
+        trim_token_cache()
+    folder = Path(utils.agreed(output_dir))  # the default has the time in it
+    checkpoint = open_output_dir(folder, resume, overwrite)
+    set_seed(seed)
+    return state, folder, checkpoint
+
+
+# ---------------------------------------------------------------- merge.py
+
+
+@contextmanager
+def errors_of_ours():
+    """Raise merge.py's errors as ours."""
+    try:
+        yield
+    except merge.InputError as error:
+        raise InputError(str(error)) from None
+
+
+def base_fingerprint(origin):
+    """Return the hash by which merge.py knows the base's weights again; None without safetensors.
+
+    The base's files are here once it was loaded.
+    """
+    with errors_of_ours():
+        return merge.fingerprint(base_folder(origin))
+
+
+def is_same_base(origin, recorded):
+    """Tell whether `recorded` can be the fingerprint of the base, as an earlier run took it."""
+    with errors_of_ours():
+        return merge.is_base(base_folder(origin), recorded)
+
+
+def check_base_of_adapter(origin):
+    """Raise InputError if --init_adapter was trained on other weights than this base's."""
+    if not origin.adapter:
+        return
+    trained = read_json(Path(origin.adapter) / "training_config.json") or {}
+    if not is_same_base(origin, trained.get("base_fingerprint")):
+        name = utils.recorded_flags(trained).get("model_name")
+        raise InputError(
+            f"{origin.name} is not the base that --init_adapter {origin.adapter} was trained on: "
+            f"its weights are not those of {name}. Pass that one as --model_name; if it is the "
+            "same model in other files, delete base_fingerprint from "
+            f"{origin.adapter}/training_config.json."
+        )
+
+
+def check_base_of_checkpoint(origin, checkpoint, stored):
+    """Raise InputError if the run that is resumed has trained on other weights than this base's."""
+    if not is_same_base(origin, stored.get("base_fingerprint")):
+        raise InputError(
+            f"cannot resume {checkpoint}: the weights of {origin.name} are not those that it was "
+            "trained with. Put those back (of a hub model: --model_revision), or start anew."
+        )
+
+
+def record_of(origin, checkpoint, asked, settled, precision, data_fingerprint):
+    """Return what makes a run repeatable, for training_config.json.
+
+    asked: {flag: value} as parsed, settled: what was decided of it. Raises InputError if the run of
+    `checkpoint` is resumed with others, or with other data, precision, processes or base.
+    """
+    record = describe(
+        asked,
+        settled,
+        precision=precision,
+        data_fingerprint=data_fingerprint,
+        base_fingerprint=base_fingerprint(origin),
+        processes=PartialState().num_processes,
+    )
+    stored = checkpoint and utils.checked_json(checkpoint.parent / "training_config.json")
+    if stored:
+        refuse_changes(checkpoint, stored, record)
+        check_base_of_checkpoint(origin, checkpoint, stored)
+    return record
+
+
+def check_mergeable(model, origin, merges):
+    """Say before training what merge.py could not merge: an InputError if the run ends in that."""
+    if not isinstance(model, PeftModel):
+        return
+    shapes = {}
+    for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items():
+        shapes[name] = tensor.to("meta")  # their shapes are enough
+    config = model.peft_config["default"].to_dict()
+    with errors_of_ours():
+        obstacle = merge.unmergeable(config, shapes, base_folder(origin))
+    if obstacle and merges:
+        raise InputError(
+            f"--merge_adapter: merge.py could not merge this adapter ({obstacle}). Drop the flag, "
+            "or mend what it names."
+        )
+    if obstacle:
+        note(f"merge.py could not merge this adapter: {obstacle}")
+
+
+def merge_or_tell(prepared):
+    """Merge what was trained into OUTPUT_DIR/merged if that was asked for, else say how."""
+    trainer = prepared.trainer
+    if not (isinstance(trainer.model, PeftModel) and trainer.is_world_process_zero()):
+        return
+    folder = prepared.output_dir
+    command = [
+        "--lora_adapter_path",
+        str(folder / "final"),
+        "--output_path",
+        str(folder / "merged"),
+    ]
+    if prepared.origin.trust_remote_code:
+        command.append("--trust_remote_code")
+    if not prepared.merges:
+        say(f"next      python merge.py {shlex.join(command)}")
+        return
+    with errors_of_ours():
+        merge.main(command)
+
+
+def wrapped(model, origin, lora, unused, *, full, merges, gradient_checkpointing):
+    """Return (the base with the adapter to train, the adapter's dropout).
+
+    unused: layers that get none; full: all weights are trained, without an adapter. Raises
+    InputError for an adapter of another base, and if `merges` for one that merge.py cannot merge.
+    """
+    check_base_of_adapter(origin)
+    model, dropout = add_adapter(model, origin, lora, unused, full=full)
+    check_mergeable(model, origin, merges)
+    make_trainable(model, unused, gradient_checkpointing=gradient_checkpointing)
+    return model, dropout
+
+
+# ---------------------------------------------------------------- Trainer's arguments
+
+
+def logger_of(report_to):
+    """Return the name of the logger as a list for Trainer; raises InputError if it is missing."""
+    if report_to is None:
+        report_to = "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
+    if report_to == "none":
+        return []
+    if importlib.util.find_spec(report_to) is None:
+        raise InputError(
+            f"--report_to {report_to}: it is not installed. Run: pip install {report_to}"
+        )
+    return [report_to]
+
+
+def training_arguments(plan, output_dir, precision, *, seed, workers, report_to, full_determinism):
+    """Translate a plan into Trainer's arguments; a batch of Trainer's is a whole step of ours."""
+    scheduler = "constant_with_warmup" if plan.lr_scheduler == "constant" else plan.lr_scheduler
+    arguments = TrainingArguments(
+        output_dir=str(output_dir),
+        per_device_train_batch_size=plan.step_rows,
+        max_steps=plan.total_steps,
+        learning_rate=plan.lr,
+        lr_scheduler_type=scheduler,
+        warmup_steps=plan.warmup_steps,
+        optim=OPTIMIZERS[plan.optimizer],
+        weight_decay=plan.weight_decay,
+        max_grad_norm=plan.max_grad_norm,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        use_cpu=PartialState().device.type == "cpu",
+        seed=seed,
+        full_determinism=full_determinism,
+        dataloader_drop_last=plan.drop_last,
+        dataloader_num_workers=workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        eval_strategy="steps" if plan.has_dev else "no",
+        eval_steps=plan.eval_steps,
+        save_strategy="steps" if plan.saves else "no",
+        save_steps=plan.save_steps,
+        save_total_limit=plan.save_total_limit,
+        load_best_model_at_end=plan.save_best,
+        restore_callback_states_from_checkpoint=True,
+        metric_for_best_model=f"eval_{plan.metric}" if plan.save_best else None,
+        greater_is_better=plan.greater_is_better,
+        logging_strategy="steps" if plan.logging_steps else "no",
+        logging_steps=abs(plan.logging_steps) or 1,
+        logging_nan_inf_filter=False,  # it shows a NaN run as loss 0
+        report_to=logger_of(report_to),
+        disable_tqdm=True,  # the bar is RunCallback's; a notebook would get another table beside it
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # never nn.DataParallel
+    return arguments
+
+
+# ---------------------------------------------------------------- training
+
+
+def finished_report(prepared):
+    """Return the report of a run that is resumed although it is finished, else None."""
+    if not prepared.checkpoint:
+        return None
+    report = read_json(prepared.output_dir / "training_summary_report.json")
+    if report:
+        say(f"resume    {prepared.output_dir} is finished: final/ and the report are there")
+    return report
+
+
+def dry_report(prepared):
+    """Return what is known before training, for --dry_run."""
+    return prepared.record | {"plan": asdict(prepared.plan) | {"notes": list(utils.NOTES)}}
+
+
+def begin(prepared):
+    """Write training_config.json, and do what needs the model as it is before the first step."""
+    if prepared.trainer.is_world_process_zero():
+        begin_output_dir(prepared.output_dir, prepared.overwrite, prepared.record)
+    prepared.trainer.before_training()
+
+
+def train(prepared):
+    """Train; return (metrics before, metrics of what final/ will hold, warnings in words).
+
+    Raises Stopped if a signal came.
+    """
+    trainer, plan, checkpoint = prepared.trainer, prepared.plan, prepared.checkpoint
+    stored = read_json(checkpoint / "trainer_state.json") if checkpoint else None
+    before = metrics_before(trainer, plan, stored)
+    callback = RunCallback(trainer, plan, prepared.output_dir, before)
+    trainer.remove_callback(PrinterCallback)  # what disable_tqdm leaves
+    trainer.add_callback(callback)
+    if plan.patience:
+        trainer.add_callback(EarlyStoppingCallback(plan.patience))
+    if stored and is_finished(stored, plan):  # killed between its last checkpoint and final/
+        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        trainer._load_from_checkpoint(str(best_checkpoint(checkpoint, stored)))
+    else:
+        fit(trainer, callback, checkpoint)
+    step = trainer.state.global_step
+    if callback.signal and step < plan.total_steps:
+        raise Stopped(
+            f"stopped after step {step}. Go on with the same command and --resume_from_checkpoint",
+            callback.signal,
+        )
+    after = metrics_after(trainer.state, plan)
+    last = last_warnings(trainer, plan, before, after)
+    for text in last:
+        say(f"warning   {text}")
+    return before, after, worsenings(trainer.state.log_history, plan.watched) + last
+
+
+def metrics_before(trainer, plan, stored):
+    """Measure the untrained model, or take what a resumed run's `stored` state says of it."""
+    if stored:
+        first = next(iter(stored["log_history"]), {})
+        return evaluated(first)
+    return trainer.measure_dev_sets() if plan.has_dev else {}
+
+
+def evaluated(entry):
+    """Return the metrics of dev sets in an entry of the log."""
+    return {name: value for name, value in entry.items() if name.startswith("eval_")}
+
+
+def is_finished(stored, plan):
+    """Tell whether a trainer_state.json is that of a run's last step, early stopping included."""
+    stopping = stored["stateful_callbacks"].get("EarlyStoppingCallback", {})
+    waited = stopping.get("attributes", {}).get("early_stopping_patience_counter", 0)
+    return stored["global_step"] >= plan.total_steps or waited >= (plan.patience or math.inf)
+
+
+def fit(trainer, callback, checkpoint):
+    """Run Trainer's loop; SIGINT and SIGTERM end it after the step under way, with a checkpoint."""
+    try:
+        with caught_signals(callback.catch):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        if callback.training_bar:  # left open by an error, which would stand in its line
+            callback.training_bar.close()
+
+
+def metrics_after(state, plan):
+    """Return the metrics of the state that final/ will hold: the best, else the last."""
+    step = state.best_global_step if plan.save_best else state.global_step
+    after = {}
+    for entry in state.log_history:
+        if f"eval_{plan.metric}" in entry and entry["step"] == step:
+            after = evaluated(entry)
+    return after
+
+
+def last_warnings(trainer, plan, before, after):
+    """Return what a user should be warned of once training is over, in words."""
+    found = trainer.warnings_about(after)
+    name = f"eval_{plan.metric}"
+    if after:
+        gained = after[name] - before[name]
+        if not plan.greater_is_better:
+            gained = -gained
+        if gained < 0:
+            found.append(
+                f"{plan.metric} is worse than before training: lower --lr, and look at the data"
+            )
+    losses = running_mean([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    if not plan.has_dev and len(losses) > 1 and losses[-1] < 0.1 * losses[0]:
+        found.append(
+            f"the loss fell by {1 - losses[-1] / losses[0]:.0%} with no dev set to tell learning "
+            "from learning by heart: pass --dev_file or --dev_size"
+        )
+    return found
+
+
+def resumed_after(checkpoint):
+    """Return after which step a run goes on: 0 without a checkpoint."""
+    return read_json(checkpoint / "trainer_state.json")["global_step"] if checkpoint else 0
