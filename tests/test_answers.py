@@ -5,100 +5,17 @@ import shutil
 from pathlib import Path
 
 import utils
-from conftest import CHATML, chat_tokenizer, make_chats, randomise_adapters, write_jsonl
+from conftest import chat_tokenizer, make_chats, randomise_adapters, write_jsonl
 from examples import ask
+from families import FAMILIES, FRAMED
 from parts import causal
 from parts.answers import DevSet, choose_asked, draw_rows, measure, write_predictions
 from parts.chats import Example
 from parts.scores import answer_of
-from train_sft_lora import Chat, decode_answer
 
 import pytest
 from peft import LoraConfig, get_peft_model
-from test_sft_masks import FAMILIES, make_chat
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-TEXT = '{"a": "all , is \'t", "b": [1]}'
-HARMONY = (  # gpt-oss: an answer stands in a channel of its own, behind that of the thoughts
-    "{% for m in messages %}<|start|>{{ m.role }}{% if m.role == 'assistant' %}"
-    "{% if m.thinking %}<|channel|>analysis<|message|>{{ m.thinking }}<|end|><|start|>assistant{% endif %}"
-    "<|channel|>final<|message|>{{ m.content }}"
-    "{{ '<|return|>' if loop.last and not add_generation_prompt else '<|end|>' }}"
-    "{% else %}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
-)
-RECIPIENT = (  # functionary: words, no special tokens, say to whom
-    "{% for m in messages %}<|h|>{{ m.role }}<|e|>{% if m.role == 'assistant' %}>>>all\n{% endif %}"
-    "{{ m.content }}<|eot|>{% endfor %}{% if add_generation_prompt %}<|h|>assistant<|e|>>>>{% endif %}"
-)
-SEED = (  # Seed-OSS: thoughts between special tokens
-    "{% for m in messages %}<bos>{{ m.role }}\n"
-    "{% if m.reasoning_content %}<s:think>{{ m.reasoning_content }}</s:think>\n{% endif %}"
-    "{{ m.content }}<eos>{% endfor %}{% if add_generation_prompt %}<bos>assistant\n{% endif %}"
-)
-PARTS = (  # Kimi K3: the tag that ends an answer ends the thinking, too
-    "{% for m in messages %}<open>{{ m.role }}<sep>{% if m.role == 'assistant' %}<open>think<sep>{{ m.thinking or '' }}"
-    "<close>think<sep><open>response<sep>{{ m.content }}<close>response<sep>{% else %}{{ m.content }}<close>{% endif %}"
-    "<eom>{% endfor %}{% if add_generation_prompt %}<open>assistant<sep><open>think<sep>{% endif %}"
-)
-COMMAND = (  # Command A: an answer has a beginning and an end
-    "{% for m in messages %}<turn>{{ m.role }}{% if m.role == 'assistant' %}<text>{{ m.content }}</text><eot>"
-    "{% else %}{{ m.content }}<eot>{% endif %}{% endfor %}{% if add_generation_prompt %}<turn>assistant{% endif %}"
-)
-FRAMED = {  # template, EOS, other special tokens, [(generated before the stop token, its answer)]
-    "gpt-oss": (HARMONY, "<|return|>", "<|start|> <|channel|> <|message|> <|end|>", [
-        (f"<|channel|>final<|message|>{TEXT}", TEXT),
-        (f"<|channel|>analysis<|message|>final? {{}}<|end|><|start|>assistant<|channel|>final<|message|>{TEXT}", TEXT),
-        ("<|channel|>final<|message|>1<|end|><|start|>assistant<|channel|>final<|message|>2", "2"),  # the last one
-        ('<|channel|>analysis<|message|>{"a": 1}', '<|channel|>analysis<|message|>{"a": 1}')]),  # no answer yet
-    "functionary": (RECIPIENT, "<|eot|>", "<|h|> <|e|>", [
-        (f"all\n{TEXT}", TEXT),
-        ("all\nall is all\nwell", "all is all\nwell"),
-        ("allow all\nof it", "allow all\nof it")]),
-    "seed-oss": (SEED, "<eos>", "<bos> <s:think> </s:think>", [
-        (TEXT, TEXT), (f"<s:think>hm</s:think>\n{TEXT}", TEXT), (f"<s:think>{TEXT}", f"<s:think>{TEXT}")]),
-    "kimi k3": (PARTS, "<eom>", "<open> <close> <sep>", [
-        (f"<close>think<sep><open>response<sep>{TEXT}<close>response<sep>", TEXT),
-        (f"hm<close>think<sep><open>response<sep>{TEXT}<close>response<sep>", TEXT),
-        (f"<close>think<sep><open>response<sep>{TEXT}", TEXT)]),  # cut off
-    "command a": (COMMAND, "<eot>", "<turn> <text> </text>", [(f"<text>{TEXT}</text>", TEXT)]),
-    "special </think>": (FAMILIES["qwen3"][0][0], "<|im_end|>", "<|im_start|> <think> </think>", [
-        (TEXT, TEXT), (f"<think>\nhm\n</think>\n\n{TEXT}", TEXT), (f"hm</think>{TEXT}", TEXT)]),
-}  # fmt: skip
-
-
-def framed_chat(name, thinking=True):
-    template, eos, special, _ = FRAMED[name]
-    return Chat(chat_tokenizer(template, eos, None, special.split()), thinking, [eos])
-
-
-@pytest.mark.parametrize("thinking", [True, False])
-@pytest.mark.parametrize("name", FRAMED)
-def test_an_answer_is_what_stands_in_the_frame(name, thinking):
-    chat = framed_chat(name, thinking)
-    for generated, answer in FRAMED[name][3]:
-        assert answer_of(decode_answer(chat.tokenizer, chat.ids(generated), chat.frame)) == answer
-    question = {"role": "user", "content": "What?"}
-    _, ids = chat.turn([question, {"role": "assistant", "content": TEXT}], 1)
-    end = min(t for t, token in enumerate(ids) if token in chat.stop_ids)
-    assert end >= len(ids) - 2  # phi's and Command A's second token is not needed
-    assert answer_of(decode_answer(chat.tokenizer, ids[:end], chat.frame)) == TEXT
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_plain_templates_have_no_frame(name):
-    chat = make_chat(*FAMILIES[name][0])
-    assert chat.frame is None
-    assert decode_answer(chat.tokenizer, chat.ids(TEXT), None) == TEXT
-
-
-def test_blanks_before_punctuation_are_kept():
-    tokenizer = chat_tokenizer(CHATML, "<|im_end|>", None, ["<|im_start|>"])
-    tokenizer.clean_up_tokenization_spaces = True  # Llama 3 has it in its file
-    tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
-    assert tokenizer.decode(tokenizer(TEXT)["input_ids"]) != TEXT
-    assert decode_answer(tokenizer, tokenizer(TEXT)["input_ids"], None) == TEXT
-
 
 # ---------------------------------------------------------------- a base whose answers have a frame
 

@@ -10,6 +10,7 @@ from conftest import write_jsonl
 from utils import InputError
 
 import pytest
+from transformers import AutoTokenizer
 
 GOOD = {"query": "q", "pos": ["p"], "neg": ["n"]}
 
@@ -228,3 +229,102 @@ def test_broken_folders_and_models_end_in_a_sentence(case, tmp_path, tiny_bert, 
     with pytest.raises(InputError) as error:
         train_embed_lora.main([*base, *flags])
     assert sentence in str(error.value)
+
+
+# ---------------------------------------------------------------- of conversations
+
+BAD_FILES = {
+    "truncated JSON": (
+        '{"messages": [{"role": "user", "content": "x"}, {"role": "assis\n',
+        "line 1: no valid JSON",
+    ),
+    "no rows": ("", "holds no rows"),
+    "a list a line": ("[1, 2]\n", "line 1: a list, not a JSON object"),
+    "all answers empty": ('{"prompt": "x", "completion": "  "}\n', "no row is left to train on"),
+    "nobody answers": (
+        '{"messages": [{"role": "user", "content": "x"}]}\n',
+        "no row is left to train on",
+    ),
+    "nobody asks": (
+        '{"messages": [{"role": "assistant", "content": "x"}]}\n',
+        "no row is left to train on",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_file_ends_in_a_sentence(name, run_sft, tmp_path):
+    text, sentence = BAD_FILES[name]
+    (tmp_path / "bad.jsonl").write_text(text)
+    with pytest.raises(utils.InputError, match=sentence):
+        run_sft(data=str(tmp_path / "bad.jsonl"))
+
+
+# flags beside good data, what is said
+BAD_FLAGS = {
+    "unknown metric": (
+        ["--metric_for_best", "pos_f1"],
+        "pos_f1 is not measured. Choose one of loss, token_accuracy. More",
+    ),
+    "everything over-long": (
+        ["--max_length", 12],
+        r"all 58 responses were cut away by --max_length 12. Raise it: the longest row",
+    ),
+    "first over-long": (
+        ["--max_length", 30, "--overlong", "error"],
+        "line .*: longer than --max_length 30",
+    ),
+    "all dropped by regex": (["--drop_regex", "."], "no row is left to train on"),
+    "dev file without rows": (["--dev_file", "EMPTY"], "holds no row to evaluate on"),
+    "no template file": (
+        ["--chat_template", "nowhere.jinja"],
+        "--chat_template nowhere.jinja cannot be read",
+    ),
+    "template with an error": (
+        ["--chat_template", "BROKEN"],
+        "the chat template cannot render a simple conversation",
+    ),
+    "template without answers": (
+        ["--chat_template", "MUTE"],
+        "the chat template cannot render a simple conversation",
+    ),
+    "template refusing every row": (
+        ["--chat_template", "REFUSES"],
+        "no row has a token to learn from",
+    ),
+    "not a causal model": (["--model_name", "BERT"], "Choose a causal language model"),
+    "adapter of another base": (["--init_adapter", "NO_ADAPTER"], SystemExit),
+    "unreachable endpoint": (
+        ["--eval_only", "--endpoint", "http://127.0.0.1:9"],
+        "gives no answer",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FLAGS)
+def test_bad_flag_ends_in_a_sentence(name, run_sft, tmp_path, tiny_bert, tiny_chat):
+    flags, sentence = BAD_FLAGS[name]
+    files = {"EMPTY": write_jsonl(tmp_path / "empty.jsonl", [{"prompt": "x", "completion": ""}])}
+    files["BERT"] = str(tmp_path / "bert")
+    shutil.copytree(tiny_bert, tmp_path / "bert")
+    AutoTokenizer.from_pretrained(tiny_chat).save_pretrained(tmp_path / "bert")
+    files["NO_ADAPTER"] = str(tmp_path)
+    for key, text in (
+        ("BROKEN", "{% for m in messages %}"),
+        ("MUTE", "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"),
+        (
+            "REFUSES",
+            "{% for m in messages %}{% if 'QUESTION' not in messages[0].content %}{{ raise_exception('no finding') }}"
+            "{% endif %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}",
+        ),
+    ):
+        (tmp_path / f"{key}.jinja").write_text(text)
+        files[key] = str(tmp_path / f"{key}.jinja")
+    flags = [files.get(flag, flag) for flag in flags]
+    if sentence is SystemExit:
+        with pytest.raises(SystemExit) as exit:
+            run_sft(*flags)
+        assert exit.value.code == 2
+    else:
+        with pytest.raises(utils.InputError, match=sentence):
+            run_sft(*flags)

@@ -95,3 +95,31 @@ def test_init_adapter_with_a_contradicting_rank_exits_2(run_embed, tmp_path, cap
         run_embed("--init_adapter", tmp_path / "one/final", "--lora_r", 8)
     assert stop.value.code == 2
     assert "was trained with lora_r 4, not 8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--endpoint", "http://x"], "add --eval_only"),
+        (["--sanity_overfit", "5", "--eval_only"], "pass one"),
+        (["--sanity_overfit", "5", "--dev_file", "x"], "measures the rows it trains on"),
+        (
+            ["--sanity_overfit", "5", "--early_stopping_patience", "2"],
+            "measures the rows it trains on",
+        ),
+        (["--drop_regex", "("], "--drop_regex"),
+        (["--max_length", "4"], "outside"),
+        (["--overlong", "cut"], "invalid choice"),
+        (["--eval_generate", "-1"], "outside"),
+    ],
+)
+def test_flags_that_do_not_go_together_exit_2(flags, sentence, capsys):
+    with pytest.raises(SystemExit) as exit:
+        train_sft_lora.parse_args(["--train_file", "x", *flags])
+    assert exit.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_eval_only_needs_rows(capsys):
+    with pytest.raises(SystemExit):
+        train_sft_lora.parse_args(["--eval_only"])
+    assert "needs rows to evaluate on" in capsys.readouterr().err
