@@ -1,4 +1,6 @@
-"""Write training pairs from the docstrings of Python's standard library: summary line -> the rest.
+"""Write training pairs from the docstrings of Python's own standard library.
+
+The summary line is the query, the rest of the docstring its positive.
 
 python examples/stdlib_pairs.py runs/demo/pairs.jsonl
 """
@@ -9,49 +11,50 @@ import sys
 import sysconfig
 from pathlib import Path
 
-SKIPPED = {
-    "test",
-    "tests",
-    "site-packages",
-    "dist-packages",
-    "idlelib",
-    "lib2to3",
-    "idle_test",
-    "turtledemo",
-    "ensurepip",
-}
+SKIPPED = frozenset(
+    "test tests site-packages dist-packages idlelib lib2to3 idle_test turtledemo ensurepip".split()
+)
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def docstrings(folder):
     """Yield the docstring of every module, class and function below `folder`."""
     for path in sorted(folder.rglob("*.py")):
-        if SKIPPED.isdisjoint(path.relative_to(folder).parts):
-            for node in ast.walk(ast.parse(path.read_bytes())):
-                if isinstance(
-                    node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-                ):
-                    yield ast.get_docstring(node) or ""
+        if not SKIPPED.isdisjoint(path.relative_to(folder).parts):
+            continue
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, DOCUMENTED):
+                yield ast.get_docstring(node) or ""
+
+
+def on_one_line(text):
+    """Return a text with single blanks for all its white space."""
+    return " ".join(text.split())
+
+
+def make_pairs(texts):
+    """Return {summary: body} of docstrings; every summary and every body once."""
+    pairs = {}
+    bodies = set()
+    for text in texts:
+        summary, _, body = text.partition("\n\n")
+        summary = on_one_line(summary)
+        body = on_one_line(body)
+        says_enough = 20 <= len(summary) <= 120 and len(body) >= 80
+        if says_enough and summary not in pairs and body not in bodies:
+            pairs[summary] = body[:1000]
+            bodies.add(body)
+    return pairs
 
 
 def main(target):
-    """Write one {"query": summary, "pos": [body]} a line; every summary and every body once."""
-    pairs, bodies = {}, set()
-    for text in docstrings(Path(sysconfig.get_path("stdlib"))):
-        summary, body = (" ".join(part.split()) for part in text.partition("\n\n")[::2])
-        if (
-            20 <= len(summary) <= 120
-            and len(body) >= 80
-            and summary not in pairs
-            and body not in bodies
-        ):
-            pairs[summary] = body[:1000]
-            bodies.add(body)
+    """Write one {"query": summary, "pos": [body]} a line."""
+    pairs = make_pairs(docstrings(Path(sysconfig.get_path("stdlib"))))
+    lines = []
+    for query, body in pairs.items():
+        lines.append(json.dumps({"query": query, "pos": [body]}, ensure_ascii=False) + "\n")
     Path(target).parent.mkdir(parents=True, exist_ok=True)
-    lines = [
-        json.dumps({"query": query, "pos": [body]}, ensure_ascii=False)
-        for query, body in pairs.items()
-    ]
-    Path(target).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    Path(target).write_text("".join(lines), encoding="utf-8")
     print(f"{len(lines)} pairs in {target}")
 
 

@@ -1,4 +1,6 @@
-"""Make what the SFT demo needs without a download: a tiny Qwen3, and rows of an extraction task.
+"""Make what the SFT demo needs without a download: a tiny Qwen3 and rows of an extraction task.
+
+The model has random weights.
 
 python examples/tiny_qwen3.py runs/demo
 """
@@ -32,7 +34,8 @@ CHATML = (
 
 def make_rows(count):
     """Return rows of messages: an order in words, and the same as JSON."""
-    rng, rows = random.Random(0), []
+    rng = random.Random(0)
+    rows = []
     for _ in range(count):
         order = {"to": rng.choice(NAMES), "item": rng.choice(ITEMS), "colour": rng.choice(COLOURS)}
         text = rng.choice(FORMS).format(name=order["to"], **order)
@@ -42,9 +45,13 @@ def make_rows(count):
 
 
 def make_pairs(rows):
-    """Return preference pairs: the JSON is better than the same order, or more, in words."""
+    """Return preference pairs: the JSON is better than the same order in words.
+
+    Every other one is a longer chat about it.
+    """
     pairs = []
-    for i, (*prompt, answer) in enumerate(row["messages"] for row in rows):
+    for i, row in enumerate(rows):
+        *prompt, answer = row["messages"]
         order = json.loads(answer["content"])
         words = f"{order['colour']} {order['item']} for {order['to']}"
         worse = f"Sure! Here is the order that you asked for: {words}." if i % 2 else words
@@ -52,30 +59,29 @@ def make_pairs(rows):
     return pairs
 
 
-def make_model(folder, texts, vocabulary=600, positions=512):
-    """Save a Qwen3 of 4 layers of 192 with random weights, and a tokenizer trained on the texts."""
+def make_tokenizer(texts, vocabulary):
+    """Return a byte-level tokenizer of this many tokens, trained on the texts."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
-    special, alphabet = (
-        ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        pre_tokenizers.ByteLevel.alphabet(),
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=special,
-        initial_alphabet=alphabet,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         chat_template=CHATML,
     )
+
+
+def make_model(folder, texts, vocabulary=600, positions=512):
+    """Save a Qwen3 of 4 layers of 192 with random weights, and a tokenizer for the texts."""
+    tokenizer = make_tokenizer(texts, vocabulary)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = Qwen3Config(
@@ -94,15 +100,25 @@ def make_model(folder, texts, vocabulary=600, positions=512):
     Qwen3ForCausalLM(config).save_pretrained(folder)
 
 
-if __name__ == "__main__":
-    out = Path(sys.argv[1])
-    out.mkdir(parents=True, exist_ok=True)
+def write_lines(path, rows):
+    """Write JSON lines."""
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def main(folder):
+    """Write orders.jsonl, preferences.jsonl and tiny_qwen3/ into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
     rows = make_rows(1200)
-    make_model(out / "tiny_qwen3", [turn["content"] for row in rows for turn in row["messages"]])
-    for name, part in (("orders", rows), ("preferences", make_pairs(rows[:300]))):
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part)
-        (out / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    texts = [turn["content"] for row in rows for turn in row["messages"]]
+    make_model(folder / "tiny_qwen3", texts)
+    write_lines(folder / "orders.jsonl", rows)
+    write_lines(folder / "preferences.jsonl", make_pairs(rows[:300]))
     print(
-        f"{len(rows)} rows in {out}/orders.jsonl, pairs in {out}/preferences.jsonl, "
-        f"a model in {out}/tiny_qwen3"
+        f"{len(rows)} rows in {folder}/orders.jsonl, pairs in {folder}/preferences.jsonl, "
+        f"a model in {folder}/tiny_qwen3"
     )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
