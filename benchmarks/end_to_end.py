@@ -28,7 +28,9 @@ CHATML = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-ASK = ["--eval_generate", "100", "--max_new_tokens", "96", "--overwrite", "--report_to", "none"]
+QUIET = ["--overwrite", "--report_to", "none"]
+LEARN = ["--dev_size", "0", "--weight_decay", "0", *QUIET]
+ASK = ["--eval_generate", "100", "--max_new_tokens", "96", *QUIET]
 
 
 def make_tokenizer(llama_cpp, folder):
@@ -39,13 +41,12 @@ def make_tokenizer(llama_cpp, folder):
     fields = GGUFReader(llama_cpp / "models/ggml-vocab-qwen2.gguf").fields
 
     def read(name):
-        return [fields[name].parts[i] for i in fields[name].data]
+        field = fields[f"tokenizer.ggml.{name}"]
+        return [field.parts[i] for i in field.data]
 
-    tokens, merges = (
-        [bytes(part).decode() for part in read(f"tokenizer.ggml.{name}")]
-        for name in ("tokens", "merges")
-    )
-    plain = [int(part[0]) == 1 for part in read("tokenizer.ggml.token_type")]
+    tokens = [bytes(part).decode() for part in read("tokens")]
+    merges = [bytes(part).decode() for part in read("merges")]
+    plain = [int(part[0]) == 1 for part in read("token_type")]
     tokenizer = Qwen2TokenizerFast(
         vocab={token: i for i, token in enumerate(tokens) if plain[i]},
         merges=[tuple(merge.split(" ")) for merge in merges],
@@ -85,7 +86,8 @@ def make_rows(data, folder):
     rows = [json.loads(line) for line in (data / "stage1_train.jsonl").open(encoding="utf-8")]
     counts = [len(json.loads(row["messages"][-1]["content"])["persons"]) for row in rows]
     short = [i for i, row in enumerate(rows) if len(row["messages"][1]["content"]) < 80]
-    found, empty = [i for i in short if counts[i]][:50], [i for i in short if not counts[i]][:50]
+    found = [i for i in short if counts[i]][:50]
+    empty = [i for i in short if not counts[i]][:50]
     for name, part in (("all", found + empty), ("pos", found)):
         lines = (json.dumps(rows[i], ensure_ascii=False) + "\n" for i in part)
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -98,19 +100,12 @@ def run(script, *flags):
 
 def evaluate(folder, name, *flags):
     """Return the metrics of the two dev sets."""
-    files = [
-        part for dev in ("all", "pos") for part in ("--dev_file", f"{dev}={folder / dev}.jsonl")
-    ]
-    run(
-        "train_sft_lora.py",
-        "--eval_only",
-        *flags,
-        *files,
-        *ASK,
-        "--output_dir",
-        folder / f"eval-{name}",
-    )
-    return json.loads((folder / f"eval-{name}/evaluation_report.json").read_text())["metrics"]
+    files = []
+    for dev in ("all", "pos"):
+        files += ["--dev_file", f"{dev}={folder / dev}.jsonl"]
+    out = folder / f"eval-{name}"
+    run("train_sft_lora.py", "--eval_only", *flags, *files, *ASK, "--output_dir", out)
+    return json.loads((out / "evaluation_report.json").read_text())["metrics"]
 
 
 def evaluate_gguf(folder, name, path):
@@ -118,17 +113,8 @@ def evaluate_gguf(folder, name, path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "llama_cpp.server",
-        "--model",
-        path,
-        "--n_ctx",
-        "1024",
-        "--port",
-        str(port),
-    ]
+    command = [sys.executable, "-m", "llama_cpp.server", "--model", path]
+    command += ["--n_ctx", "1024", "--port", str(port)]
     server = subprocess.Popen(
         list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -145,6 +131,37 @@ def evaluate_gguf(folder, name, path):
         server.wait()
 
 
+def train(folder, model, out, *flags):
+    """Train on all rows."""
+    files = ["--train_file", folder / "all.jsonl", "--output_dir", folder / out]
+    run("train_sft_lora.py", "--model_name", folder / model, *files, *flags, *LEARN)
+
+
+def make_models(folder, llama_cpp, kind):
+    """Leave base/final, sft/final, merged and two GGUFs in the folder."""
+    make_base(llama_cpp, folder / "random")
+    full = ["--finetune_type", "full", "--lr", "2e-3", "--max_steps", "110"]
+    train(folder, "random", "base", *full)
+    lora = ["--lora_r", "64", "--lora_alpha", "128", "--lr", "3e-3", "--max_steps", "300"]
+    train(folder, "base/final", "sft", *lora)
+    merged = folder / "merged"
+    adapter = ["--lora_adapter_path", folder / "sft/final"]
+    run("merge.py", *adapter, "--output_path", merged, "--overwrite")
+    gguf = ["--model_path", merged, "--output_path", folder / "gguf", "--overwrite"]
+    llama = ["--llama_cpp", llama_cpp, "--quantize", kind]
+    run("examples/gguf_ollama.py", *gguf, *llama)
+
+
+def evaluate_all(folder, kind):
+    """Return {stage: its metrics}."""
+    metrics = {}
+    for name, model in (("base", "base/final"), ("adapter", "sft/final"), ("merged", "merged")):
+        metrics[name] = evaluate(folder, name, "--model_name", folder / model)
+    for name in ("f16", kind):
+        metrics[name] = evaluate_gguf(folder, name, folder / f"gguf/model-{name}.gguf")
+    return metrics
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -156,46 +173,11 @@ def main():
     )
     parser.add_argument("--quantize", default="q4_k_m")
     args = parser.parse_args()
-    folder, learn = (
-        args.folder,
-        ["--dev_size", "0", "--weight_decay", "0", "--overwrite", "--report_to", "none"],
-    )
+    folder = args.folder
     folder.mkdir(parents=True, exist_ok=True)
     make_rows(args.data, folder)
-    make_base(args.llama_cpp, folder / "random")
-    for model, out, flags in (
-        ("random", "base", "--finetune_type full --lr 2e-3 --max_steps 110"),
-        ("base/final", "sft", "--lora_r 64 --lora_alpha 128 --lr 3e-3 --max_steps 300"),
-    ):
-        files = [
-            "--model_name",
-            folder / model,
-            "--train_file",
-            folder / "all.jsonl",
-            "--output_dir",
-            folder / out,
-        ]
-        run("train_sft_lora.py", *files, *flags.split(), *learn)
-    run(
-        "merge.py",
-        "--lora_adapter_path",
-        folder / "sft/final",
-        "--output_path",
-        folder / "merged",
-        "--overwrite",
-    )
-    gguf = ["--model_path", folder / "merged", "--output_path", folder / "gguf", "--overwrite"]
-    llama = ["--llama_cpp", args.llama_cpp, "--quantize", args.quantize]
-    run("examples/gguf_ollama.py", *gguf, *llama)
-    metrics = {
-        "base": evaluate(folder, "base", "--model_name", folder / "base/final"),
-        "adapter": evaluate(folder, "adapter", "--model_name", folder / "sft/final"),
-        "merged": evaluate(folder, "merged", "--model_name", folder / "merged"),
-        "f16": evaluate_gguf(folder, "f16", folder / "gguf/model-f16.gguf"),
-        args.quantize: evaluate_gguf(
-            folder, args.quantize, folder / f"gguf/model-{args.quantize}.gguf"
-        ),
-    }
+    make_models(folder, args.llama_cpp, args.quantize)
+    metrics = evaluate_all(folder, args.quantize)
     report = {
         "metrics": metrics,
         "merge": json.loads((folder / "merged/merge_report.json").read_text())["verification"],
@@ -204,14 +186,11 @@ def main():
     path = ROOT / "benchmarks/results/end_to_end.json"
     path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for name, found in metrics.items():
-        print(
-            name,
-            {
-                key: round(value, 4)
-                for key, value in found.items()
-                if key.endswith(("exact_match", "_f1", "stop_rate"))
-            },
-        )
+        shown = {}
+        for key, value in found.items():
+            if key.endswith(("exact_match", "_f1", "stop_rate")):
+                shown[key] = round(value, 4)
+        print(name, shown)
 
 
 if __name__ == "__main__":

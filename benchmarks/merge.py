@@ -93,7 +93,40 @@ def measure(side, folder):
     command = [sys.executable, "-c", code, folder / "base", folder / "adapter", out]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder)
     command_seconds = time.perf_counter() - started
-    return *map(float, done.stdout.split("MEASURED")[1].split()), command_seconds
+    seconds, mebibytes = map(float, done.stdout.split("MEASURED")[1].split())
+    return seconds, mebibytes, command_seconds
+
+
+def measure_all(folder, rounds):
+    """Return {side: [what measure() returns]}, the sides in turn."""
+    runs = {side: [] for side in SIDES}
+    for _ in range(rounds):
+        for side in SIDES:
+            seconds, mebibytes, command_seconds = measure(side, folder)
+            runs[side].append((seconds, mebibytes, command_seconds))
+            print(f"{side}: {seconds:.2f} s, {mebibytes:.0f} MiB above bare", flush=True)
+    return runs
+
+
+def summary(runs, gigabytes):
+    """Return the medians of all runs, and how many times as fast as peft ours is."""
+    seconds = {}
+    mebibytes = {}
+    command_seconds = {}
+    for side, rows in runs.items():
+        seconds[side] = statistics.median(row[0] for row in rows)
+        mebibytes[side] = statistics.median(row[1] for row in rows)
+        command_seconds[side] = statistics.median(row[2] for row in rows)
+    return {
+        "seconds": seconds,
+        "mebibytes_above_bare": mebibytes,
+        "gigabytes_per_second": {side: gigabytes / each for side, each in seconds.items()},
+        "command_seconds": command_seconds,
+        "speedup": {
+            "work": seconds["peft"] / seconds["ours"],
+            "command": command_seconds["peft"] / command_seconds["ours"],
+        },
+    }
 
 
 def main():
@@ -108,36 +141,14 @@ def main():
         folder = Path(folder)
         make_model(folder, args.layers)
         gigabytes = (folder / "base/model.safetensors").stat().st_size / 1e9
-        runs = {side: [] for side in SIDES}
-        for _ in range(args.rounds):
-            for side in SIDES:
-                runs[side].append(measure(side, folder))
-                print(
-                    f"{side}: {runs[side][-1][0]:.2f} s, {runs[side][-1][1]:.0f} MiB above bare",
-                    flush=True,
-                )
-    medians = {
-        side: [statistics.median(column) for column in zip(*rows, strict=True)]
-        for side, rows in runs.items()
-    }
-    speedup = {}
-    for i, name in ((0, "work"), (2, "command")):
-        speedup[name] = medians["peft"][i] / medians["ours"][i]
-    report = {
-        "gigabytes": gigabytes,
-        "rounds": args.rounds,
-        "runs": runs,
-        "torch": torch.__version__,
-        "cores": os.cpu_count(),
-        "seconds": {side: found[0] for side, found in medians.items()},
-        "mebibytes_above_bare": {side: found[1] for side, found in medians.items()},
-        "gigabytes_per_second": {side: gigabytes / found[0] for side, found in medians.items()},
-        "command_seconds": {side: found[2] for side, found in medians.items()},
-        "speedup": speedup,
-    }
+        runs = measure_all(folder, args.rounds)
+    facts = {"torch": torch.__version__, "cores": os.cpu_count()}
+    report = {"gigabytes": gigabytes, "rounds": args.rounds, "runs": runs}
+    report |= facts | summary(runs, gigabytes)
     path = ROOT / "benchmarks/results/merge.json"
     path.write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps({name: value for name, value in report.items() if name != "runs"}, indent=2))
+    del report["runs"]
+    print(json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":

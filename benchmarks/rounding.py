@@ -56,9 +56,8 @@ def random_adapter(base, folder, size):
         if "default" in getattr(layer, "lora_B", {}):
             weight = layer.lora_B["default"].weight
             weight.data.normal_()
-            weight.data *= (
-                size * layer.base_layer.weight.norm() / layer.get_delta_weight("default").norm()
-            )
+            delta = layer.get_delta_weight("default").norm()
+            weight.data *= size * layer.base_layer.weight.norm() / delta
     model.save_pretrained(folder)
 
 
@@ -103,9 +102,9 @@ def scaled(adapter, scale, folder):
     """Copy an adapter with every B scaled, so that it changes `scale` times as much."""
     folder.mkdir()
     tensors = load_file(adapter / "adapter_model.safetensors")
-    tensors = {
-        name: tensor * scale if "lora_B" in name else tensor for name, tensor in tensors.items()
-    }
+    for name in tensors:
+        if "lora_B" in name:
+            tensors[name] = tensors[name] * scale
     save_file(tensors, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text())
 
@@ -126,23 +125,15 @@ def served(adapter, base, auto_class):
 
 def merged(adapter, dtype, folder):
     """Merge in `dtype`; return what its report says, and whether the outputs would pass."""
-    flags = [
-        "--lora_adapter_path",
-        str(adapter),
-        "--output_path",
-        str(folder),
-        "--training_precision",
-        dtype,
-    ]
+    flags = ["--lora_adapter_path", str(adapter), "--output_path", str(folder)]
     # where the proof fails, the report is written all the same
     with contextlib.suppress(merge.InputError):
-        merge.main([*flags, "--verify", "full"])
+        merge.main([*flags, "--training_precision", dtype, "--verify", "full"])
     report = json.loads((folder / "merge_report.json").read_text())
-    proof = report["verification"]
-    pairs = {
-        kind: {name: proof[kind][name] for name in ("retained", "residual")}
-        for kind in ("outputs", "weights")
-    }
+    pairs = {}
+    for kind in ("outputs", "weights"):
+        proof = report["verification"][kind]
+        pairs[kind] = {"retained": proof["retained"], "residual": proof["residual"]}
     largest = max(each["relative_delta"] for each in report["tensors"].values())
     return pairs | {
         "outputs_pass": merge.keeps(merge.Figures(**pairs["outputs"])),
@@ -158,25 +149,29 @@ def limit_of(rows):
     return (math.ceil(1000 * min(noise)) - 1) / 1000 if noise else None
 
 
-def main():
+def measure_all(folder):
+    """Return {adapter and scale: {dtype: what merged() returns, "served": ...}}."""
     report = {}
+    for name, (adapter, base, auto_class) in make_adapters(folder).items():
+        for scale in SCALES:
+            source = folder / f"{name}-{scale}"
+            scaled(adapter, scale, source)
+            row = {}
+            for dtype in DTYPES:
+                row[dtype] = merged(source, dtype, folder / f"{source.name}-{dtype}")
+            row["served"] = served(source, base, auto_class)
+            report[source.name] = row
+            print(source.name, json.dumps(row), flush=True)
+    return report
+
+
+def main():
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        for name, (adapter, base, auto_class) in make_adapters(folder).items():
-            for scale in SCALES:
-                source = folder / f"{name}-{scale}"
-                scaled(adapter, scale, source)
-                row = {
-                    dtype: merged(source, dtype, folder / f"{source.name}-{dtype}")
-                    for dtype in DTYPES
-                }
-                row["served"] = served(source, base, auto_class)
-                report[source.name] = row
-                print(source.name, json.dumps(row), flush=True)
-    rows = [row[dtype] for row in report.values() for dtype in DTYPES]
-    report = {"limit": limit_of(rows), "rows": report}
-    print("limit", report["limit"])
-    (ROOT / "benchmarks/results/rounding.json").write_text(json.dumps(report, indent=2) + "\n")
+        found = measure_all(Path(folder))
+    limit = limit_of([row[dtype] for row in found.values() for dtype in DTYPES])
+    print("limit", limit)
+    text = json.dumps({"limit": limit, "rows": found}, indent=2)
+    (ROOT / "benchmarks/results/rounding.json").write_text(text + "\n")
 
 
 if __name__ == "__main__":
