@@ -380,9 +380,10 @@ def namespace_holders(name, text, exempt=(), variables=True):
 
 
 def flags_read(text):
-    """Names that are read as attributes of `args`, or with getattr(args, "name").
+    """Names that are read as attributes of `args`, or named in a call that is given `args`.
 
-    `args.lr = args.lr or 2e-4` reads nothing: it fills in a default that somebody else must read.
+    The latter is getattr(args, "name"), or a function's that does that. `args.lr = args.lr or 2e-4`
+    reads nothing: it fills in a default that somebody else must read.
     """
     tree, filled, found = ast.parse(text), set(), set()
     for node in ast.walk(tree):
@@ -394,9 +395,8 @@ def flags_read(text):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
             if last_name(node.value) == "args" and id(node) not in filled:
                 found.add(node.attr)
-        elif isinstance(node, ast.Call) and last_name(node) == "getattr":
-            if last_name(node.args[0]) == "args" and isinstance(node.args[1], ast.Constant):
-                found.add(node.args[1].value)
+        elif isinstance(node, ast.Call) and "args" in map(last_name, node.args):
+            found |= {each.value for each in node.args if isinstance(each, ast.Constant)}
     return found
 
 

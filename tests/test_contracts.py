@@ -143,8 +143,9 @@ def test_a_run_leaves_the_parsed_command_line_as_it_was(script, run_embed, run_s
     monkeypatch.setattr(module, "parse_args", keep)
     run = run_embed if module is train_embed_lora else run_sft
     run("--max_steps", 1, "--max_length", 9999, "--dev_sample_limit", 4)  # lowered to the base's
-    ((args, before),) = parsed
-    assert vars(args) == before and before["max_length"] == 9999
+    assert parsed
+    for args, before in parsed:
+        assert vars(args) == before and before["max_length"] == 9999
 
 
 def test_rooms_take_values_and_never_the_command_line():
@@ -435,4 +436,5 @@ def test_what_is_too_long_is_found():
 
 def test_a_flag_that_only_gets_a_default_is_not_read():
     assert contracts.flags_read("args.lr = args.lr or 2e-4") == set()
-    assert contracts.flags_read("x = args.lr, getattr(args, 'seed', 1)") == {"lr", "seed"}
+    assert contracts.flags_read("x = args.lr, getattr(args, 'seed')") == {"lr", "seed"}
+    assert contracts.flags_read("x = length_of(args, 'max_length', f('other'))") == {"max_length"}
