@@ -5,7 +5,7 @@
       --load_in_4bit
     python train_embed_lora.py --train_file pairs.jsonl --dry_run
 
-A data line: {"query": "how do I reset it?", "pos": ["Hold the button."], "neg": ["It weighs 2 kg."]}
+A row: {"query": "how do I reset it?", "pos": ["Hold the button."], "neg": ["It weighs 2 kg."]}
 output_dir: final/ (adapter, loads in sentence-transformers), checkpoints, logs,
 training_curves.png, a report.
 Shapes: B sequences, T tokens, D embedding, Q queries and N documents of a step, C corpus of a set.
@@ -47,7 +47,8 @@ def add_embedding_flags(parser):
     add("--max_length", "--max_sequence_length", type=integer(4), default=512, metavar="N",
         help="tokens of a query or document [512]")
     add("--query_max_len", type=integer(4), metavar="N", help="tokens of a query [--max_length]")
-    add("--passage_max_len", type=integer(4), metavar="N", help="tokens of a document [--max_length]")
+    add("--passage_max_len", type=integer(4), metavar="N",
+        help="tokens of a document [--max_length]")
     add("--query_prefix", metavar="TEXT", help="put before every query [the base's own prompt]")
     add("--doc_prefix", metavar="TEXT", help="put before every document [the base's own prompt]")
     add("--max_negs", "--neg_nums", type=integer(0), default=1, metavar="N",
@@ -512,7 +513,7 @@ def read_rows(args):
 
 
 def load_text_tokenizer(origin, ends_in_eos):
-    """Load the base's tokenizer, with a padding token, and with an EOS behind each text if asked."""
+    """Load the base's tokenizer, with a padding token, and an EOS behind each text if asked."""
     tokenizer = load_tokenizer(origin)
     if tokenizer.pad_token is None:  # as Llama's: SentenceTransformer cannot encode two texts then
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token

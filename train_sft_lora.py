@@ -6,11 +6,11 @@
     python train_sft_lora.py --train_file pairs.jsonl --pref_loss sigmoid \
       --init_adapter runs/first/final
 
-A data line: {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}
+A row: {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}
 With --pref_loss: {"prompt": "2+2?", "chosen": "4", "rejected": "5"}
 output_dir: final/ (adapter, tokenizer, stop tokens), checkpoints, logs, training_curves.png,
 predictions, a report.
-Shapes: B sequences, T tokens, N supervised tokens, V vocabulary, P pairs; (P, 2) is chosen, rejected.
+Shapes: B sequences, T tokens, N supervised tokens, V vocabulary, P pairs; (P, 2): chosen, rejected.
 """
 
 # ruff: noqa: E402  a wrong flag is answered before the imports that take five seconds
@@ -116,7 +116,8 @@ def refuse_contradictions(parser, args):
         (args.sanity_overfit and args.eval_strategy == "no",
          "--sanity_overfit must measure: drop --eval_strategy no"),
         (args.endpoint and not is_address,
-         f"--endpoint {args.endpoint} is no address of a server: write it as http://localhost:8080"),
+         f"--endpoint {args.endpoint} is no address of a server: "
+         "write it as http://localhost:8080"),
         (args.endpoint and not args.eval_only,
          "--endpoint is evaluated, not trained: add --eval_only"),
         (args.sanity_overfit and (args.dev_file or wants_best),
@@ -394,7 +395,7 @@ def check_overfit(after, train_set):
 
 
 def chooses_thinking(asked, recorded, examples):
-    """Tell whether answers begin with thinking: as asked, or as the adapter was trained, or data do.
+    """Tell whether answers begin with thinking: as asked, as the adapter was trained, as data do.
 
     asked: --enable_thinking; recorded: the flags that an adapter's run recorded.
     """
@@ -457,8 +458,8 @@ def own_advice(args):
     """Yield what about this script's own flags a user would want to know."""
     if args.pref_loss == "simpo" and args.pref_beta < 1:
         yield (
-            f"simpo is nearly flat at --pref_beta {args.pref_beta:g}: take 2.5 to 10, and a quarter "
-            "to a half of that as --simpo_gamma"
+            f"simpo is nearly flat at --pref_beta {args.pref_beta:g}: take 2.5 to 10, and a "
+            "quarter to a half of that as --simpo_gamma"
         )
     if args.epochs > 3 and not args.max_steps:
         yield f"{args.epochs:g} epochs: more than 3 usually learn the answers by heart"
@@ -478,7 +479,7 @@ class LanguageModel:
 def load_model(args, origin, config):
     """Load the base, look at what it does, wrap it; returns a LanguageModel.
 
-    Raises InputError for a model that sees the future, or cannot be asked for logits of some tokens.
+    Raises InputError for a model that sees the future, or gives no logits of some tokens alone.
     """
     precision, in_words = choose_precision(flags.asked_precision(args))
     full = args.finetune_type == "full"

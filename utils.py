@@ -1,4 +1,4 @@
-"""What every script and room needs first: a word to the user, errors in a sentence, JSON, the process.
+"""What every script and room needs first: a word to the user, errors, JSON files, the process.
 
 Import it before torch and transformers: it quiets two libraries, and imports neither by itself, so
 that --help and a wrong flag are answered at once.
@@ -19,7 +19,7 @@ warnings.filterwarnings("ignore", category=FutureWarning, module=libraries)
 
 
 class InputError(Exception):
-    """A flag, file or model of the user's is wrong: shown in a sentence, no traceback, exit code 1."""
+    """A flag, file or model of the user's is wrong: shown without a traceback, exit code 1."""
 
 
 class Stopped(KeyboardInterrupt):

@@ -3,6 +3,8 @@
 Shapes: Q queries, C documents of a corpus, D embedding.
 """
 
+import utils  # noqa: F401  quiets libraries before they are imported
+
 import numpy as np
 import torch
 import torch.nn.functional as F
