@@ -39,13 +39,14 @@ LIMITS = {
     "quantised": {"kl": 2.0, "top1": 0.5, "cosine": 0.9},
 }
 PROMPTS = (
-    "What is the capital of Japan? Answer in one word.¦日本の首都はどこですか。一言で答えてください。"
-    "¦17 + 25 = ?¦中国的首都是哪里?用一个词回答。¦한국의 수도는 어디입니까? 한 단어로."
+    "What is the capital of Japan? Answer in one word."
+    "¦日本の首都はどこですか。一言で答えてください。¦17 + 25 = ?"
+    "¦中国的首都是哪里?用一个词回答。¦한국의 수도는 어디입니까? 한 단어로."
     "¦Quelle est la capitale de la France ?"
 ).split("¦")
 PIECES = (  # of texts that tokenizers disagree on: compared each alone and before each
-    "a¦ ¦   ¦\n¦\n\n¦\t¦\r\n¦1¦1234567¦3.14¦日本語のテキスト。¦カタカナ¦中文,¦한국어¦naïve Łódź¦Привет"
-    "¦Ελληνικά¦שלום¦مرحبا¦ชาวโลก¦हिन्दी¦🙂¦👩‍👩‍👧¦I'm we'LL¦def f(x):\n    return x ** 2"
+    "a¦ ¦   ¦\n¦\n\n¦\t¦\r\n¦1¦1234567¦3.14¦日本語のテキスト。¦カタカナ¦中文,¦한국어¦naïve Łódź"
+    "¦Привет¦Ελληνικά¦שלום¦مرحبا¦ชาวโลก¦हिन्दी¦🙂¦👩‍👩‍👧¦I'm we'LL¦def f(x):\n    return x ** 2"
     "¦{'k': ['\\n']}¦https://a.b/c_d?e=%2¦...!?¦---¦“–”"
 ).split("¦")
 # llama.cpp's WordPiece does not decompose Hangul and drops Hindi's vowels
