@@ -32,6 +32,7 @@ def add_adapter(model, origin, lora, unused, *, full):
     adapter, and the unused layers are frozen. Returns (model, the adapter's dropout).
     """
     if full:
+        # DDP would wait for gradients that they never get
         for name in unused:
             model.get_submodule(name).requires_grad_(False)
         return model, lora.dropout
@@ -70,6 +71,7 @@ def make_trainable(model, unused, *, gradient_checkpointing):
             parameter.data = parameter.data.float()  # the loss scaler cannot unscale fp16 gradients
     if gradient_checkpointing:
         base = model.get_base_model() if isinstance(model, PeftModel) else model
+        # use_reentrant would need inputs with a gradient, which a frozen embedding does not give
         base.activation_checkpointing_enable({"use_reentrant": False})
 
 
@@ -134,6 +136,7 @@ def with_new_adapter(model, config, unused):
     The `unused` layers get none. Raises InputError if one of the names gets none either: peft is
     content as long as one does.
     """
+    # looked up before: peft renames what it wraps
     layers = [name for name, _ in model.named_modules()]
     weights = [name for name, _ in model.named_parameters()]
     linear = {name.split(".")[-1] for name, layer in model.named_modules() if is_linear(layer)}
@@ -152,7 +155,7 @@ def with_new_adapter(model, config, unused):
     except ValueError as error:
         kind = re.match(r"Target module (\w+)", str(error))
         why = f"a {kind[1]} is no layer that peft adapts" if kind else reason(error).rstrip(".")
-    for name in sorted(names):
+    for name in sorted(names):  # the first reason is the one that is told
         why = why or untrained(name, layers, weights, unused)
     if why or not isinstance(model, PeftModel):
         raise InputError(
@@ -196,11 +199,11 @@ def left_out(model, targets, unused):
     """
     base = model.get_base_model()
     layers = dict(base.named_modules())
-    head = base.get_output_embeddings()
+    head = base.get_output_embeddings()  # which peft leaves out of all-linear
     adapted = {name for name, layer in layers.items() if isinstance(layer, BaseTunerLayer)}
     names = [name for name, layer in layers.items() if is_linear(layer) and layer is not head]
     for name, weight in base.named_parameters():
-        if weight.ndim == 3 and "experts." in name:
+        if weight.ndim == 3 and "experts." in name:  # fused: one parameter for all experts
             names.append(name)
     found = []
     for name in names:

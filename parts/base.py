@@ -38,6 +38,7 @@ def stored_file(source, filename, revision=None):
 
     Raises OSError where the hub cannot be asked.
     """
+    # the private argument: a file that is not there is an answer here, and no error
     return cached_file(
         source, filename, revision=revision, _raise_exceptions_for_missing_entries=False
     )
@@ -48,6 +49,7 @@ def base_json(origin, filename, kind=dict):
 
     Raises InputError for one that does not hold a `kind`.
     """
+    # the adapter first: its prompts and its stop tokens are those that it was trained with
     for source, revision in ((origin.adapter, None), (origin.name, origin.revision)):
         if not source:
             continue
@@ -83,6 +85,7 @@ def load_config(origin):
     name, revision = origin.name, origin.revision
     try:
         stored, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
+        # where transformers has a class of its own for the type, that one is taken
         is_known = "auto_map" not in stored or stored.get("model_type") in CONFIG_MAPPING
         if not is_known and not origin.trust_remote_code:
             raise InputError(
@@ -99,6 +102,7 @@ def load_config(origin):
         AttributeError,
         StrictDataclassError,
     ) as error:
+        # asked for only now: of a model that loads, the hub need not be asked once more
         if is_adapter(name, revision):
             raise InputError(
                 f"--model_name {name} is an adapter, not a model. Pass --init_adapter {name} "
@@ -117,7 +121,7 @@ def position_limit(config, tokenizer):
     """Return the longest sequence the base can take, in tokens (math.inf if nothing says so)."""
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-    limit = limit or math.inf
+    limit = limit or math.inf  # 0 and None are no limit
     if any(name in config.model_type for name in ("roberta", "camembert", "mpnet")):
         limit -= (config.pad_token_id or 0) + 1  # their positions start behind the padding index
     return min(limit, tokenizer.model_max_length)
@@ -140,7 +144,7 @@ def choose_precision(asked):
     # not torch.cuda.is_bf16_supported(): it counts emulation, as on a T4
     major, minor = torch.cuda.get_device_capability()
     chosen = asked or ("bf16" if major >= 8 else "fp16")
-    if chosen == "bf16" and major < 8:
+    if chosen == "bf16" and major < 8:  # a T4 would compute it in software
         chosen = "fp16"
     dtype = "float32" if chosen == "none" else chosen
     why = "as asked" if chosen == asked else "chosen"
@@ -184,6 +188,7 @@ def load(origin, auto_class, config, precision, *, full, bits, attention, keep_d
         "config": training_config(config, keep_dropout),
         "revision": origin.revision,
         "trust_remote_code": origin.trust_remote_code,
+        # what is trained is float32: in bf16 most of a small update would be rounded away
         "dtype": torch.float32 if full else DTYPES[precision],
         # else transformers draws weights that are not there at random, and prints a table
         "output_loading_info": True,
@@ -192,10 +197,11 @@ def load(origin, auto_class, config, precision, *, full, bits, attention, keep_d
     attention = usable_attention(attention)
     if attention != "auto":
         options["attn_implementation"] = attention
-    device = PartialState().device
+    device = PartialState().device  # of this process, where there are several
     if bits:
         try:
             how = quantisation(bits, DTYPES[precision])
+            # weights are quantised on their way to the device, which never holds them whole
             placed = {"quantization_config": how, "device_map": {"": device}}
             model, info = auto_class.from_pretrained(origin.name, **options, **placed)
             absent = not_loaded(info)
@@ -222,7 +228,7 @@ def cannot_load(origin, auto_class, config, error):
 
 def training_config(config, keep_dropout):
     """Return a copy of a config as the model is to be trained with it."""
-    config = copy.deepcopy(config)
+    config = copy.deepcopy(config)  # the caller goes on asking the one that was stored
     if not keep_dropout:
         without_dropout(config)
     config.use_cache = False  # a decoder would build a key-value cache in every training step
@@ -269,10 +275,13 @@ def frozen(model, absent):
     for name in absent:
         path, _, kind = name.rpartition(".")
         layer = model.get_submodule(path)
+        # bitsandbytes' layers are children of nn.Linear
         if kind == "weight" and isinstance(layer, nn.Linear):
             plain = nn.Linear(layer.in_features, layer.out_features, bias=False)
             plain.weight, plain.bias = layer.weight, layer.bias
             model.set_submodule(path, plain)
+    # not as peft's prepare_model_for_kbit_training has it: float32 embeddings and head take 2.5 GB
+    # of an 8B
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         if parameter.ndim == 1:
@@ -307,6 +316,7 @@ def check_loaded(model, absent, outputs, origin):
     """
     if not absent:
         return
+    # by name, without numbers: a trial text reaches some experts of a router's, others need theirs
     needed = needed_weights(model, outputs)
     random_ones = [name for name in absent if without_numbers(name) in needed]
     if not random_ones:
@@ -328,6 +338,7 @@ def needed_weights(model, outputs):
     """Return the names, without_numbers, of the weights that outputs() is computed from."""
     weights = dict(model.named_parameters())
     trainable = {name: weight.requires_grad for name, weight in weights.items()}
+    # the graph of a forward pass knows what took part in it, which no list of names does
     for weight in weights.values():
         weight.requires_grad_(weight.is_floating_point())  # a quantised weight has no gradient
     reached = leaves_of(outputs())

@@ -27,6 +27,8 @@ class Behaviour:
 def on_trial(model, precision, last, **inputs):
     """Return what the model gives for four tokens, of which the fourth is `last`."""
     device = model.device
+    # ids that any vocabulary has; the first few are often special. Precision as in training: a
+    # model may differ with it
     with torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "none"):
         return model(torch.tensor([[5, 6, 7, last]], device=device), **inputs)
 
@@ -38,6 +40,7 @@ def hidden_states(model, precision, last):
 
 def middle_logits(model, precision, last):
     """Return the logits (1, 2, V) of a trial text's second and third token."""
+    # asked for as in training, by a mask; the last token may change its own logits
     keep = torch.tensor([[False, True, True, False]], device=model.device)
     return on_trial(model, precision, last, logits_to_keep=keep).logits
 
@@ -53,11 +56,13 @@ def what_an_embedder_does(model, precision):
     def keep(name, output):
         outputs[name] = output.requires_grad_()  # those of frozen layers have no gradient else
 
-    model.eval()
+    model.eval()  # without dropout, which would make any two passes differ
     with hooked(layers_of_kind(model, nn.Linear | Conv1D), keep), without_outliers(model):
         first = hidden_states(model, precision, 8)
         changed = hidden_states(model, precision, 9)
+    # equal but for the order of sums: a bidirectional first token differs by far more
     is_causal = torch.allclose(first[0, 0], changed[0, 0], rtol=1e-3, atol=1e-4)
+    # by gradients: a pooler runs, and what comes of it is not among the hidden states
     gradients = torch.autograd.grad(changed.sum(), list(outputs.values()), allow_unused=True)
     found = zip(outputs, gradients, strict=True)
     unused = [name for name, gradient in found if gradient is None]
@@ -92,10 +97,13 @@ def what_a_language_model_does(model, precision, bits, name):
             "script."
         ) from None
     unused = [layer for layer in linear if tower_of(layer) not in ran]
+    # half precision rounds, and 8-bit layers choose outlier columns over the whole text, so that
+    # its last token moves what is before it
     noise = 1e-4 if precision == "none" and not bits else 0.05  # relative
     change = (first.float() - changed.float()).norm()
-    sees_the_future = change > noise * first.float().norm()
-    plain_head = torch.equal(of_head[0], first)  # no softcapping or scaling behind it
+    sees_the_future = change > noise * first.float().norm()  # NaN is no answer to that: False
+    # no softcapping or scaling behind it, so that the loss may run the head on parts of a text
+    plain_head = torch.equal(of_head[0], first)
     return Behaviour(not sees_the_future, unused, first.shape[-1], plain_head)
 
 

@@ -22,6 +22,7 @@ def cut(lengths, budget):
 
     lengths: of each sequence, in tokens. Returns lists of indices.
     """
+    # sorted, sequences of a piece are of nearly one length: 1.1 padded tokens a real one, not 2.2
     pieces = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if pieces:
@@ -35,6 +36,7 @@ def cut(lengths, budget):
 
 def is_out_of_memory(error):
     """Tell whether a RuntimeError means that memory ran out, on any device."""
+    # by its text: cuBLAS' and the CPU's errors are plain RuntimeErrors
     text = str(error)
     return any(sign in text for sign in ("out of memory", "ALLOC_FAILED", "can't allocate memory"))
 
@@ -63,7 +65,7 @@ class StepTrainer(Trainer):
     def __init__(self, *, batch_size, measure, **kwargs):
         """batch_size: examples in memory at once; measure(trainer): {metric: value} of all sets."""
         super().__init__(**kwargs)
-        self.batch_size = batch_size
+        self.batch_size = batch_size  # not Trainer's, for which a whole step is one batch
         self.measure = measure
         self.device_tokens = PIECE_TOKENS.get(self.args.device.type, PIECE_TOKENS["cuda"])
         self.halvings = 0  # of a piece's size, since memory ran out
@@ -75,10 +77,10 @@ class StepTrainer(Trainer):
     def training_step(self, model, step, num_items_in_batch=None):
         """Run forward and backward of one step; return its loss."""
         model.train()
-        step = self._prepare_inputs(step)
+        step = self._prepare_inputs(step)  # the rehearsal's comes from no data loader
         # cut anew by each attempt: `halvings` may have grown
         loss = self.until_it_fits(lambda: self.run_step(model, step, *self.cut_step(step)))
-        if not torch.isfinite(loss):
+        if not torch.isfinite(loss):  # before it reaches the weights, which would not recover
             raise self.diverged(model, loss.item())
         self.step_figures = self.figures_of_step(loss)
         return loss
@@ -98,6 +100,7 @@ class StepTrainer(Trainer):
 
     def figures_of_step(self, loss):
         """Return {name: number} of the step that was just run, over all processes."""
+        # each process scales its part so that the mean over processes is the step's loss
         if self.accelerator.num_processes > 1:
             loss = self.accelerator.reduce(loss, "mean")
         return {"loss": loss.item()}
@@ -115,7 +118,7 @@ class StepTrainer(Trainer):
             for name in self.step_figures:
                 logs[name] = sum(entry[name] for entry in steps) / len(steps)
         super().log(logs, *args, **kwargs)
-        if is_of_training:
+        if is_of_training:  # what was just logged, means, is not what the history is to hold
             shown = history.pop()
             history[-1] = shown | history[-1]
 
@@ -165,6 +168,7 @@ class StepTrainer(Trainer):
         """Return the step's pieces, and how many padded tokens may be in memory at once."""
         lengths = self.lengths_of(step)
         parts = math.ceil(step["rows"] / self.batch_size) * 2**self.halvings
+        # so many tokens as batch_size examples have are in memory at once; less may be faster
         fastest = self.device_tokens // 2**self.halvings
         pieces = cut(lengths, min(fastest, math.ceil(sum(lengths) / parts)))
         padded = sum(len(piece) * lengths[piece[0]] for piece in pieces)
@@ -180,6 +184,7 @@ class StepTrainer(Trainer):
         """Return a piece's input_ids (B, T), padded on the right with 0, and lengths (B,)."""
         rows = [torch.tensor(step["sequences"][i]) for i in piece]
         lengths = torch.tensor([len(row) for row in rows])
+        # any id would do: nobody looks behind a sequence's length
         input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).long()
         return input_ids.to(self.args.device), lengths.to(self.args.device)
 

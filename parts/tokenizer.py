@@ -30,6 +30,7 @@ def load_tokenizer(origin):
     origin: base.Origin. Raises InputError where there is none that can be read.
     """
     source, revision = origin.name, origin.revision
+    # the adapter's has its chat template, and the EOS that texts were trained to end in
     if origin.adapter and (Path(origin.adapter) / "tokenizer_config.json").exists():
         source, revision = origin.adapter, None
     is_folder = os.path.isdir(source)
@@ -63,6 +64,7 @@ def no_tokenizer(source):
 
 def read_tokenizer(source, trust_remote_code, revision=None):
     """Return the tokenizer of a folder or of a hub model; it pads on the right."""
+    # right: a causal model never sees what is behind a text, so that it needs no mask
     return AutoTokenizer.from_pretrained(
         source, revision=revision, trust_remote_code=trust_remote_code, padding_side="right"
     )
@@ -76,7 +78,7 @@ def within_limit(name, wanted, limit, of="the base"):
 
     name: of the length; of: what the base is called in the note.
     """
-    if wanted > limit:
+    if wanted > limit:  # a longer text would crash in the forward pass
         note(f"{name} {wanted} is above the {limit} positions of {of}: lowered to {limit}")
     return int(min(wanted, limit))
 
@@ -90,6 +92,7 @@ def check_vocabulary(model, tokenizer, largest, name):
         rows = model.get_input_embeddings().weight.shape[0]
     except (NotImplementedError, AttributeError):  # a model that hashes its input, say
         return
+    # not the tokenizer's size: vocabularies are padded, and a tokenizer may have tokens no text has
     if largest >= rows:
         token = tokenizer.convert_ids_to_tokens(int(largest))
         raise InputError(
@@ -113,8 +116,10 @@ def saved_inputs(folder, tokenizer, inputs, origin):
         ) from None
     found = lists_of_ids(inputs(saved))
     expected = lists_of_ids(inputs(tokenizer))
+    # strict=False: which row differs says more than that one is missing
     for ids, live in zip(found, expected, strict=False):
         if ids != live:
+            # repr, since a line break or a space is what they may differ in
             other = repr(tokenizer.decode(ids))[-60:]
             text = repr(tokenizer.decode(live))[-60:]
             raise InputError(
@@ -143,6 +148,7 @@ def added_tokens(tokenizer):
     for text in ("a", "1", "的"):  # one of them any tokenizer can read
         bare = tokenizer(text, add_special_tokens=False)["input_ids"]
         whole = tokenizer(text)["input_ids"]
+        # where the text's own tokens stand whole; a tokenizer may read it otherwise beside others
         for start in range(len(whole) - len(bare) + 1):
             end = start + len(bare)
             if bare and whole[start:end] == bare:
@@ -176,8 +182,10 @@ def append_eos(tokenizer, origin):
         )
         return tokenizer
     after.append(eos)
+    # in the tokenizer's own rules: truncation then makes room for it, and whoever loads it has it
     tokenizer.backend_tokenizer.post_processor = template_around(tokenizer, before, after)
     limit = len(before) + len(after) + 2  # two tokens of the text's own
+    # tried, since whether a class keeps the rules when it is loaded is written nowhere
     if always_ends(tokenizer, eos, limit, origin.trust_remote_code):
         return tokenizer
     plain = as_plain_class(tokenizer)
@@ -204,6 +212,7 @@ def template_around(tokenizer, before, after):
     for token in dict.fromkeys([*before, *after]):
         ids.append((token, tokenizer.convert_tokens_to_ids(token)))
     single = [*before, "$A", *after]
+    # a pair is never made here, but the library wants a template for one
     pair = [*single, *before, "$B:1", *after]
     try:
         return processors.TemplateProcessing(single=single, pair=pair, special_tokens=ids)
