@@ -1,8 +1,9 @@
 """A step's gradient is that of the uncut step, whatever it is cut into."""
 
-import train_embed_lora
 from conftest import gradient, gradients_of_two_processes, relative
 from parts.pairs import Example
+from parts.texts import TextRules, Texts
+from train_embed_lora import TrainSet
 
 import pytest
 import torch
@@ -135,16 +136,14 @@ def test_two_processes_give_the_gradient_of_one(
         assert relative(found, expected) < 1e-4
 
 
-def test_positives_and_negatives_depend_on_seed_epoch_and_row_alone(tmp_path):
+def test_positives_and_negatives_depend_on_seed_epoch_and_row_alone():
     examples = [
         Example(f"q{i}", [f"p{i}a", f"p{i}b"], [f"n{i}{j}" for j in range(5)]) for i in range(20)
     ]
-    flags = ["--train_file", "x", "--max_negs", "2"]
+    rules = TextRules(query_prefix="", doc_prefix="", query_max_len=512, passage_max_len=512)
 
     def draws(seed, epoch):
-        args = train_embed_lora.parse_args([*flags, "--seed", str(seed)])
-        args.query_prefix = args.doc_prefix = ""
-        train_set = train_embed_lora.TrainSet(examples, train_embed_lora.Texts(), args)
+        train_set = TrainSet(examples, Texts(), rules, max_negs=2, seed=seed)
         train_set.epoch = epoch
         return [train_set[i][1:3] for i in reversed(range(20))]
 

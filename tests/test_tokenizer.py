@@ -9,12 +9,13 @@ import train_embed_lora
 import train_sft_lora
 import utils
 from conftest import CHATML, chat_tokenizer, train_tokenizer
-from parts import base, run
+from parts import base
 from parts import tokenizer as room
 from parts.base import Origin
+from parts.samples import unknown_share as unknown_share_of_samples
 from parts.template import Chat
+from parts.texts import TextRules, Texts, note_unknown, unknown_share
 from parts.tokenizer import append_eos
-from train_embed_lora import Texts, unknown_share
 from utils import InputError
 
 import numpy as np
@@ -38,6 +39,7 @@ SPECIAL = {
     "sep_token": "<sep>",
 }
 BASE = Origin("BASE")
+RULES = TextRules(query_prefix="", doc_prefix="", query_max_len=50, passage_max_len=50)
 
 
 def gpt_neox(folder):
@@ -153,7 +155,7 @@ def test_a_tokenizer_that_is_read_back_otherwise_is_refused_at_start(
         tokenizer.backend_tokenizer.post_processor = template
         return tokenizer
 
-    monkeypatch.setattr(room, "load_tokenizer", load)
+    monkeypatch.setattr(train_embed_lora, "load_tokenizer", load)
     monkeypatch.setattr(Trainer, "train", lambda *_, **__: pytest.fail("trained"))
     with pytest.raises(
         InputError,
@@ -162,15 +164,15 @@ def test_a_tokenizer_that_is_read_back_otherwise_is_refused_at_start(
         run_embed("--max_steps", 2, "--max_length", 100, model=tiny_qwen)
 
 
-def changed_after_saving(monkeypatch, change):
+def changed_after_saving(monkeypatch, script, change):
     """Have final/ changed by change(folder) once it is saved."""
-    save = run.save_final
+    save = script.save_final
 
-    def save_and_change(trainer, folder, *rest):
-        save(trainer, folder, *rest)
-        change(folder)
+    def save_and_change(prepared):
+        save(prepared)
+        change(prepared.output_dir / "final")
 
-    monkeypatch.setattr(run, "save_final", save_and_change)
+    monkeypatch.setattr(script, "save_final", save_and_change)
 
 
 def without_template(folder):
@@ -180,7 +182,7 @@ def without_template(folder):
 
 
 def test_the_proof_reads_the_tokenizer_of_final(run_embed, monkeypatch):
-    changed_after_saving(monkeypatch, without_template)
+    changed_after_saving(monkeypatch, train_embed_lora, without_template)
     with pytest.raises(InputError, match="saved and read back, gives other tokens"):
         run_embed("--max_steps", 2, "--eval_strategy", "no")
 
@@ -191,7 +193,7 @@ def test_the_proof_reads_the_chat_template_of_final(run_sft, monkeypatch):
             CHATML.replace("user", "User").replace("m.role", "m.role|upper")
         )
 
-    changed_after_saving(monkeypatch, change)
+    changed_after_saving(monkeypatch, train_sft_lora, change)
     with pytest.raises(InputError, match="saved and read back, gives other tokens"):
         run_sft("--max_steps", 2, "--eval_strategy", "no")
 
@@ -275,7 +277,7 @@ def test_a_text_without_tokens_is_refused():
     for text in ("red door", "lamp"):
         texts.add("", text, False)
     with pytest.raises(InputError, match="makes no token of the text 'lamp'"):
-        texts.tokenise(tokenizer, 50, 50, 0)
+        texts.tokenise(tokenizer, RULES, 0)
 
 
 # ---------------------------------------------------------------- unknown tokens
@@ -313,7 +315,7 @@ def test_unknown_tokens_are_counted_in_the_texts_alone(texts, template, share):
     found, tokenizer = Texts(), words(template)
     for text in texts:
         found.add("", text, False)
-    found.tokenise(tokenizer, 50, 50, 0)
+    found.tokenise(tokenizer, RULES, 0)
     assert unknown_share(found, tokenizer) == pytest.approx(share)
 
 
@@ -323,17 +325,17 @@ def test_unknown_tokens_of_conversations_are_those_of_their_texts():
     chat = Chat(tokenizer, False, [])
     start, end, unknown = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "<|unk|>"])
     samples = [{"input_ids": np.array([start, unknown, 300, end, start, unknown, end])}]
-    assert train_sft_lora.unknown_share(samples, chat) == pytest.approx(2 / 3)
+    assert unknown_share_of_samples(samples, chat) == pytest.approx(2 / 3)
     tokenizer.chat_template = "<|unk|>" + CHATML  # which ends, or begins, each text
-    assert train_sft_lora.unknown_share(samples, chat) == 0
+    assert unknown_share_of_samples(samples, chat) == 0
 
 
 def test_a_text_of_emoji_is_said_to_be_unreadable(minilm, notes):
     tokenizer, texts = AutoTokenizer.from_pretrained(minilm), Texts()
     for text in ("😀🦄", "🦄"):
         texts.add("", text, False)
-    texts.tokenise(tokenizer, 50, 50, 0)
-    train_embed_lora.show_examples([], texts, tokenizer)
+    texts.tokenise(tokenizer, RULES, 0)
+    note_unknown(texts, tokenizer)
     assert notes[0].startswith("100% of all tokens are [UNK]")
 
 

@@ -2,8 +2,9 @@
 
 import math
 
+import train_embed_lora
 from conftest import make_rows, write_jsonl
-from parts import run
+from parts import rehearsal
 
 import pytest
 import torch
@@ -18,19 +19,21 @@ def test_the_loss_scale_falls_until_half_precision_gradients_are_finite(slope, s
         scaler.scale((weight.half().float() * slope).sum()).backward()
 
     assert scaler.get_scale() == 65536
-    assert run.finite_gradients(attempt, [weight], scaler) == (scale is not None)
+    assert rehearsal.finite_gradients(attempt, [weight], scaler) == (scale is not None)
     if scale:
         assert scaler.get_scale() == scale and weight.grad.tolist() == [slope * scale] * 3
 
 
 def test_without_a_loss_scaler_a_gradient_is_finite_or_not():
     weight = torch.ones(2, requires_grad=True)
-    assert run.finite_gradients(lambda: weight.sum().backward(), [weight], None)
-    assert not run.finite_gradients(lambda: (weight * math.inf).sum().backward(), [weight], None)
+    assert rehearsal.finite_gradients(lambda: weight.sum().backward(), [weight], None)
+    assert not rehearsal.finite_gradients(
+        lambda: (weight * math.inf).sum().backward(), [weight], None
+    )
 
 
 def test_training_begins_at_the_scale_of_the_rehearsal(run_embed, tmp_path, monkeypatch, capsys):
-    rehearse, scales = run.rehearse, []
+    rehearse, scales = rehearsal.rehearse, []
 
     def rehearse_scaled(trainer, *rest):
         trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
@@ -40,7 +43,7 @@ def test_training_begins_at_the_scale_of_the_rehearsal(run_embed, tmp_path, monk
         rehearse(trainer, *rest)
         scales.append(trainer.accelerator.scaler.get_scale())
 
-    monkeypatch.setattr(run, "rehearse", rehearse_scaled)
+    monkeypatch.setattr(train_embed_lora, "rehearse", rehearse_scaled)
     data = write_jsonl(tmp_path / "eight.jsonl", make_rows(8))  # one step, which is rehearsed whole
     flags = ["--max_steps", 1, "--batch_size", 8, "--eval_strategy", "no", "--max_grad_norm", 0]
     run_embed(*flags, data=data)
