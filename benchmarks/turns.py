@@ -1,11 +1,12 @@
-"""Time Chat.samples on conversations of many turns against rendering and tokenising each conversation once.
+"""Time samples() on conversations of many turns against rendering and tokenising each once.
 
-    python benchmarks/turns.py                              # a made tokenizer; writes runs/benchmark_turns.json
+    python benchmarks/turns.py                              # a made tokenizer
     python benchmarks/turns.py --model_name Qwen/Qwen3-0.6B # its tokenizer and template
 
-`once` renders and tokenises a whole conversation, `turns` is Chat.samples, `anew` the same without its memory: every
-turn's prompt and answer tokenised from the start. CPU seconds of one thread, the best of the rounds, each with an empty
-memory. The samples of `turns` and `anew` must be equal.
+Writes runs/benchmark_turns.json. `once` renders and tokenises a whole conversation, `turns` is
+parts.masks.samples, `anew` the same without a memory: every turn's prompt and answer tokenised from
+the start. CPU seconds of one thread, the best of the rounds, each with an empty memory. The samples
+of `turns` and `anew` must be equal.
 """
 
 import argparse
@@ -15,12 +16,12 @@ import random
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from train_sft_lora import Chat
+from parts.masks import Rules, samples
+from parts.template import Chat
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -35,7 +36,7 @@ REWRITES = (  # as Qwen3 does, only the last answer has a thinking block
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
 )
 README = Path(__file__).parent.parent / "README.md"
-SETTINGS = SimpleNamespace(train_turns="all", max_length=10**9, overlong="drop")
+EVERYTHING = Rules(max_length=10**9)
 
 
 def make_tokenizer(words):
@@ -43,9 +44,11 @@ def make_tokenizer(words):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special, alphabet = ["<|im_end|>", "<|im_start|>"], pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=20_000, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=20_000,
+        special_tokens=["<|im_end|>", "<|im_start|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator([" ".join(words)], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
@@ -53,20 +56,18 @@ def make_tokenizer(words):
 
 def make_conversation(draw, words, turns):
     """Return `turns` turns of 10 to 90 words."""
-    return [
-        {
-            "role": ("user", "assistant")[i % 2],
-            "content": " ".join(draw.choices(words, k=draw.randint(10, 90))),
-        }
-        for i in range(turns)
-    ]
+    messages = []
+    for i in range(turns):
+        text = " ".join(draw.choices(words, k=draw.randint(10, 90)))
+        messages.append({"role": ("user", "assistant")[i % 2], "content": text})
+    return messages
 
 
 def best_seconds(work, chat, rounds):
     """Return the least CPU seconds that work() takes with an empty memory."""
     seconds = []
     for _ in range(rounds):
-        chat.pieces.clear()
+        chat.pieces.forget()
         started = time.process_time()
         work()
         seconds.append(time.process_time() - started)
@@ -75,12 +76,13 @@ def best_seconds(work, chat, rounds):
 
 def measure(tokenizer, rows, rounds):
     """Return {"once", "turns", "anew": rows a second} of conversations."""
-    chat, slow = (Chat(tokenizer, False, []) for _ in range(2))
-    slow.cuts = None
+    chat = Chat(tokenizer, False, [])
+    slow = Chat(tokenizer, False, [])
+    slow.pieces.cuts = None  # nothing is remembered
     ways = {
         "once": lambda: [chat.tokenised(chat.render(row, False)) for row in rows],
-        "turns": lambda: [chat.samples(row, None, SETTINGS) for row in rows],
-        "anew": lambda: [slow.samples(row, None, SETTINGS) for row in rows],
+        "turns": lambda: [samples(chat, row, None, EVERYTHING) for row in rows],
+        "anew": lambda: [samples(slow, row, None, EVERYTHING) for row in rows],
     }
     assert ways["turns"]() == ways["anew"]()
     return {way: len(rows) / best_seconds(work, chat, rounds) for way, work in ways.items()}
@@ -101,10 +103,8 @@ def main():
         tokenizer = AutoTokenizer.from_pretrained(args.model_name)
         templates = {"its own": tokenizer.chat_template}
     else:
-        tokenizer, templates = (
-            make_tokenizer(words),
-            {"chatml": CHATML, "rewrites history": REWRITES},
-        )
+        tokenizer = make_tokenizer(words)
+        templates = {"chatml": CHATML, "rewrites history": REWRITES}
     results = vars(args)
     for name, template in templates.items():
         tokenizer.chat_template = template
@@ -114,8 +114,9 @@ def main():
             rates = results[f"{name}, {turns} turns"] = measure(tokenizer, rows, args.rounds)
             times = {way: rates["once"] / rates[way] for way in ("turns", "anew")}
             print(
-                f"{name}, {turns} turns: once {rates['once']:.0f} rows/s; turns {rates['turns']:.0f} "
-                f"({times['turns']:.1f}x), anew {rates['anew']:.1f} ({times['anew']:.1f}x)",
+                f"{name}, {turns} turns: once {rates['once']:.0f} rows/s; "
+                f"turns {rates['turns']:.0f} ({times['turns']:.1f}x), "
+                f"anew {rates['anew']:.1f} ({times['anew']:.1f}x)",
                 flush=True,
             )
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
