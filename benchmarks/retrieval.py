@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import train_embed_lora
+from parts import retrieval
 
 import torch
 
@@ -25,7 +25,7 @@ def sort_all(scores, count):
     return scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
 
 
-WAYS = {"picked": train_embed_lora.best_columns, "sorted": sort_all}
+WAYS = {"picked": retrieval.best_columns, "sorted": sort_all}
 
 
 def make_case(ties, queries, documents, dimension):
@@ -56,12 +56,13 @@ def main():
         seconds, metrics = {way: [] for way in WAYS}, {}
         for _ in range(args.rounds):
             for way, rank in WAYS.items():
-                train_embed_lora.best_columns = rank
+                retrieval.best_columns = rank
                 started = time.process_time()
-                metrics[way] = train_embed_lora.retrieval_metrics(*vectors)
+                metrics[way] = retrieval.retrieval_metrics(*vectors)
                 seconds[way].append(time.process_time() - started)
         assert metrics["picked"] == metrics["sorted"]
-        picked, whole = (statistics.median(seconds[way]) for way in WAYS)
+        picked = statistics.median(seconds["picked"])
+        whole = statistics.median(seconds["sorted"])
         results[case] = {"seconds": seconds, "ratio": whole / picked}
         print(
             f"{case}: {picked:.2f} s picked, {whole:.2f} s sorted ({whole / picked:.1f}x)",
