@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 
 import train_embed_lora
-import utils
 from conftest import write_jsonl
 from utils import InputError
 
@@ -116,7 +115,9 @@ BROKEN_FILES = {  # name: (content, what the message says)
 @pytest.mark.parametrize("name", BROKEN_FILES)
 def test_broken_files_are_named_before_a_model_is_loaded(name, tmp_path, monkeypatch):
     content, sentence = BROKEN_FILES[name]
-    monkeypatch.setattr(utils, "load_base", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(
+        train_embed_lora, "load", lambda *_, **__: pytest.fail("the model was loaded")
+    )
     with pytest.raises(InputError) as error:
         train_embed_lora.main(
             ["--train_file", put(tmp_path, name, content), "--output_dir", str(tmp_path / "out")]

@@ -16,9 +16,10 @@ from parts.dev_sets import (
     spare_documents,
 )
 from parts.pairs import Columns, Example
+from parts.retrieval import retrieval_metrics
 from parts.rows import text_id
 from parts.splits import Sizes, Source
-from train_embed_lora import Texts, retrieval_metrics
+from parts.texts import Texts
 from utils import InputError
 
 import pytest
@@ -181,15 +182,6 @@ def test_broken_judgements_are_named(tmp_path, qrels, sentence):
     (folder / "qrels/test.tsv").write_text(qrels)
     with pytest.raises(InputError, match=sentence):
         dev_from_beir(folder)
-
-
-def test_a_tenth_of_at_most_1000_queries_is_held_out_unless_a_flag_says_how_many(tmp_path):
-    rows = [{"query": f"q{i}", "pos": [f"p{i}"]} for i in range(10400)]
-    path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    for sizes, queries in (({}, 1000), ({"dev_size": 0.1}, 1040)):
-        examples, dev_sets, counts = read(path, **sizes)
-        assert len(dev_sets[""].queries) == counts["dev"]["dev"]["queries"] == queries, sizes
-        assert len(examples) == 10400 - queries
 
 
 def test_no_known_positive_of_a_dev_query_is_spare():

@@ -4,14 +4,13 @@ import linecache
 import os
 import textwrap
 
-import train_embed_lora
-import train_sft_lora
-import utils
 from conftest import CHATML, chat_tokenizer, make_chats, train_tokenizer
 from parts.chats import read_example
 from parts.masks import Rules
+from parts.run import start
 from parts.samples import tokenise
 from parts.template import Chat
+from parts.texts import TextRules, Texts
 from parts.token_cache import TOKEN_CACHE_BYTES, cached_map, tokens_key, trim_token_cache
 
 import datasets
@@ -54,11 +53,11 @@ def test_what_was_used_longest_ago_goes_first(folder, limit, left):
     assert sorted(path.name for path in folder.iterdir()) == [f"{i}.arrow" for i in left]
 
 
-def test_a_run_trims_the_cache_when_it_starts(folder, monkeypatch):
+def test_a_run_trims_the_cache_when_it_starts(folder, tmp_path, monkeypatch):
     assert TOKEN_CACHE_BYTES == 10 * 2**30
     fill(folder, [10, 20, 30])
     monkeypatch.setattr(trim_token_cache, "__defaults__", (35,))
-    utils.start_process(train_sft_lora.parse_args(["--train_file", "x"]))
+    start(tmp_path / "out", None, False, 42)
     assert sorted(path.name for path in folder.iterdir()) == ["0.arrow", "1.arrow"]
 
 
@@ -95,9 +94,9 @@ def tokenised(folder):
     speaker = chat_tokenizer(CHATML, "<|im_end|>", None, ["<|im_start|>"])
 
     def run():
-        texts = train_embed_lora.Texts()
+        texts = Texts()
         texts.add("", "where is it?", True)
-        texts.tokenise(pieces, 8, 8, 0)
+        texts.tokenise(pieces, TextRules("", "", 8, 8), 0)
         tokenise(examples, Chat(speaker, False, []), RULES, False, 0)
         return len(list(folder.iterdir()))
 

@@ -1,7 +1,8 @@
 """The texts of a run: tokenised once, cut where the flags say, shown as the model sees them."""
 
+import utils
 from conftest import make_rows, write_jsonl
-from train_embed_lora import Texts, note_cut_texts, parse_args
+from parts.texts import TextRules, Texts, note_cut_texts
 
 import datasets
 import pytest
@@ -18,7 +19,7 @@ def test_texts_are_tokenised_once_and_cached(tiny_bert, tmp_path, capfd):
             texts.add("", "lamp " * 50, False),
             texts.add("Q: ", "where is it", True),
         ]
-        texts.tokenise(tokenizer, 20, 10, 0)
+        texts.tokenise(tokenizer, TextRules("", "", 20, 10), 0)
         assert places == [0, 1, 0]
         assert texts[0].tolist() == tokenizer("Q: where is it")["input_ids"]
         assert len(texts[1]) == 10 and texts[1][-1] == tokenizer.sep_token_id
@@ -37,15 +38,16 @@ def test_texts_are_tokenised_once_and_cached(tiny_bert, tmp_path, capfd):
     ],
 )
 def test_texts_cut_at_the_shorter_of_two_lengths_are_noted(
-    tiny_bert, query_max_len, passage_max_len, note
+    tiny_bert, query_max_len, passage_max_len, note, monkeypatch
 ):
-    tokenizer, texts, notes = AutoTokenizer.from_pretrained(tiny_bert), Texts(), []
+    notes = []
+    monkeypatch.setattr(utils, "NOTES", notes)
+    tokenizer, texts = AutoTokenizer.from_pretrained(tiny_bert), Texts()
     for count, is_query in ((4, True), (5, True), (6, True), (4, False)):
         texts.add("", "?" * count, is_query)  # so many tokens, and [CLS] and [SEP]
-    args = parse_args(["--train_file", "x"])
-    args.query_max_len, args.passage_max_len = query_max_len, passage_max_len
-    texts.tokenise(tokenizer, query_max_len, passage_max_len, 0)
-    note_cut_texts(args, texts, tokenizer, notes)
+    rules = TextRules("", "", query_max_len, passage_max_len)
+    texts.tokenise(tokenizer, rules, 0)
+    note_cut_texts(texts, rules, tokenizer)
     assert not notes if note is None else notes[0].startswith(note)
 
 
