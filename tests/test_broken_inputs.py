@@ -257,7 +257,7 @@ BAD_FILES = {
 def test_bad_file_ends_in_a_sentence(name, run_sft, tmp_path):
     text, sentence = BAD_FILES[name]
     (tmp_path / "bad.jsonl").write_text(text)
-    with pytest.raises(utils.InputError, match=sentence):
+    with pytest.raises(InputError, match=sentence):
         run_sft(data=str(tmp_path / "bad.jsonl"))
 
 
@@ -327,5 +327,5 @@ def test_bad_flag_ends_in_a_sentence(name, run_sft, tmp_path, tiny_bert, tiny_ch
             run_sft(*flags)
         assert exit.value.code == 2
     else:
-        with pytest.raises(utils.InputError, match=sentence):
+        with pytest.raises(InputError, match=sentence):
             run_sft(*flags)
