@@ -25,6 +25,7 @@ test: .venv/ready  ## all tests, on a CPU and without a network
 
 lint: .venv/ready
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 .venv/ready: requirements.txt tests/requirements.txt
 	$(PYTHON) -m venv .venv
