@@ -638,17 +638,7 @@ class Embedder:
 def load_model(args, origin, config, data):
     """Load the base, look at what it does, wrap it; returns an Embedder."""
     precision, in_words = choose_precision(flags.asked_precision(args))
-    full = args.finetune_type == "full"
-    loaded = load(
-        origin,
-        AutoModel,
-        config,
-        precision,
-        full=full,
-        bits=args.bits,
-        attention=args.attn_implementation,
-        keep_dropout=args.model_dropout,
-    )
+    loaded = load(origin, AutoModel, config, precision, **flags.asked_base(args))
     quantised = f", {loaded.bits}-bit base" if loaded.bits else ""
     say(f"model     {args.model_name}, {in_words}{quantised}")
     does = what_an_embedder_does(loaded.model, precision)
@@ -661,20 +651,13 @@ def load_model(args, origin, config, data):
             f"--matryoshka_dims {widest} exceeds the model's {does.dimension} dimensions."
         )
     pooling = choose_pooling(args.pooling, data.stored.pooling, does.is_causal, data.texts, config)
-    lora = Lora(
-        args.lora_r,
-        args.lora_alpha,
-        args.lora_dropout,
-        args.target_modules,
-        args.use_rslora,
-        "FEATURE_EXTRACTION",
-    )
+    lora = Lora(**flags.asked_lora(args), task_type="FEATURE_EXTRACTION")
     model, dropout = runs.wrapped(
         loaded.model,
         origin,
         lora,
         does.unused,
-        full=full,
+        full=args.finetune_type == "full",
         merges=args.merge_adapter,
         gradient_checkpointing=args.gradient_checkpointing,
     )
@@ -785,10 +768,7 @@ def prepare(argv=None):
         inputs=compared_inputs(data.texts, data.rules),
         outputs=trainer.embed,
         write_files=files_writer(data, embedder),
-        seed=args.seed,
-        dry_run=args.dry_run,
-        overwrite=args.overwrite,
-        merges=args.merge_adapter,
+        **flags.asked_run(args),
     )
 
 

@@ -224,6 +224,49 @@ def collate(samples):
     }
 
 
+# ---------------------------------------------------------------- loss and metrics
+
+
+def share_of_loss(losses, tokens, processes):
+    """Return what one piece adds to the loss of a step: its losses (N,) over the step's tokens.
+
+    tokens: the supervised ones of all processes; DDP averages gradients, whose sum is wanted.
+    """
+    return losses.sum() / tokens * processes
+
+
+def measured_metrics(dev_sets, of_pairs):
+    """Return {name of a dev set: names of the metrics that are measured on it}."""
+    scores = ["loss", "token_accuracy"]
+    if of_pairs:
+        scores = ["loss", "accuracy", "margin", "length_accuracy"]
+    measured = {}
+    for name, dev in dev_sets.items():
+        references = [example.answer for _, example in dev.generated]
+        measured[name] = [*scores, *metric_names(references)]
+    return measured
+
+
+def check_overfit(after, train_set):
+    """Raise InputError unless --sanity_overfit has learnt its rows by heart."""
+    exact = after.get("exact_match")
+    accuracy = after["token_accuracy"]
+    has_long = any(sample["supervised"].sum() > SHORT_ANSWER_TOKENS for sample in train_set)
+    figures = f"token accuracy {accuracy:.1%}"
+    if exact is not None:
+        figures = f"exact match {exact:.1%}, {figures}"
+    short_fail = exact is not None and exact < 0.9
+    long_fail = (has_long or exact is None) and accuracy < 0.95
+    if short_fail or long_fail:
+        raise InputError(
+            f"sanity overfit failed on {len(train_set)} samples: {figures}; 90 % exact match is "
+            "needed, or 95 % token accuracy for long answers. If the loss hardly fell: raise --lr, "
+            "--max_steps or --lora_r. If it fell: training and generation see different prompts "
+            "(template, --enable_thinking, BOS), labels are shifted, or the stop token is wrong."
+        )
+    say(f"sanity    passed: {figures}")
+
+
 # ---------------------------------------------------------------- training
 
 
@@ -248,8 +291,7 @@ class SftTrainer(CausalTrainer):
         for i, piece in enumerate(pieces):
             with self.unsynced(model, i < len(pieces) - 1):
                 losses, _ = self.supervised_scores(model, step, piece)
-                # DDP averages the gradients, whose sum is wanted
-                loss = losses.sum() / tokens * self.accelerator.num_processes
+                loss = share_of_loss(losses, tokens, self.accelerator.num_processes)
                 self.accelerator.backward(loss)
             total += loss.detach()
         return total
@@ -371,26 +413,6 @@ def note_residue(answers):
         )
 
 
-def check_overfit(after, train_set):
-    """Raise InputError unless --sanity_overfit has learnt its rows by heart."""
-    exact = after.get("exact_match")
-    accuracy = after["token_accuracy"]
-    has_long = any(sample["supervised"].sum() > SHORT_ANSWER_TOKENS for sample in train_set)
-    figures = f"token accuracy {accuracy:.1%}"
-    if exact is not None:
-        figures = f"exact match {exact:.1%}, {figures}"
-    short_fail = exact is not None and exact < 0.9
-    long_fail = (has_long or exact is None) and accuracy < 0.95
-    if short_fail or long_fail:
-        raise InputError(
-            f"sanity overfit failed on {len(train_set)} samples: {figures}; 90 % exact match is "
-            "needed, or 95 % token accuracy for long answers. If the loss hardly fell: raise --lr, "
-            "--max_steps or --lora_r. If it fell: training and generation see different prompts "
-            "(template, --enable_thinking, BOS), labels are shifted, or the stop token is wrong."
-        )
-    say(f"sanity    passed: {figures}")
-
-
 # ---------------------------------------------------------------- main
 
 
@@ -420,13 +442,7 @@ def make_chat(args, origin, tokenizer, examples, dev_examples):
 
 def plan_run(args, train_set, dev_sets, processes):
     """Make the plan; raises InputError for a metric that is not measured."""
-    scores = ["loss", "accuracy", "margin", "length_accuracy"]
-    if not args.pref_loss:
-        scores = ["loss", "token_accuracy"]
-    measured = {}  # of each dev set
-    for name, dev in dev_sets.items():
-        references = [example.answer for _, example in dev.generated]
-        measured[name] = [*scores, *metric_names(references)]
+    measured = measured_metrics(dev_sets, bool(args.pref_loss))
     pairs = [(name, key) for name, keys in measured.items() for key in keys]
     known = [named(name, key) for name, key in pairs if key != "length_accuracy"]
     metric = args.metric_for_best
@@ -482,17 +498,7 @@ def load_model(args, origin, config):
     Raises InputError for a model that sees the future, or gives no logits of some tokens alone.
     """
     precision, in_words = choose_precision(flags.asked_precision(args))
-    full = args.finetune_type == "full"
-    loaded = load(
-        origin,
-        AutoModelForCausalLM,
-        config,
-        precision,
-        full=full,
-        bits=args.bits,
-        attention=args.attn_implementation,
-        keep_dropout=args.model_dropout,
-    )
+    loaded = load(origin, AutoModelForCausalLM, config, precision, **flags.asked_base(args))
     quantised = f", {loaded.bits}-bit base" if loaded.bits else ""
     say(f"model     {args.model_name}, {in_words}{quantised}")
     does = what_a_language_model_does(loaded.model, precision, loaded.bits, args.model_name)
@@ -504,20 +510,13 @@ def load_model(args, origin, config):
     check_loaded(
         loaded.model, loaded.absent, lambda: middle_logits(loaded.model, precision, 8), origin
     )
-    lora = Lora(
-        args.lora_r,
-        args.lora_alpha,
-        args.lora_dropout,
-        args.target_modules,
-        args.use_rslora,
-        "CAUSAL_LM",
-    )
+    lora = Lora(**flags.asked_lora(args), task_type="CAUSAL_LM")
     model, dropout = runs.wrapped(
         loaded.model,
         origin,
         lora,
         does.unused,
-        full=full,
+        full=args.finetune_type == "full",
         merges=args.merge_adapter,
         gradient_checkpointing=args.gradient_checkpointing,
     )
@@ -626,6 +625,16 @@ def largest_token(data):
     return max(sample["input_ids"].max() for samples in sets for sample in flat(samples))
 
 
+def settled_of(data, language_model):
+    """Return what this run has settled of the flags, as the flags are called."""
+    return {
+        "max_length": data.rules.max_length,
+        "enable_thinking": str(data.chat.thinking).lower(),
+        "bits": language_model.bits,
+        "lora_dropout": language_model.dropout,
+    }
+
+
 def fingerprint_of(examples, dev_examples, template):
     """Return a hash of the rows and the chat template."""
     sets = []
@@ -657,12 +666,7 @@ def prepare(argv=None):
         origin,
         checkpoint,
         asked=vars(args),
-        settled={
-            "max_length": data.rules.max_length,
-            "enable_thinking": str(data.chat.thinking).lower(),
-            "bits": language_model.bits,
-            "lora_dropout": language_model.dropout,
-        },
+        settled=settled_of(data, language_model),
         precision=language_model.precision,
         data_fingerprint=fingerprint_of(examples, dev_examples, data.chat.tokenizer.chat_template),
     )
@@ -681,10 +685,7 @@ def prepare(argv=None):
         inputs=partial(first_ids, examples, data.chat, data.rules, len(compared)),
         outputs=partial(first_logits, trainer, compared),
         write_files=partial(save_stops, origin=origin, chat=data.chat),
-        seed=args.seed,
-        dry_run=args.dry_run,
-        overwrite=args.overwrite,
-        merges=args.merge_adapter,
+        **flags.asked_run(args),
     )
 
 

@@ -325,6 +325,37 @@ def fill_in(args, step):
     args.gradient_accumulation = args.gradient_accumulation or max(1, step // args.batch_size)
 
 
+def asked_base(args):
+    """Return how the base is to be loaded, as keywords of parts.base.load."""
+    return {
+        "full": args.finetune_type == "full",
+        "bits": args.bits,
+        "attention": args.attn_implementation,
+        "keep_dropout": args.model_dropout,
+    }
+
+
+def asked_lora(args):
+    """Return what the adapters are to be, as keywords of parts.adapters.Lora."""
+    return {
+        "r": args.lora_r,
+        "alpha": args.lora_alpha,
+        "dropout": args.lora_dropout,
+        "target_modules": args.target_modules,
+        "use_rslora": args.use_rslora,
+    }
+
+
+def asked_run(args):
+    """Return how the run is to begin and to end, as keywords of parts.run.Prepared."""
+    return {
+        "seed": args.seed,
+        "dry_run": args.dry_run,
+        "overwrite": args.overwrite,
+        "merges": args.merge_adapter,
+    }
+
+
 def asked_precision(args):
     """Return "bf16", "fp16" or "none" as the flags name it, None where the machine decides."""
     if args.fp16:

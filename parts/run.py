@@ -42,6 +42,7 @@ from transformers import (
 )
 
 OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit", "sgd": "sgd"}
+SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
 @dataclass
@@ -222,13 +223,12 @@ def logger_of(report_to):
 
 def training_arguments(plan, output_dir, precision, *, seed, workers, report_to, full_determinism):
     """Translate a plan into Trainer's arguments; a batch of Trainer's is a whole step of ours."""
-    scheduler = "constant_with_warmup" if plan.lr_scheduler == "constant" else plan.lr_scheduler
     arguments = TrainingArguments(
         output_dir=str(output_dir),
         per_device_train_batch_size=plan.step_rows,
         max_steps=plan.total_steps,
         learning_rate=plan.lr,
-        lr_scheduler_type=scheduler,
+        lr_scheduler_type=SCHEDULERS[plan.lr_scheduler],
         warmup_steps=plan.warmup_steps,
         optim=OPTIMIZERS[plan.optimizer],
         weight_decay=plan.weight_decay,
