@@ -218,7 +218,7 @@ class Tensor:
         """Return the bytes of rows [first, last), uint8."""
         width = self.stored_bytes // max(1, self.stored_rows or self.size[0])
         data = torch.empty((last - first) * width, dtype=torch.uint8)
-        with open(self.file, "rb", buffering=0) as file:
+        with open(self.file, "rb", buffering=0) as file:  # straight into the tensor's memory
             file.seek(self.start + first * width)
             file.readinto(data.numpy())
         return data
@@ -370,6 +370,7 @@ def weights_files(folder):
     """
     index = read_json(folder / "model.safetensors.index.json") or {}
     weight_map = index.get("weight_map")
+    # transformers takes the one file before an index, which may be of an older save
     if (folder / "model.safetensors").is_file() or not isinstance(weight_map, dict):
         return ["model.safetensors"]
     files = sorted(set(weight_map.values()))
@@ -532,7 +533,7 @@ OF_BIAS = ("bias", "added")  # those kinds that are not for the module's weight
 
 def split(name):
     """Return (module path, kind) of a plain name; the kind is None for a parameter of its own."""
-    for ending in sorted(KINDS, key=len, reverse=True):
+    for ending in sorted(KINDS, key=len, reverse=True):  # many end in "weight"
         if name.endswith(f".{ending}"):
             return name.removesuffix(f".{ending}"), KINDS[ending]
     return name, None
@@ -674,10 +675,9 @@ class Change:
             block[[index - first for index in inside]] = new_rows.float()
         if self.lora_a is None:
             return block
-        left, right = self.lora_b[first:last], self.lora_a
-        if self.transposed:
-            left, right = self.lora_a[:, first:last].T, self.lora_b.T
-        return torch.addmm(block, left, right, alpha=self.scale)
+        if self.transposed:  # (B @ A).T = A.T @ B.T
+            return torch.addmm(block, self.lora_a[:, first:last].T, self.lora_b.T, alpha=self.scale)
+        return torch.addmm(block, self.lora_b[first:last], self.lora_a, alpha=self.scale)
 
     def apply(self, block, first, last):
         """Return the merged rows [first, last) of the tensor whose rows are `block`."""
@@ -713,25 +713,7 @@ def pieces(name, tensor, change):
         yield f"{name}[{index}]", expert, each
 
 
-@dataclass(frozen=True)
-class Tie:
-    """Whether embedding and head are one tensor."""
-
-    embedding: str | None  # its name
-    declared: bool  # in the config
-    holds: bool  # in the files, too: transformers ties the two only where they agree
-
-
-def find_tie(base):
-    """Return the Tie of a base."""
-    embedding = next((name for name in base.tensors if EMBEDDING.search(name)), None)
-    nested = base.config.get("text_config") or {}
-    by_default = nested.get("tie_word_embeddings", HEAD not in base.tensors)
-    declared = base.config.get("tie_word_embeddings", by_default)
-    holds = bool(declared and embedding)
-    if holds and HEAD in base.tensors:
-        holds = equal(base.tensors[embedding], base.tensors[HEAD])
-    return Tie(embedding, declared, holds)
+# ---------------------------------------------------------------- fitting it to the base
 
 
 @dataclass
@@ -757,28 +739,6 @@ class Module:
         return f"{self.path} ({', '.join(kinds)})"
 
 
-def is_head(path):
-    """Tell whether a module of the adapter is the language-modelling head."""
-    return path.split(".")[-1] == "lm_head"
-
-
-def find_module(path, parts, base, tie):
-    """Return the Module of an adapter's {kind: tensor}."""
-    of_weight = {kind: tensor for kind, tensor in parts.items() if kind not in OF_BIAS}
-    of_bias = {kind: parts[kind] for kind in OF_BIAS if kind in parts}
-    weight = source = base.find(path, None if None in parts else "weight")
-    bias = base.find(path, "bias")
-    if tie.holds and is_head(path):
-        weight = HEAD
-        source = tie.embedding
-    if "added" in of_bias and weight and bias is None:
-        raise InputError(
-            f"{path} has no bias in the base, to which the adapter's could be added. Train without "
-            "lora_bias."
-        )
-    return Module(path, of_weight, of_bias, weight, source, bias)
-
-
 @dataclass
 class Fit:
     """How an adapter fits its base."""
@@ -800,6 +760,7 @@ def make_changes(config, tensors, base):
     changes = {}
     unused = []
     tie = find_tie(base)
+    # experts first: their modules have no weight of their own, and would fit nothing
     for path, of_experts in find_expert_changes(modules, config, base).items():
         changes |= of_experts
         del modules[path]
@@ -823,7 +784,7 @@ def make_changes(config, tensors, base):
             f"{'; '.join(unused[:8])}{more}."
         )
     head_is_trained = any(is_head(path) for path in modules)
-    return fit_ends(changes, replace(base, tensors=sources), tie, config, head_is_trained)
+    return fit_head(changes, replace(base, tensors=sources), tie, config, head_is_trained)
 
 
 def check_dora(modules, config):
@@ -840,75 +801,26 @@ def check_dora(modules, config):
             )
 
 
-def fit_ends(changes, base, tie, config, head_is_trained):
-    """Return the Fit of these changes, embedding and head set right; raises what forbids it.
-
-    Where both are one tensor, a change to one side may part them, or be the other's as well.
-    """
-    task = config.get("task_type")
-    head, parted = part_head(changes, base, tie, task, head_is_trained)
-    if head:
-        changes = changes | {HEAD: head}
-    untied = tie.embedding if parted else None
-    if tie.declared and (untied or tie.embedding in changes):
-        refuse_tied_copies(changes.get(tie.embedding), tie.embedding, task, base)
-    check_vocabulary(base.tensors, tie.embedding, untied)
-    return Fit(changes, base, untied)
-
-
-def part_head(changes, base, tie, task, head_is_trained):
-    """Return (Change of the head or None, whether it needs a tensor of its own).
-
-    | what was trained            | the head that was tied to it becomes                |
-    |-----------------------------|-----------------------------------------------------|
-    | the head                    | the base's embedding with its change                |
-    | token rows of the embedding | those rows too, as peft ties them; else stays tied  |
-    | the embedding               | what it was tied to, which the adapter may hold     |
-    """
-    of_embedding = changes.get(tie.embedding)
-    of_head = changes.get(HEAD)
-    has_head = task == "CAUSAL_LM" or (task != "FEATURE_EXTRACTION" and base.is_headed)
-    if of_embedding and of_embedding.rows:
-        if tie.declared and (of_head or HEAD in base.tensors):
-            return replace(of_head or Change(), rows=of_embedding.rows), tie.holds
-    elif of_embedding and tie.holds and has_head:
-        # LoRA on an embedding that the adapter brings whole: the head is the whole without LoRA
-        brings_whole = of_embedding.lora_a is not None and of_embedding.replacement is not None
-        if brings_whole and not of_head:
-            of_head = Change(replacement=of_embedding.replacement)
-        return of_head, True
-    return of_head, head_is_trained and tie.holds
-
-
-def refuse_tied_copies(change, embedding, task, base):
-    """Raise InputError where more than lm_head is tied to an embedding that is changed or parted.
-
-    Training left those copies as they were, and no file holds them: read from a merged one they
-    would change as well.
-    """
-    if change and change.rows:
-        return  # peft ties trained rows
-    kind = (base.config.get("architectures") or [""])[0]
-    other_head = kind.endswith(("ForMaskedLM", "ForPreTraining")) or (
-        HEADED.search(kind) and base.model_type in OTHER_HEADS
-    )
-    if base.config.get("is_encoder_decoder") or embedding.endswith("shared.weight"):
-        copies = "embeddings of encoder and decoder"
-    elif not other_head:
-        return
-    elif task == "FEATURE_EXTRACTION":  # trained, compared and served without the head
-        print(
-            f"note      the head of {kind} is tied to {embedding} and changes with it: use the "
-            "merged folder for embeddings alone"
+def find_module(path, parts, base, tie):
+    """Return the Module of an adapter's {kind: tensor}."""
+    of_weight = {kind: tensor for kind, tensor in parts.items() if kind not in OF_BIAS}
+    of_bias = {kind: parts[kind] for kind in OF_BIAS if kind in parts}
+    weight = source = base.find(path, None if None in parts else "weight")
+    bias = base.find(path, "bias")
+    if tie.holds and is_head(path):  # training parted the two, and changed the head alone
+        weight = HEAD
+        source = tie.embedding
+    if "added" in of_bias and weight and bias is None:
+        raise InputError(
+            f"{path} has no bias in the base, to which the adapter's could be added. Train without "
+            "lora_bias."
         )
-        return
-    else:
-        copies = f"head of {kind}"
-    raise InputError(
-        f"the adapter changes {embedding}, to which the base ties the {copies}: training left "
-        "those as they were, and no file of the base holds them. Train without embedding and head, "
-        "or save the base untied first."
-    )
+    return Module(path, of_weight, of_bias, weight, source, bias)
+
+
+def is_head(path):
+    """Tell whether a module of the adapter is the language-modelling head."""
+    return path.split(".")[-1] == "lm_head"
 
 
 def with_rows_of(parts, source):
@@ -917,6 +829,7 @@ def with_rows_of(parts, source):
     They differ where a vocabulary was resized.
     """
     whole = None
+    # trained whole (modules_to_save), kept beside its LoRA, or a parameter of its own
     for kind in ("weight", "base_layer", None):
         if kind in parts:
             whole = parts[kind]
@@ -927,18 +840,6 @@ def with_rows_of(parts, source):
         return source
     stored_rows = source.stored_rows or source.shape[0]
     return replace(source, shape=tuple(whole.shape), stored_rows=stored_rows)
-
-
-def check_vocabulary(tensors, embedding, untied):
-    """Raise DoesNotFit where only one of embedding, head and the head's bias was resized."""
-    ends = [embedding] if untied else [embedding, HEAD, "lm_head.bias"]
-    sizes = {name: tensors[name].shape[0] for name in ends if name in tensors}
-    for name, tensor in tensors.items():
-        if tensor.stored_rows and set(sizes.values()) != {sizes.get(name)}:
-            raise DoesNotFit(
-                f"{name}: the adapter is for {tensor.shape}, the base has {tensor.stored_rows} "
-                f"rows. A vocabulary is resized as a whole, and here it is {sizes}."
-            )
 
 
 def make_change(path, parts, config, source, base):
@@ -1020,6 +921,114 @@ def fitting(path, tensor, shape):
     """Return a tensor of the adapter if it has the base's shape; raises DoesNotFit otherwise."""
     check_shape(path, tensor.shape, shape)
     return tensor
+
+
+# ---------------------------------------------------------------- a head that is tied
+
+
+@dataclass(frozen=True)
+class Tie:
+    """Whether embedding and head are one tensor."""
+
+    embedding: str | None  # its name
+    declared: bool  # in the config
+    holds: bool  # in the files, too: transformers ties the two only where they agree
+
+
+def find_tie(base):
+    """Return the Tie of a base."""
+    embedding = next((name for name in base.tensors if EMBEDDING.search(name)), None)
+    nested = base.config.get("text_config") or {}
+    by_default = nested.get("tie_word_embeddings", HEAD not in base.tensors)
+    declared = base.config.get("tie_word_embeddings", by_default)
+    holds = bool(declared and embedding)
+    if holds and HEAD in base.tensors:
+        holds = equal(base.tensors[embedding], base.tensors[HEAD])
+    return Tie(embedding, declared, holds)
+
+
+def fit_head(changes, base, tie, config, head_is_trained):
+    """Return the Fit of these changes, those of a tied head included.
+
+    Where embedding and head are one tensor, a change to one side may part them, or be the other's
+    as well. Raises InputError where it would be that of further copies, or of other rows.
+    """
+    task = config.get("task_type")
+    head, parted = part_head(changes, base, tie, task, head_is_trained)
+    if head:
+        changes = changes | {HEAD: head}
+    untied = tie.embedding if parted else None
+    if tie.declared and (untied or tie.embedding in changes):
+        refuse_tied_copies(changes.get(tie.embedding), tie.embedding, task, base)
+    check_vocabulary(base.tensors, tie.embedding, untied)
+    return Fit(changes, base, untied)
+
+
+def part_head(changes, base, tie, task, head_is_trained):
+    """Return (Change of the head or None, whether it needs a tensor of its own).
+
+    | what was trained            | the head that was tied to it becomes                |
+    |-----------------------------|-----------------------------------------------------|
+    | the head                    | the base's embedding with its change                |
+    | token rows of the embedding | those rows too, as peft ties them; else stays tied  |
+    | the embedding               | what it was tied to, which the adapter may hold     |
+    """
+    of_embedding = changes.get(tie.embedding)
+    of_head = changes.get(HEAD)
+    has_head = task == "CAUSAL_LM" or (task != "FEATURE_EXTRACTION" and base.is_headed)
+    if of_embedding and of_embedding.rows:
+        if tie.declared and (of_head or HEAD in base.tensors):
+            return replace(of_head or Change(), rows=of_embedding.rows), tie.holds
+    elif of_embedding and tie.holds and has_head:
+        # LoRA on an embedding that the adapter brings whole: the head is the whole without LoRA
+        brings_whole = of_embedding.lora_a is not None and of_embedding.replacement is not None
+        if brings_whole and not of_head:
+            of_head = Change(replacement=of_embedding.replacement)
+        return of_head, True
+    return of_head, head_is_trained and tie.holds
+
+
+def refuse_tied_copies(change, embedding, task, base):
+    """Raise InputError where more than lm_head is tied to an embedding that is changed or parted.
+
+    Training left those copies as they were, and no file holds them: read from a merged one they
+    would change as well.
+    """
+    if change and change.rows:
+        return  # peft ties trained rows
+    kind = (base.config.get("architectures") or [""])[0]
+    other_head = kind.endswith(("ForMaskedLM", "ForPreTraining")) or (
+        HEADED.search(kind) and base.model_type in OTHER_HEADS
+    )
+    if base.config.get("is_encoder_decoder") or embedding.endswith("shared.weight"):
+        copies = "embeddings of encoder and decoder"
+    elif not other_head:
+        return
+    elif task == "FEATURE_EXTRACTION":  # trained, compared and served without the head
+        print(
+            f"note      the head of {kind} is tied to {embedding} and changes with it: use the "
+            "merged folder for embeddings alone"
+        )
+        return
+    else:
+        copies = f"head of {kind}"
+    raise InputError(
+        f"the adapter changes {embedding}, to which the base ties the {copies}: training left "
+        "those as they were, and no file of the base holds them. Train without embedding and head, "
+        "or save the base untied first."
+    )
+
+
+def check_vocabulary(tensors, embedding, untied):
+    """Raise DoesNotFit where only one of embedding, head and the head's bias was resized."""
+    ends = [embedding] if untied else [embedding, HEAD, "lm_head.bias"]
+    sizes = {name: tensors[name].shape[0] for name in ends if name in tensors}
+    for name, tensor in tensors.items():
+        if tensor.stored_rows and set(sizes.values()) != {sizes.get(name)}:
+            raise DoesNotFit(
+                f"{name}: the adapter is for {tensor.shape}, the base has {tensor.stored_rows} "
+                f"rows. A vocabulary is resized as a whole, and here it is {sizes}."
+            )
 
 
 # ---------------------------------------------------------------- experts
@@ -1241,8 +1250,8 @@ def flags_of(trained):
                 "again."
             )
         recorded |= values
-    if recorded.get("bits", 0) is None:  # not quantised: says no more than if it were not there
-        del recorded["bits"]
+    if recorded.get("bits") is None:  # as where it is missing: nothing was quantised
+        recorded.pop("bits", None)
     return recorded
 
 
@@ -1288,8 +1297,8 @@ def check_base(adapter, base_folder, trained_on):
     if not is_base(base_folder, adapter.trained.get("base_fingerprint")):
         raise InputError(
             f"{base_folder} is not the base that {adapter.folder} was trained on: its weights are "
-            f"not those of {trained_on}. Pass that one as --base_model_path; if it is "
-            "the same model in other files, delete base_fingerprint from its training_config.json."
+            f"not those of {trained_on}. Pass that one as --base_model_path; if it is the same "
+            "model in other files, delete base_fingerprint from its training_config.json."
         )
 
 
@@ -1316,7 +1325,7 @@ def lay_out_shards(fit):
     for name, tensor in fit.base.tensors.items():
         if not (fit.untied and name == HEAD):
             shards[tensor.file.name][name] = tensor, fit.changes.get(name)
-    if fit.untied:
+    if fit.untied:  # the base's files may have no place for it
         last = list(shards)[-1]
         shards[last][HEAD] = fit.base.tensors[fit.untied], fit.changes.get(HEAD)
     return dict(shards)
@@ -1331,9 +1340,9 @@ def dequantised(job, bits):
     with in_one_sentence(cannot):
         model, paths = load_rounded(job, bits)
     weights = {}
+    turned = job.base.model_type in CONV1D_MODELS
     for path in paths:
         weight = model.get_submodule(path).weight.detach().cpu()
-        turned = job.base.model_type in CONV1D_MODELS
         weights[job.base.find(path, "weight")] = weight.T if turned else weight
     shards = {}
     for file, tensors in job.shards.items():
@@ -1358,7 +1367,9 @@ def load_model(folder, job, **more):
     model = auto.from_pretrained(
         folder, dtype=torch.float32, trust_remote_code=job.trust_remote_code, **more
     )
-    return (model if more else model.to(job.device)).eval()
+    if not more:  # a quantised one is on its device already, and must not be moved
+        model = model.to(job.device)
+    return model.eval()
 
 
 def load_rounded(job, bits):
@@ -1439,6 +1450,7 @@ def reference_outputs(job, tokenizer):
     tensors = named_for(model, job.adapter)
     with tempfile.TemporaryDirectory() as folder:
         save_file(tensors, f"{folder}/adapter_model.safetensors")
+        # without a task peft takes the model as it is, with or without a head
         write_json(f"{folder}/adapter_config.json", job.adapter.config | {"task_type": None})
         model = PeftModel.from_pretrained(model, folder).eval()
     return base, outputs_of(model, tokenizer, job.device, job.trained_rows)
@@ -1575,7 +1587,7 @@ def lay_out(tensors, job):
         header[name] = {"dtype": code, "shape": shape, "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
     head = struct.pack("<Q", len(text)) + text
     places = []
     for name, (source, change) in tensors.items():
@@ -1592,7 +1604,7 @@ def write_shard(path, tensors, job, bar):
         out.write(head)
         for found in pool.map(partial(write_tensor, out, bar), places):
             figures |= found
-        os.fsync(out.fileno())
+        os.fsync(out.fileno())  # a disk that is full says so here at the latest
     return figures
 
 
@@ -1651,24 +1663,28 @@ def write_blocks(out, at, name, source, change, dtype):
         noise = torch.empty_like(exact).copy_(written).sub_(exact)  # without a second temporary
         if basis is None:
             wanted = exact - base
-        else:  # <EQ, DQ> and so on cost less; D = D Q Q^T, so that nothing of D is lost
+        else:  # <EQ, DQ> and so on: r columns instead of `in`, and nothing of D is lost
             wanted = change.lora_b[first:last] @ (change.scale * change.lora_a @ basis)
             noise = noise @ basis
         found = sums_of(wanted, noise)
-        if not found[2].isfinite():  # as any value that is not makes it
-            if not exact.isfinite().all():
-                raise InputError(
-                    f"{name} holds NaN or infinite values once merged: the base or the adapter is "
-                    "broken."
-                )
-            kind = str(dtype)[6:]
-            raise TooLarge(f"{name} is too large for {kind}. Pass --training_precision float32.")
+        if not found[2].isfinite():  # one value that is not makes the sum so
+            raise not_finite(name, exact, dtype)
         sums += found
         weight += base.flatten().dot(base.flatten()).double()
         write_at(out, written, at + first * source.size[1] * dtype.itemsize)
     figures = figures_of(*sums.tolist())
     figures.relative_delta = figures.delta / math.sqrt(max(weight.item(), 1e-30))
     return figures
+
+
+def not_finite(name, exact, dtype):
+    """Return the error where merged values `exact` are not finite once they are in `dtype`."""
+    if exact.isfinite().all():
+        kind = str(dtype)[6:]
+        return TooLarge(f"{name} is too large for {kind}. Pass --training_precision float32.")
+    return InputError(
+        f"{name} holds NaN or infinite values once merged: the base or the adapter is broken."
+    )
 
 
 def write_at(out, block, start):
@@ -1775,10 +1791,9 @@ def probe(folder, job):
                         f"{folder / file}: {name} is not what was written. Look at the disk."
                     )
                 continue
-            copies = (part for _, part, _ in pieces(name, copy, change))
-            parts = zip(pieces(name, source, change), copies, strict=True)
-            for (part, own_source, own), own_copy in parts:
-                found[part] = probe_tensor(own_source, own, own_copy, generator)
+            copies = {part: written for part, written, _ in pieces(name, copy, change)}
+            for part, tensor, own in pieces(name, source, change):
+                found[part] = probe_tensor(tensor, own, copies[part], generator)
     return found
 
 
@@ -2234,7 +2249,7 @@ def merge_once(folder, job, mode):
     empty(folder)
     size = written_size(job)
     free = shutil.disk_usage(folder).free
-    if size + 2**26 > free:
+    if size + 2**26 > free:  # 64 MiB for all the other files
         raise InputError(
             f"the merged model needs {size / 1e9:.1f} GB and {folder.parent} has {free / 1e9:.1f} "
             "free. Make room, or pass an --output_path on another disk."
@@ -2253,8 +2268,8 @@ def merge_once(folder, job, mode):
     return Merged(figures, seconds, verify(folder, job, mode))
 
 
-def merge_in_time(folder, job, mode):
-    """Merge; with auto once more in float32 where the base's dtype loses the fine-tune.
+def merge_without_loss(folder, job, mode):
+    """Merge; with --training_precision auto once more in float32 where the first lost something.
 
     Returns (the Job as it was carried out, Merged).
     """
@@ -2327,12 +2342,12 @@ def main(argv=None):
     temporary = output.with_name(f".{output.name}.partial")
     with nothing_left(), held(temporary):
         open_output(args.output_path, args.overwrite)  # another merge may have ended meanwhile
-        job, merged = merge_in_time(temporary, job, mode)
+        job, merged = merge_without_loss(temporary, job, mode)
         report = make_report(job, merged)
         write_json(temporary / "merge_report.json", report)
         write_card(temporary, report, output.name)
         failed = merged.proof.passed is False
-        if not failed or not output.exists():  # else the earlier merge stays
+        if not failed or not output.exists():  # else the earlier merge stays, which may be good
             put_in_place(temporary, output)
     if report["trained_in"] not in (None, job.dtype_name):
         print(f"note      trained in {report['trained_in']}, stored as {job.dtype_name}")
