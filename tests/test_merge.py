@@ -16,6 +16,8 @@ from pathlib import Path
 import merge
 import utils
 from conftest import ROOT
+from parts.base import Origin
+from parts.run import check_base_of_adapter
 
 import pytest
 import torch
@@ -825,7 +827,7 @@ def test_what_could_not_be_merged_is_said_before_training(
     shutil.copytree(tiny_chat if script == "run_sft" else tiny_bert, base)
     torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
     (base / "model.safetensors").unlink()
-    with pytest.raises(merge.InputError, match="--merge_adapter: .* lacks model.safetensors"):
+    with pytest.raises(utils.InputError, match="--merge_adapter: .* lacks model.safetensors"):
         run("--dry_run", "--merge_adapter", model=str(base))
     run("--dry_run", model=str(base))
     assert "merge.py could not merge this adapter" in capsys.readouterr().out
@@ -1030,7 +1032,7 @@ def test_a_base_is_known_by_the_weights_that_it_loads(parts):
                 *flags,
             ]
         )
-        utils.check_base_of(adapter, base, "the same")  # of --init_adapter
+        check_base_of_adapter(Origin(str(base), adapter=str(adapter)))  # of --init_adapter
     record.write_text(
         json.dumps({"base_fingerprint": merge.digest_of([base / "another.safetensors"])})
     )
