@@ -1,4 +1,4 @@
-"""A step's loss and gradient are those of the plain full-logits computation, whatever it is cut into."""
+"""A step's loss and gradient are those of plain full logits, whatever it is cut into."""
 
 import utils
 from conftest import gradient, gradients_of_two_processes, randomise_adapters, relative
@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
 
 def naive_gradient(trainer, rows):
-    """One padded pass with an attention mask, logits of every position, stock labels, one backward pass."""
+    """One padded pass with an attention mask, all logits, stock labels, one backward pass."""
     width = max(len(row["input_ids"]) for row in rows)
     input_ids, labels = torch.zeros(2, len(rows), width, dtype=torch.long)
     mask, labels = torch.zeros_like(input_ids), labels - 100
@@ -121,7 +121,8 @@ def test_two_processes_give_the_gradient_of_one(
         total == 60
     )  # 7 steps of 8 rows and one of 4, which is filled up with rows that carry no loss
     _, expected = naive_gradient(trainer, trainer.train_dataset[8 * step : 8 * step + real])
-    flags = f"--model_name {tiny_chat} --train_file {chats} --batch_size 2 --gradient_accumulation 2 --dev_size 0"
+    flags = f"--model_name {tiny_chat} --train_file {chats} --batch_size 2 "
+    flags += "--gradient_accumulation 2 --dev_size 0"
     for found in gradients_of_two_processes(tmp_path, "train_sft_lora", flags, 8 * step, 4, step):
         assert relative(found, expected) < 1e-5
 

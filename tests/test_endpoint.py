@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server as --endpoint: what it is sent, what is made of its replies, what a failure leaves."""
+"""An OpenAI-compatible server: what it is sent, what becomes of replies, what a failure leaves."""
 
 import json
 import threading
@@ -17,7 +17,10 @@ import pytest
 
 
 class Server:
-    """Answers the user's last text with reply(text) -> (code, bytes); notes requests and how many came at once."""
+    """Answers the user's last text with reply(text) -> (code, bytes).
+
+    Notes requests, and how many came at once.
+    """
 
     def __init__(self, reply):
         seen = self
@@ -114,11 +117,13 @@ def test_eight_are_asked_at_once_and_the_file_has_the_order_of_the_rows(serve, t
 
 
 CALLS = [{"role": "user", "content": "Rain?", "weight": 0},
-         {"role": "assistant", "content": "<think>\nhm\n</think>\n\nLet me see.", "reasoning_content": "hm",
-          "thinking": "hm", "weight": 0,
-          "tool_calls": [{"id": "mine", "type": "function", "function": {"name": "f", "arguments": {"city": "Köln"}}},
+         {"role": "assistant", "content": "<think>\nhm\n</think>\n\nLet me see.",
+          "reasoning_content": "hm", "thinking": "hm", "weight": 0,
+          "tool_calls": [{"id": "mine", "type": "function",
+                          "function": {"name": "f", "arguments": {"city": "Köln"}}},
                          {"name": "g", "arguments": '{"x": 1}'}, {"function": {"name": "h"}}]},
-         {"role": "tool", "content": "yes", "tool_call_id": "mine"}, {"role": "tool", "name": "g", "content": "1"},
+         {"role": "tool", "content": "yes", "tool_call_id": "mine"},
+         {"role": "tool", "name": "g", "content": "1"},
          {"role": "tool", "content": "2"}, {"role": "user", "content": "So?"}]  # fmt: skip
 
 

@@ -32,22 +32,14 @@ from transformers import MistralConfig, MistralForCausalLM
 
 
 def make_pairs(count):
-    """Pairs of prompts of differing lengths; the chosen answer is the longer one in half of them."""
+    """Pairs of prompts of differing lengths; in half of them the chosen answer is the longer."""
     rows = []
     for i in range(count):
         a, b = TOPICS[i % 16], TOPICS[(i // 16 + 3 * i) % 16]
         long = " and the ".join(TOPICS[: 1 + i % 7])
-        chosen, rejected = (
-            text + f" with a {long}" * (i % 2 == k)
-            for k, text in enumerate((f"the {a}", f"no {b}"))
-        )
-        rows.append(
-            {
-                "prompt": f"{i}: where is the {a} behind the {long}",
-                "chosen": chosen,
-                "rejected": rejected,
-            }
-        )
+        row = {"chosen": f"the {a}", "rejected": f"no {b}"}
+        row["rejected" if i % 2 else "chosen"] += f" with a {long}"
+        rows.append({"prompt": f"{i}: where is the {a} behind the {long}"} | row)
     return rows
 
 
@@ -58,7 +50,7 @@ def pairs(tmp_path):
 
 @pytest.fixture
 def trainer_of(sft_trainer, pairs):
-    """Return the trainer of a preference run, its adapters no longer zero, its reference that of the base."""
+    """Return the trainer of a preference run, adapters no longer zero, its reference the base's."""
     return lambda *flags, **kwargs: sft_trainer(
         "--pref_loss", "sigmoid", *flags, data=pairs, **kwargs
     )
@@ -134,7 +126,7 @@ def test_losses_equal_trls():
 
 
 def trl_dpo_loss(loss, logps, reference, lengths):
-    """TRL's DPO loss on given log-probabilities, through a model that returns them as those of single tokens."""
+    """TRL's DPO loss on log-probabilities, through a model that returns them as single tokens'."""
     from unittest.mock import MagicMock
 
     from trl import DPOTrainer
@@ -144,8 +136,8 @@ def trl_dpo_loss(loss, logps, reference, lengths):
     )  # (2 P, 10)
     spread = torch.cat(logps.unbind(1))[:, None] * mask[:, 1:] / mask[:, 1:].sum(1, keepdim=True)
     trainer = MagicMock(
-        beta=0.3, loss_types=[loss], loss_weights=[1.0], f_divergence_type="reverse_kl", ld_alpha=None,
-        use_weighting=False, precompute_ref_logps=True, aux_loss_enabled=False,
+        beta=0.3, loss_types=[loss], loss_weights=[1.0], f_divergence_type="reverse_kl",
+        ld_alpha=None, use_weighting=False, precompute_ref_logps=True, aux_loss_enabled=False,
     )  # fmt: skip
     trainer.accelerator.device = "cpu"
     trainer.accelerator.gather_for_metrics = trainer.accelerator.gather = lambda x: x
@@ -178,7 +170,7 @@ def test_gradients_of_the_six_differ(trainer_of):
 
 
 def naive_loss(trainer, rows):
-    """Full padded logits of each side, log-softmax, sums by hand; the reference with the adapter switched off."""
+    """Full logits of each side, log-softmax, sums by hand; the reference without the adapter."""
 
     def logps():
         found = []
@@ -238,7 +230,10 @@ def windowed(tmp_path):
     """Save a tiny Mistral whose attention sees `window` tokens; return its folder."""
 
     def save(window):
-        template = "{% for m in messages %}<|u|>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<|u|>{% endif %}"
+        template = (
+            "{% for m in messages %}<|u|>{{ m.content }}</s>{% endfor %}"
+            "{% if add_generation_prompt %}<|u|>{% endif %}"
+        )
         chat_tokenizer(template, "</s>", special=["<|u|>"]).save_pretrained(tmp_path / "window")
         shape = {
             "hidden_size": 64,
@@ -311,8 +306,8 @@ def test_two_processes_give_the_gradient_of_one(
     trainer = trainer_of("--dev_size", 0, "--pref_loss", loss)
     assert len(trainer.train_dataset) == 60
     _, expected = naive_gradient(trainer, trainer.train_dataset[8 * step : 8 * step + real])
-    line = f"--model_name {tiny_chat} --train_file {pairs} --batch_size 2 --gradient_accumulation 2 --dev_size 0"
-    line += f" --pref_loss {loss}"
+    line = f"--model_name {tiny_chat} --train_file {pairs} --batch_size 2 "
+    line += f"--gradient_accumulation 2 --dev_size 0 --pref_loss {loss}"
     for found in gradients_of_two_processes(tmp_path, "train_sft_lora", line, 8 * step, 4, step):
         assert relative(found, expected) < 1e-5
 
@@ -378,12 +373,16 @@ FORMS = {
     "lists": {"prompt": CHAT, "chosen": [GOOD], "rejected": [BAD]},
     "messages": {"messages": CHAT, "chosen": GOOD, "rejected": BAD},
     "whole": {"chosen": [*CHAT, GOOD], "rejected": [*CHAT, BAD]},
-    "whole and prompt": {"prompt": "where is the lamp?", "chosen": [*CHAT, GOOD], "rejected": [*CHAT, BAD]},
+    "whole and prompt": {"prompt": "where is the lamp?", "chosen": [*CHAT, GOOD],
+                         "rejected": [*CHAT, BAD]},
     "sharegpt": {"conversations": [{"from": "human", "value": "where is the lamp?"}],
-                 "chosen": {"from": "gpt", "value": "behind the door"}, "rejected": {"from": "gpt", "value": "no"}},
+                 "chosen": {"from": "gpt", "value": "behind the door"},
+                 "rejected": {"from": "gpt", "value": "no"}},
     "json": {"conversations": json.dumps([{"from": "human", "value": "where is the lamp?"}]),
-             "chosen": {"from": "gpt", "value": "behind the door"}, "rejected": {"from": "gpt", "value": "no"}},
-    "alpaca": {"instruction": "where is the lamp?", "input": "", "chosen": "behind the door", "rejected": "no"},
+             "chosen": {"from": "gpt", "value": "behind the door"},
+             "rejected": {"from": "gpt", "value": "no"}},
+    "alpaca": {"instruction": "where is the lamp?", "input": "", "chosen": "behind the door",
+               "rejected": "no"},
 }  # fmt: skip
 
 
@@ -432,8 +431,11 @@ def test_calls_empty_cells_and_labels_beside_pairs_are_read_as_beside_answers():
 
 def test_length_accuracy_counts_ties_as_halves(trainer_of):
     trainer = trainer_of()
-    short, long, other = ({"input_ids": ids, "supervised": torch.tensor([False, *[True] * (len(ids) - 1)]).numpy()}
-                          for ids in ([5, 6], [5, 6, 7], [5, 9]))  # fmt: skip
+
+    def side(*ids):
+        return {"input_ids": ids, "supervised": torch.arange(len(ids)).bool().numpy()}
+
+    short, long, other = side(5, 6), side(5, 6, 7), side(5, 9)
     pairs = [
         {"sides": sides}
         for sides in ([long, short], [long, short], [long, short], [short, long], [short, other])
@@ -565,7 +567,8 @@ def test_a_resumed_run_ends_with_the_same_weights(run_sft, pairs, tmp_path):
 def test_answers_are_generated_beside_preferences(run_sft, tmp_path, tiny_chat):
     model = tmp_path / "folds"
     shutil.copytree(tiny_chat, model)
-    template = ("{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    template = ("{% for m in messages %}"
+                "{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
                 "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
                 "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")  # fmt: skip
     (model / "chat_template.jinja").write_text(template)
@@ -611,7 +614,8 @@ def test_a_trained_adapter_is_measured_against_its_base(run_sft, pairs, tmp_path
 
 @pytest.mark.parametrize("wrong, sentence", [
     ("--pref_beta 0.2", "need --pref_loss"),
-    ("--pref_loss hinge --dpo_label_smoothing 0.1", "--dpo_label_smoothing is for --pref_loss sigmoid"),
+    ("--pref_loss hinge --dpo_label_smoothing 0.1",
+     "--dpo_label_smoothing is for --pref_loss sigmoid"),
     ("--pref_loss sigmoid --simpo_gamma 0.1", "--simpo_gamma is for --pref_loss simpo"),
     ("--pref_loss sigmoid --sanity_overfit 5", "drop --sanity_overfit"),
     ("--pref_loss sigmoid --lora_dropout 0.1", "drop --lora_dropout"),
