@@ -14,6 +14,9 @@ from pathlib import Path
 import train_embed_lora
 import utils
 from conftest import ROOT, TOPICS, make_rows, write_jsonl
+from parts import base, callbacks, run
+from parts.checkpoints import find_checkpoint
+from parts.report import can_be_drawn
 
 import numpy as np
 import pytest
@@ -209,9 +212,11 @@ def test_final_folder_loads_everywhere_with_the_same_embeddings(
         40,
     ]
     flags += ["--append_eos"] if kind == "decoder" else []
-    caught, prove = [], utils.prove
+    caught, prove = [], train_embed_lora.prove
     monkeypatch.setattr(
-        utils, "prove", lambda trainer, *rest: caught.append(trainer) or prove(trainer, *rest)
+        train_embed_lora,
+        "prove",
+        lambda prepared, *rest: caught.append(prepared.trainer) or prove(prepared, *rest),
     )
     run_embed(*flags, model=model)
     trainer = caught[0]
@@ -239,9 +244,11 @@ def test_real_model_gets_better_and_loads_in_sentence_transformers(minilm, tmp_p
         for b in TOPICS
     ]
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
-    caught, prove = [], utils.prove
+    caught, prove = [], train_embed_lora.prove
     monkeypatch.setattr(
-        utils, "prove", lambda trainer, *rest: caught.append(trainer) or prove(trainer, *rest)
+        train_embed_lora,
+        "prove",
+        lambda prepared, *rest: caught.append(prepared.trainer) or prove(prepared, *rest),
     )
     report = train_embed_lora.main(
         [
@@ -335,7 +342,7 @@ def test_a_resumed_run_shows_and_stores_what_the_whole_run_does(
     run_embed, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(
-        utils, "worsening", lambda log, metric, greater_is_better: f"{len(log)} entries"
+        callbacks, "worsening", lambda log, metric, greater_is_better: f"{len(log)} entries"
     )
     flags = ["--max_steps", 6, "--logging_steps", 4, "--checkpoint_steps", 3, "--save_best", 0]
     warnings = run_embed(*flags)["warnings"]
@@ -380,14 +387,14 @@ def test_a_notebook_shows_one_bar(run_embed, monkeypatch, capfd):
             raise AssertionError("transformers' own table is shown too")
 
     monkeypatch.setattr(transformers.trainer, "DEFAULT_PROGRESS_CALLBACK", SecondTable)
-    monkeypatch.setattr(utils, "is_in_notebook", lambda: True)
+    monkeypatch.setattr(transformers.utils, "is_in_notebook", lambda: True)
     run_embed("--max_steps", 2)
     assert capfd.readouterr().err.count("2/2") >= 1
 
 
 def test_a_curve_names_its_folder_only_where_the_font_can(run_embed, tmp_path, recwarn):
-    assert utils.can_be_drawn("runs/first, ndcg@10")
-    assert not utils.can_be_drawn("runs/日本語")
+    assert can_be_drawn("runs/first, ndcg@10")
+    assert not can_be_drawn("runs/日本語")
     run_embed("--max_steps", 2, out=tmp_path / "日本語")
     assert not [str(warning.message) for warning in recwarn if "Glyph" in str(warning.message)]
 
@@ -521,10 +528,10 @@ def test_flags_run_to_the_end(run_embed, flags):
     "flags", [[], ["--load_in_4bit"], ["--load_in_8bit"], ["--finetune_type", "full"]]
 )
 def test_half_precision_bases_keep_float32_adapters(run_embed, monkeypatch, tmp_path, flags):
-    monkeypatch.setattr(utils, "choose_precision", lambda args: ("bf16", "bf16"))
-    caught, train = [], utils.train
+    monkeypatch.setattr(train_embed_lora, "choose_precision", lambda asked: ("bf16", "bf16"))
+    caught, train = [], run.train
     monkeypatch.setattr(
-        utils, "train", lambda trainer, *rest: caught.append(trainer) or train(trainer, *rest)
+        run, "train", lambda prepared: caught.append(prepared.trainer) or train(prepared)
     )
     report = run_embed("--batch_size", 8, "--max_steps", 3, "--lr", "1e-3", *flags)
     assert report["proof"]["relative_change"] > 0
@@ -558,7 +565,7 @@ def test_init_adapter_goes_on_where_stage_one_ended(run_embed, tmp_path):
         1,
     )
     assert report["flags"]["lora_r"] == 4
-    assert report["flags"]["pooling"] == "cls" and report["flags"]["query_prefix"] == "Q: "
+    assert report["settled"]["pooling"] == "cls" and report["settled"]["query_prefix"] == "Q: "
     assert utils.read_json(tmp_path / "out/final/adapter_config.json")["lora_dropout"] == 0.1
 
 
@@ -614,7 +621,7 @@ def test_a_base_that_cannot_be_quantised_is_loaded_without_and_said_so(run_embed
     def fail(**kwargs):
         raise ImportError("no bitsandbytes here")
 
-    monkeypatch.setattr(utils, "BitsAndBytesConfig", fail)
+    monkeypatch.setattr(base, "BitsAndBytesConfig", fail)
     report = run_embed("--max_steps", 2, "--load_in_4bit")
     assert report["flags"].get("bits") is None
     assert (
@@ -662,20 +669,27 @@ def test_fp16_gradients_that_never_fit_end_in_a_message(run_embed, monkeypatch):
 # ---------------------------------------------------------------- notebooks
 
 
-@pytest.mark.parametrize("ending", [None, 143])
-def test_the_process_group_is_left(monkeypatch, ending):
+@pytest.mark.parametrize("number", [None, 15])
+def test_the_process_group_is_left(monkeypatch, number, capsys):
     """An interpreter that ends beside gloo's threads aborts now and then."""
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     monkeypatch.setattr(sys, "argv", ["train_embed_lora.py"])
-    with pytest.raises(SystemExit) if ending else contextlib.nullcontext():
-        utils.run(lambda: ending and sys.exit(ending), list)
+
+    def main():
+        if number:
+            raise utils.Stopped("stopped after step 3", number)
+
+    with pytest.raises(SystemExit, match="143") if number else contextlib.nullcontext():
+        utils.run(main)
     assert not torch.distributed.is_initialized()
+    assert ("stopped after step 3" in capsys.readouterr().out) == bool(number)
 
 
 def test_pasted_into_a_notebook_cell_it_starts_nothing(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["/x/ipykernel_launcher.py", "-f", "kernel.json"])
-    utils.run(lambda: pytest.fail("started"), lambda: pytest.fail("parsed"))
+    utils.check_command(lambda: pytest.fail("parsed"))
+    utils.run(lambda: pytest.fail("started"))
     assert "Now call main(" in capsys.readouterr().out
 
 
@@ -722,7 +736,7 @@ def test_a_signal_saves_a_checkpoint_and_says_how_to_resume(number, tiny_bert, p
     said = "".join(lines) + process.communicate(timeout=120)[0]
     assert process.returncode == 128 + number, said[-2000:]
     assert "Go on with the same command and --resume_from_checkpoint" in said
-    assert utils.find_checkpoint(tmp_path / "out")
+    assert find_checkpoint(tmp_path / "out")
     assert not (tmp_path / "out/final").exists()
 
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import train_sft_lora
 import utils
 from conftest import ROOT, make_chats, write_jsonl
+from parts import answers, run
 
 import pytest
 import torch
@@ -231,9 +232,11 @@ def test_stop_tokens_are_written_for_whoever_serves_the_model(run_sft, tmp_path,
 
 
 def test_final_folder_gives_the_trained_logits(run_sft, tmp_path, tiny_chat, monkeypatch):
-    caught, prove = [], utils.prove
+    caught, prove = [], train_sft_lora.prove
     monkeypatch.setattr(
-        utils, "prove", lambda trainer, *rest: caught.append(trainer) or prove(trainer, *rest)
+        train_sft_lora,
+        "prove",
+        lambda prepared, *rest: caught.append(prepared.trainer) or prove(prepared, *rest),
     )
     report = run_sft("--max_steps", 4, "--lr", "1e-2")
     assert report["proof"]["relative_error"] < 1e-6 < report["proof"]["relative_change"]
@@ -289,10 +292,10 @@ def test_flags_run_to_the_end(run_sft, flags):
 
 @pytest.mark.parametrize("flags", [[], ["--load_in_4bit"], ["--finetune_type", "full"]])
 def test_half_precision_bases_keep_float32_adapters(run_sft, monkeypatch, flags):
-    monkeypatch.setattr(utils, "choose_precision", lambda args: ("bf16", "bf16"))
-    caught, train = [], utils.train
+    monkeypatch.setattr(train_sft_lora, "choose_precision", lambda asked: ("bf16", "bf16"))
+    caught, train = [], run.train
     monkeypatch.setattr(
-        utils, "train", lambda trainer, *rest: caught.append(trainer) or train(trainer, *rest)
+        run, "train", lambda prepared: caught.append(prepared.trainer) or train(prepared)
     )
     report = run_sft(
         "--max_steps", 3, "--lr", "1e-3", "--eval_generate", 2, "--max_new_tokens", 4, *flags
@@ -317,12 +320,12 @@ def test_a_dropped_dropout_in_stage_two_is_written_into_the_layers(run_sft, tmp_
 
 def fixed_metrics(monkeypatch, give):
     """Replace the metrics of generated answers, but not what the plan learns of their names."""
-    scored = train_sft_lora.generation_metrics
+    scored = answers.generation_metrics
 
     def metrics(references, predictions, stopped):
         return scored(references, predictions, stopped) if references is predictions else give()
 
-    monkeypatch.setattr(train_sft_lora, "generation_metrics", metrics)
+    monkeypatch.setattr(answers, "generation_metrics", metrics)
 
 
 def test_final_is_the_best_state_by_the_metric_asked_for(run_sft, tmp_path, monkeypatch):
@@ -527,14 +530,14 @@ def test_towers_that_text_does_not_pass_get_no_adapter(run_sft, tmp_path, tiny_c
             super().__init__()
             self.tower = torch.nn.Sequential(torch.nn.Linear(8, 8))
 
-    load_base = utils.load_base
+    load_base = train_sft_lora.load
 
-    def load(*args):
-        model, absent = load_base(*args)
-        model.model.vision = WithTower()
-        return model, absent
+    def load(*positional, **named):
+        loaded = load_base(*positional, **named)
+        loaded.model.model.vision = WithTower()
+        return loaded
 
-    monkeypatch.setattr(utils, "load_base", load)
+    monkeypatch.setattr(train_sft_lora, "load", load)
     report = run_sft("--max_steps", 2)
     assert (
         "not trained, because the outputs do not depend on it: model.vision.tower.0"
