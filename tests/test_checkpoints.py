@@ -304,3 +304,17 @@ def test_an_older_run_goes_on_and_a_settled_value_may_not_change(run_embed, tmp_
     assert again["steps"] == 2 and again["resumed_after"] == 1
     assert (out / "final/adapter_model.safetensors").read_bytes() == weights
     assert utils.read_json(out / "training_config.json")["settled"]["query_max_len"] == 128
+
+
+@pytest.mark.parametrize("is_older", [False, True])
+def test_an_adapter_is_continued_with_what_its_run_settled(is_older, run_sft, tmp_path):
+    first, flags = tmp_path / "first", ["--max_steps", 1, "--eval_strategy", "no"]
+    run_sft(*flags, "--enable_thinking", "true", out=first)
+    if is_older:
+        as_older_run(first)
+    report = run_sft(*flags, "--init_adapter", first / "final")
+    assert report["flags"]["enable_thinking"] == "auto"
+    assert report["settled"]["enable_thinking"] == "true"
+    (tmp_path / "first/final/training_config.json").unlink()
+    again = run_sft(*flags, "--init_adapter", first / "final", out=tmp_path / "again")
+    assert again["settled"]["enable_thinking"] == "false"  # no row has reasoning
