@@ -623,7 +623,7 @@ def test_a_base_that_cannot_be_quantised_is_loaded_without_and_said_so(run_embed
 
     monkeypatch.setattr(base, "BitsAndBytesConfig", fail)
     report = run_embed("--max_steps", 2, "--load_in_4bit")
-    assert report["flags"].get("bits") is None
+    assert utils.recorded_flags(report).get("bits") is None
     assert (
         "4-bit loading failed, so the base is not quantised: no bitsandbytes here"
         in report["plan"]["notes"]
