@@ -512,43 +512,6 @@ def read_rows(args):
     return read_data(source, sizes, columns, args.query_prefix, args.max_negs)
 
 
-def load_text_tokenizer(origin, ends_in_eos):
-    """Load the base's tokenizer, with a padding token, and an EOS behind each text if asked."""
-    tokenizer = load_tokenizer(origin)
-    if tokenizer.pad_token is None:  # as Llama's: SentenceTransformer cannot encode two texts then
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    return append_eos(tokenizer, origin) if ends_in_eos else tokenizer
-
-
-def text_length(args, name, limit):
-    """Return the tokens at which a query or document is cut; limit: what the base can take."""
-    wanted = getattr(args, name) or args.max_length
-    return within_limit(name, wanted, limit, of="the base model")
-
-
-def choose_pooling(asked, stored, causal, texts, config):
-    """Return how hidden states are pooled, and note what is suspicious about it.
-
-    asked: --pooling; stored: what the base's sentence-transformers files say, or None.
-    """
-    pooling = asked
-    if asked == "auto":
-        pooling = stored or ("last" if causal else "mean")
-    ends = {int(texts[i][-1]) for i in range(min(50, len(texts.index)))}
-    if pooling == "last" and len(ends) > 1:
-        note(
-            "last-token pooling, but texts end in different tokens: --append_eos gives them one to "
-            "learn"
-        )
-    two_way = getattr(config, "is_causal", True) is False or "bidirec" in config.model_type
-    if causal and (two_way or (pooling == "mean" and stored)):
-        note(
-            "the base should see both ways, but its first token does not see its last: it runs "
-            "causal here"
-        )
-    return pooling
-
-
 @dataclass
 class Data:
     """The rows of a run as the model will see them."""
@@ -581,6 +544,33 @@ def tokenise_rows(args, state, origin, config, examples, dev_sets):
     return Data(tokenizer, stored, prompts, rules, texts, train_set)
 
 
+def load_text_tokenizer(origin, ends_in_eos):
+    """Load the base's tokenizer, with a padding token, and an EOS behind each text if asked."""
+    tokenizer = load_tokenizer(origin)
+    if tokenizer.pad_token is None:  # as Llama's: SentenceTransformer cannot encode two texts then
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return append_eos(tokenizer, origin) if ends_in_eos else tokenizer
+
+
+def text_length(args, name, limit):
+    """Return the tokens at which a query or document is cut; limit: what the base can take."""
+    wanted = getattr(args, name) or args.max_length
+    return within_limit(name, wanted, limit, of="the base model")
+
+
+def plan_run(args, data, dev_sets, processes):
+    """Plan the steps, and fill the pools of held-out queries, which evaluations pay for.
+
+    Returns (Plan, {name: DevSet}, tokens of each training row).
+    """
+    plan = plan_steps(args, data.train_set, dev_sets, processes)
+    row_tokens = tokens_of_rows(data.train_set, data.texts)
+    training = tokens_of_steps(data.train_set, data.texts, row_tokens, plan, args.seed)
+    prefixes = data.rules.query_prefix, data.rules.doc_prefix
+    dev_sets, share = fill_pools(dev_sets, data.texts, *prefixes, plan, training, args.seed)
+    return replace(plan, evaluation_share=share), dev_sets, row_tokens
+
+
 def plan_steps(args, train_set, dev_sets, processes):
     """Return the Plan, and note what is odd about it; raises InputError for an unknown metric."""
     dims = [f"ndcg@10_dim{dim}" for dim in args.matryoshka_dims or []]
@@ -607,19 +597,6 @@ def plan_steps(args, train_set, dev_sets, processes):
     negatives = round(queries * (1 + mined) - 1, 1)
     say(f"negatives {negatives:g} per query: the other documents of a step")
     return replace(plan, negatives_per_query=negatives)
-
-
-def plan_run(args, data, dev_sets, processes):
-    """Plan the steps, and fill the pools of held-out queries, which evaluations pay for.
-
-    Returns (Plan, {name: DevSet}, tokens of each training row).
-    """
-    plan = plan_steps(args, data.train_set, dev_sets, processes)
-    row_tokens = tokens_of_rows(data.train_set, data.texts)
-    training = tokens_of_steps(data.train_set, data.texts, row_tokens, plan, args.seed)
-    prefixes = data.rules.query_prefix, data.rules.doc_prefix
-    dev_sets, share = fill_pools(dev_sets, data.texts, *prefixes, plan, training, args.seed)
-    return replace(plan, evaluation_share=share), dev_sets, row_tokens
 
 
 @dataclass
@@ -662,6 +639,29 @@ def load_model(args, origin, config, data):
         gradient_checkpointing=args.gradient_checkpointing,
     )
     return Embedder(model, does.is_causal, does.dimension, precision, pooling, loaded.bits, dropout)
+
+
+def choose_pooling(asked, stored, causal, texts, config):
+    """Return how hidden states are pooled, and note what is suspicious about it.
+
+    asked: --pooling; stored: what the base's sentence-transformers files say, or None.
+    """
+    pooling = asked
+    if asked == "auto":
+        pooling = stored or ("last" if causal else "mean")
+    ends = {int(texts[i][-1]) for i in range(min(50, len(texts.index)))}
+    if pooling == "last" and len(ends) > 1:
+        note(
+            "last-token pooling, but texts end in different tokens: --append_eos gives them one to "
+            "learn"
+        )
+    two_way = getattr(config, "is_causal", True) is False or "bidirec" in config.model_type
+    if causal and (two_way or (pooling == "mean" and stored)):
+        note(
+            "the base should see both ways, but its first token does not see its last: it runs "
+            "causal here"
+        )
+    return pooling
 
 
 def make_trainer(args, output_dir, data, dev_sets, plan, embedder):

@@ -189,32 +189,6 @@ SHORT_ANSWER_TOKENS = 64  # --sanity_overfit asks for an exact match up to this 
 # ---------------------------------------------------------------- data
 
 
-def read_rows(args):
-    """Read, check and split the rows: (training Examples, {name: dev Examples}, counts)."""
-    hub = None
-    if args.dataset_name:
-        hub = HubSet(args.dataset_name, args.dataset_subset, args.hf_revision)
-    source = Source(args.train_file, args.dev_file, hub, args.dataset_split, args.dataset_dev_split)
-    sizes = Sizes(
-        seed=args.seed,
-        share=HELD_OUT,
-        train=args.train_sample_limit,
-        dev=args.dev_sample_limit,
-        dev_size=args.dev_size,
-        evaluates=args.eval_strategy != "no",
-        whole=bool(args.sanity_overfit),
-    )
-    return read_data(
-        source,
-        sizes,
-        args.system_prompt,
-        args.drop_regex,
-        as_pairs=bool(args.pref_loss),
-        overfit=args.sanity_overfit,
-        trains=not args.eval_only,
-    )
-
-
 def collate(samples):
     """Make one step of samples."""
     return {
@@ -416,14 +390,71 @@ def note_residue(answers):
 # ---------------------------------------------------------------- main
 
 
-def chooses_thinking(asked, recorded, examples):
-    """Tell whether answers begin with thinking: as asked, as the adapter was trained, as data do.
+def read_rows(args):
+    """Read, check and split the rows: (training Examples, {name: dev Examples}, counts)."""
+    hub = None
+    if args.dataset_name:
+        hub = HubSet(args.dataset_name, args.dataset_subset, args.hf_revision)
+    source = Source(args.train_file, args.dev_file, hub, args.dataset_split, args.dataset_dev_split)
+    sizes = Sizes(
+        seed=args.seed,
+        share=HELD_OUT,
+        train=args.train_sample_limit,
+        dev=args.dev_sample_limit,
+        dev_size=args.dev_size,
+        evaluates=args.eval_strategy != "no",
+        whole=bool(args.sanity_overfit),
+    )
+    return read_data(
+        source,
+        sizes,
+        args.system_prompt,
+        args.drop_regex,
+        as_pairs=bool(args.pref_loss),
+        overfit=args.sanity_overfit,
+        trains=not args.eval_only,
+    )
 
-    asked: --enable_thinking; recorded: the flags that an adapter's run recorded.
-    """
-    if asked == "auto":
-        asked = recorded.get("enable_thinking", str(has_reasoning(examples)).lower())
-    return asked == "true"
+
+@dataclass
+class Data:
+    """The rows of a run as the model will see them."""
+
+    chat: Chat
+    rules: Rules
+    position_limit: float  # tokens that the base can take
+    train_set: TrainSet  # with --eval_only the first dev set's, which is not trained on
+    dev_sets: dict  # {name: DevSet}
+
+
+def tokenise_rows(args, state, origin, examples, dev_examples):
+    """Make the Chat, and samples of all rows: (Data, counts for the report, the base's config)."""
+    config = load_config(origin)
+    tokenizer = load_tokenizer(origin)
+    chat = make_chat(args, origin, tokenizer, examples, dev_examples)
+    limit = position_limit(config, tokenizer)
+    max_length = within_limit("--max_length", args.max_length, limit)
+    rules = Rules(max_length, args.overlong, args.train_turns)
+    as_pairs = bool(args.pref_loss)
+    with state.main_process_first():
+        train_set, dev_samples, counts = make_samples(
+            examples, dev_examples, chat, rules, as_pairs, args.num_workers
+        )
+    dev_sets = {}
+    for name, samples in dev_samples.items():
+        generated = choose_generated(
+            name,
+            dev_examples[name],
+            chat,
+            count=args.eval_generate,
+            seed=args.seed,
+            max_length=max_length,
+            longest_answer=SHORT_ANSWER_TOKENS if args.sanity_overfit else None,
+        )
+        dev_sets[name] = DevSet(samples, generated)
+    if args.eval_only:
+        train_set = TrainSet(next(iter(dev_samples.values())))
+    return Data(chat, rules, limit, train_set, dev_sets), counts, config
 
 
 def make_chat(args, origin, tokenizer, examples, dev_examples):
@@ -438,6 +469,16 @@ def make_chat(args, origin, tokenizer, examples, dev_examples):
     chat = Chat(tokenizer, thinking, stops)
     note_oddities(chat, own_template, stops, examples, dev_examples)
     return chat
+
+
+def chooses_thinking(asked, recorded, examples):
+    """Tell whether answers begin with thinking: as asked, as the adapter was trained, as data do.
+
+    asked: --enable_thinking; recorded: the flags that an adapter's run recorded.
+    """
+    if asked == "auto":
+        asked = recorded.get("enable_thinking", str(has_reasoning(examples)).lower())
+    return asked == "true"
 
 
 def plan_run(args, train_set, dev_sets, processes):
@@ -521,47 +562,6 @@ def load_model(args, origin, config):
         gradient_checkpointing=args.gradient_checkpointing,
     )
     return LanguageModel(model, does.plain_head, precision, loaded.bits, dropout)
-
-
-@dataclass
-class Data:
-    """The rows of a run as the model will see them."""
-
-    chat: Chat
-    rules: Rules
-    position_limit: float  # tokens that the base can take
-    train_set: TrainSet  # with --eval_only the first dev set's, which is not trained on
-    dev_sets: dict  # {name: DevSet}
-
-
-def tokenise_rows(args, state, origin, examples, dev_examples):
-    """Make the Chat, and samples of all rows: (Data, counts for the report, the base's config)."""
-    config = load_config(origin)
-    tokenizer = load_tokenizer(origin)
-    chat = make_chat(args, origin, tokenizer, examples, dev_examples)
-    limit = position_limit(config, tokenizer)
-    max_length = within_limit("--max_length", args.max_length, limit)
-    rules = Rules(max_length, args.overlong, args.train_turns)
-    as_pairs = bool(args.pref_loss)
-    with state.main_process_first():
-        train_set, dev_samples, counts = make_samples(
-            examples, dev_examples, chat, rules, as_pairs, args.num_workers
-        )
-    dev_sets = {}
-    for name, samples in dev_samples.items():
-        generated = choose_generated(
-            name,
-            dev_examples[name],
-            chat,
-            count=args.eval_generate,
-            seed=args.seed,
-            max_length=max_length,
-            longest_answer=SHORT_ANSWER_TOKENS if args.sanity_overfit else None,
-        )
-        dev_sets[name] = DevSet(samples, generated)
-    if args.eval_only:
-        train_set = TrainSet(next(iter(dev_samples.values())))
-    return Data(chat, rules, limit, train_set, dev_sets), counts, config
 
 
 def make_trainer(args, output_dir, data, plan, language_model):
@@ -649,6 +649,11 @@ def save_stops(folder, origin, chat):
     utils.write_json(folder / "generation_config.json", stored | {"eos_token_id": chat.stop_ids})
 
 
+def merged_counts(rows, tokens):
+    """Return the report's counts: those of reading rows, with those of making tokens of them."""
+    return rows | tokens | {"dropped": rows["dropped"] | tokens["dropped"]}
+
+
 def prepare(argv=None):
     """Do all that comes before the first step; returns the run, as parts/run.py describes it."""
     args = parse_args(argv)
@@ -687,11 +692,6 @@ def prepare(argv=None):
         write_files=partial(save_stops, origin=origin, chat=data.chat),
         **flags.asked_run(args),
     )
-
-
-def merged_counts(rows, tokens):
-    """Return the report's counts: those of reading rows, with those of making tokens of them."""
-    return rows | tokens | {"dropped": rows["dropped"] | tokens["dropped"]}
 
 
 def ask_server(args):
@@ -735,13 +735,13 @@ def main(argv=None):
         return evaluate(prepared)
     report = runs.finished_report(prepared)
     if not report:
-        report = train(prepared)
+        report = train_and_prove(prepared)
     if args.sanity_overfit and "metrics" in report:
         check_overfit(report["metrics"]["after"], prepared.trainer.train_dataset)
     return report
 
 
-def train(prepared):
+def train_and_prove(prepared):
     """Rehearse, train, save, prove; returns the report."""
     check_saved_tokenizer(prepared)
     rehearse(prepared.trainer, prepared.plan, prepared.row_tokens, prepared.seed)
