@@ -329,7 +329,7 @@ class Base:
     tensors: dict  # {name: Tensor}
 
     def __post_init__(self):
-        self.find = Names(self.tensors).find
+        self.find = Names(self.tensors).find  # base.find(module path, "weight")
 
     @property
     def model_type(self):
@@ -794,10 +794,10 @@ def check_dora(modules, config):
         is_dora = "magnitude" in parts
         of_experts = without_nesting(path).endswith("experts")  # peft has no DoRA for those
         if is_lora and not of_experts and is_dora != bool(config.get("use_dora")):
+            found = "a" if is_dora else "no"
             raise InputError(
-                f"{path} of the adapter has {'a' if is_dora else 'no'} DoRA magnitude, but "
-                f"adapter_config.json says use_dora {config.get('use_dora')}. Copy the adapter "
-                "again."
+                f"{path} of the adapter has {found} DoRA magnitude, but adapter_config.json says "
+                f"use_dora {config.get('use_dora')}. Copy the adapter again."
             )
 
 
@@ -2061,8 +2061,10 @@ def write_card(folder, report, name):
         figures = f"{outputs['retained']:.2%} | {outputs['residual']:.2%}"
         checks.append(f"| {outputs['kind']}, float32 | {figures} |")
     verdict = "Not verified."
-    if proof["passed"]:
-        verdict = f"The merge was verified{'' if outputs else ' on its weights alone'}."
+    if proof["passed"] and outputs:
+        verdict = "The merge was verified."
+    elif proof["passed"]:
+        verdict = "The merge was verified on its weights alone."
     elif proof["passed"] is False:
         verdict = "**The merge failed its verification.**"
     is_sentence_transformer = (folder / "modules.json").is_file()

@@ -224,7 +224,8 @@ def answer(model, tokenizer, chat, prompts, max_new_tokens=MAX_NEW_TOKENS[False]
         reply = tokenizer.decode(output[ids.shape[1] :], skip_special_tokens=True)
         stopped = output[-1] in stops
         answers.append({"prompt": prompt, "answer": reply, "stopped": stopped})
-        print(f"answer    {prompt} -> {reply!r}{'' if stopped else ' (no stop token)'}", flush=True)
+        end = "" if stopped else " (no stop token)"
+        print(f"answer    {prompt} -> {reply!r}{end}", flush=True)
         sequences.append(output[:MAX_TOKENS])
     need(
         any(each["stopped"] for each in answers),
