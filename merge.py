@@ -1915,12 +1915,8 @@ def verify(folder, job, mode):
 
 # ---------------------------------------------------------------- the folder
 
-TOKENIZERS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "tekken.json",
-)  # one is there
+# a folder with a tokenizer has one of these
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tekken.json")
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*")
 TOKENIZER_FILES += ("merges.txt", "*.model", "*.tiktoken", "tekken.json", "chat_template.jinja")
 PROCESSOR_FILES = ("*preprocessor_config.json", "processor_config.json", "chat_template.json")
