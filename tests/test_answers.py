@@ -1,4 +1,4 @@
-"""How a generated answer is read: in evaluations, predictions, --sanity_overfit and examples/ask.py."""
+"""How a generated answer is read: in evaluations, predictions and examples/ask.py."""
 
 import json
 import shutil
