@@ -156,6 +156,7 @@ class TrainSet(torch.utils.data.Dataset):
     def __getitem__(self, i):
         """Return (query, positive, [negative, ...], known) of row i, as Row describes them."""
         row = self.rows[i]
+        # no generator of a worker's: a resumed run, or one with more workers, draws the same
         rng = random.Random(f"{self.seed} {self.epoch} {i}")
         positive = rng.choice(row.pos)
         negatives = rng.sample(row.neg, min(self.max_negs, len(row.neg)))
@@ -174,6 +175,8 @@ class Collator:
         self.texts = texts
 
     def __call__(self, rows):
+        # a text of several rows is embedded once; as a document of several it is one column, or it
+        # would be counted as a negative twice
         position = {}  # text index -> place in `sequences`
         column = {}  # document -> column
         for query, positive, negatives, _ in rows:
@@ -202,7 +205,7 @@ def text_indices(row):
 
 def tokens_of_rows(train_set, texts):
     """Return how many tokens each training row has."""
-    counts = []
+    counts = []  # of the first epoch's draws: others differ little
     for row in map(train_set.__getitem__, range(len(train_set))):
         counts.append(sum(len(texts[i]) for i in text_indices(row)))
     return counts
@@ -247,6 +250,7 @@ def contrastive_loss(query_emb, doc_emb, target, excluded, temperature, margin=N
     """
     losses = []
     for dim in sorted({query_emb.shape[1], *(dims or ())}):
+        # again: the beginning of a unit vector is shorter
         queries = F.normalize(query_emb[:, :dim], dim=1)
         documents = F.normalize(doc_emb[:, :dim], dim=1)
         scores = queries @ documents.T  # (Q, N)
@@ -386,16 +390,20 @@ class EmbedTrainer(StepTrainer):
 
     def loss_and_gradients(self, vectors, step, pieces):
         """Return the step's loss, and its gradient (B, D) for the vectors of each piece."""
+        # the loss ends at these leaves: of the model it needs no graph
         leaves = [vector.detach().requires_grad_() for vector in vectors]
         places = list(itertools.chain.from_iterable(pieces))
         order = torch.tensor(places, device=self.args.device).argsort()
         loss = self.loss(torch.cat(leaves)[order], step)
-        (self.world * loss).backward()  # DDP averages the gradients
+        # DDP averages the gradients, whose sum is wanted. No loss scale: float32 needs none, and
+        # accelerator.backward scales what follows
+        (self.world * loss).backward()
         return loss.detach(), [leaf.grad for leaf in leaves]
 
     def backward_kept(self, model, vectors, gradients, more):
         """Run backward through the graphs that were kept; `more`: others follow."""
         with self.unsynced(model, more):
+            # the gradient of v . g for fixed g is g times that of v: the chain rule
             products = [
                 (vector * gradient).sum()
                 for vector, gradient in zip(vectors, gradients, strict=True)
@@ -422,6 +430,7 @@ class EmbedTrainer(StepTrainer):
             own = range(len(sequences))
         step = {"sequences": sequences}
         lengths = [len(sequences[i]) for i in own]
+        # without a backward pass twice as many fit
         limit = 2 * min(self.device_tokens, self.batch_size * self.max_length)
 
         def encode_own():
@@ -457,6 +466,7 @@ def make_measure(dev_sets, texts, rules, dims):
     """
     prepared = {}
     for name, dev in dev_sets.items():
+        # by ascending id, as sentence-transformers ranks documents of equal scores
         column = {key: i for i, key in enumerate(sorted(dev.corpus))}
         relevant = [{column[key] for key in dev.relevant[query]} for query in dev.queries]
         own = [column.get(dev.own.get(query)) for query in dev.queries]
@@ -649,12 +659,14 @@ def choose_pooling(asked, stored, causal, texts, config):
     pooling = asked
     if asked == "auto":
         pooling = stored or ("last" if causal else "mean")
+    # a causal model's last token is to sum the text up: it must know that it is the last
     ends = {int(texts[i][-1]) for i in range(min(50, len(texts.index)))}
     if pooling == "last" and len(ends) > 1:
         note(
             "last-token pooling, but texts end in different tokens: --append_eos gives them one to "
             "learn"
         )
+    # models that were made two-way bring code or a config for it, which did not take effect
     two_way = getattr(config, "is_causal", True) is False or "bidirec" in config.model_type
     if causal and (two_way or (pooling == "mean" and stored)):
         note(
@@ -733,11 +745,11 @@ def compared_inputs(texts, rules):
 
 def prepare(argv=None):
     """Do all that comes before the first step; returns the run, as parts/run.py describes it."""
-    args = parse_args(argv)
+    args = parse_args(argv)  # finished here: what is settled later stands elsewhere
     state, output_dir, checkpoint = runs.start(
         args.output_dir, args.resume_from_checkpoint, args.overwrite, args.seed
     )
-    with state.main_process_first():
+    with state.main_process_first():  # data first: a mistake in them shows in seconds
         examples, dev_sets, counts = read_rows(args)
     origin = Origin(args.model_name, args.model_revision, args.trust_remote_code, args.init_adapter)
     config = load_config(origin)
@@ -785,6 +797,7 @@ def main(argv=None):
     started = time.perf_counter()
     resumed_after = runs.resumed_after(prepared.checkpoint)
     runs.begin(prepared)
+    # for the proof: what is saved must differ from these
     untrained = prepared.outputs(prepared.inputs(prepared.trainer.processing_class))
     before, after, warnings = runs.train(prepared)
     seconds = time.perf_counter() - started

@@ -257,6 +257,7 @@ class SftTrainer(CausalTrainer):
     def run_step(self, model, step, pieces, tokens_at_once):
         """Forward and backward of one step; its loss is a mean over the tokens of all processes."""
         counted = self.counted_rows(model, step)
+        # a row that only fills the step up has no token to learn
         pairs = zip(step["supervised"], counted, strict=True)
         step["supervised"] = [mask & bool(counts) for mask, counts in pairs]
         own_tokens = sum(int(mask.sum()) for mask in step["supervised"])
@@ -425,11 +426,11 @@ class Data:
     position_limit: float  # tokens that the base can take
     train_set: TrainSet  # with --eval_only the first dev set's, which is not trained on
     dev_sets: dict  # {name: DevSet}
+    counts: dict  # of what was dropped and shortened
 
 
-def tokenise_rows(args, state, origin, examples, dev_examples):
-    """Make the Chat, and samples of all rows: (Data, counts for the report, the base's config)."""
-    config = load_config(origin)
+def tokenise_rows(args, state, origin, config, examples, dev_examples):
+    """Make the Chat, and samples of all rows; returns Data."""
     tokenizer = load_tokenizer(origin)
     chat = make_chat(args, origin, tokenizer, examples, dev_examples)
     limit = position_limit(config, tokenizer)
@@ -454,14 +455,14 @@ def tokenise_rows(args, state, origin, examples, dev_examples):
         dev_sets[name] = DevSet(samples, generated)
     if args.eval_only:
         train_set = TrainSet(next(iter(dev_samples.values())))
-    return Data(chat, rules, limit, train_set, dev_sets), counts, config
+    return Data(chat, rules, limit, train_set, dev_sets, counts)
 
 
 def make_chat(args, origin, tokenizer, examples, dev_examples):
     """Return the Chat of this run: its template, whether it thinks; notes what is odd about it."""
     if args.chat_template:
         tokenizer.chat_template = read_template(args.chat_template)
-    own_template = bool(tokenizer.chat_template)
+    own_template = bool(tokenizer.chat_template)  # Chat gives a tokenizer without one a plain one
     recorded = utils.recorded_flags(base_json(origin, "training_config.json") or {})
     seen = examples or sum(dev_examples.values(), [])
     thinking = chooses_thinking(args.enable_thinking, recorded, seen)
@@ -491,6 +492,7 @@ def plan_run(args, train_set, dev_sets, processes):
         hint = "" if args.eval_generate else " More are with --eval_generate N."
         metric = chosen_metric(metric, known, hint)
     metric = metric or named(next(iter(dev_sets), ""), "accuracy" if args.pref_loss else "loss")
+    # of these, less is better; a run without dev sets has its loss alone
     lower = [named(name, key) for name in measured for key in LOWER_IS_BETTER]
     shown = [named(name, key) for name in measured for key in shown_of(measured[name])]
     plan = make_plan(
@@ -656,14 +658,15 @@ def merged_counts(rows, tokens):
 
 def prepare(argv=None):
     """Do all that comes before the first step; returns the run, as parts/run.py describes it."""
-    args = parse_args(argv)
+    args = parse_args(argv)  # finished here: what is settled later stands elsewhere
     state, output_dir, checkpoint = runs.start(
         args.output_dir, args.resume_from_checkpoint, args.overwrite, args.seed
     )
     with state.main_process_first():
         examples, dev_examples, counts = read_rows(args)
     origin = Origin(args.model_name, args.model_revision, args.trust_remote_code, args.init_adapter)
-    data, token_counts, config = tokenise_rows(args, state, origin, examples, dev_examples)
+    config = load_config(origin)
+    data = tokenise_rows(args, state, origin, config, examples, dev_examples)
     plan = plan_run(args, data.train_set, data.dev_sets, state.num_processes)
     language_model = load_model(args, origin, config)
     trainer = make_trainer(args, output_dir, data, plan, language_model)
@@ -684,7 +687,7 @@ def prepare(argv=None):
         origin=origin,
         auto_class=AutoModelForCausalLM,
         output_dir=output_dir,
-        record=record | {"data": merged_counts(counts, token_counts)},
+        record=record | {"data": merged_counts(counts, data.counts)},
         checkpoint=checkpoint,
         row_tokens=[tokens_of(sample) for sample in data.train_set],
         inputs=partial(first_ids, examples, data.chat, data.rules, len(compared)),
@@ -702,7 +705,7 @@ def ask_server(args):
     with state.main_process_first():
         _, dev_examples, counts = read_rows(args)
     if not state.is_main_process:
-        return None
+        return None  # one process asks
     thinking = chooses_thinking(args.enable_thinking, {}, sum(dev_examples.values(), []))
     count = args.eval_generate or max(map(len, dev_examples.values()))
     dev_sets = {}
@@ -728,7 +731,7 @@ def evaluate(prepared):
 def main(argv=None):
     """Run the command line `argv`; return what training_summary_report.json holds."""
     args = parse_args(argv)
-    if args.endpoint:
+    if args.endpoint:  # no model is loaded
         return ask_server(args)
     prepared = prepare(argv)
     if args.eval_only:
@@ -750,6 +753,7 @@ def train_and_prove(prepared):
     started = time.perf_counter()
     resumed_after = runs.resumed_after(prepared.checkpoint)
     runs.begin(prepared)
+    # for the proof: what is saved must differ from these
     untrained = prepared.outputs(prepared.inputs(prepared.trainer.processing_class))
     before, after, warnings = runs.train(prepared)
     seconds = time.perf_counter() - started
