@@ -13,7 +13,7 @@ from parts.pieces import Pieces
 from parts.splits import say_drops
 from parts.template import Chat
 from parts.token_cache import cached_map, ragged, tokens_key
-from parts.trials import ANSWER, QUESTION, as_message
+from parts.trials import ANSWER, QUESTION, as_message, is_whole
 from utils import InputError, say
 
 import numpy as np
@@ -84,7 +84,7 @@ def encode_example(row, text, chat, rules):
 
 def cache_key(texts, chat, rules):
     """Return all that the tokens depend on, the code that makes them included."""
-    code = (Chat.render, Pieces.ids, turn, functions_of, tokenise)  # one of each file
+    code = (Chat.render, Pieces.ids, turn, is_whole, functions_of, tokenise)  # one of each file
     return [
         texts,
         tokens_key(chat.tokenizer, *code),
