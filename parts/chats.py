@@ -30,8 +30,8 @@ class Example:
     Of a pair the messages end in the chosen answer, and `rejected` is the other.
     """
 
-    where: str
-    messages: list
+    where: str  # "FILE, line 7", for what is said about it
+    messages: list  # [{"role", "content", ...}], the last one an answer
     tools: list | None = None
     rejected: dict | None = None
 
@@ -95,7 +95,7 @@ def read_example(where, row, system_prompt):
     """Turn a row of any known format into an Example; Drop, or InputError for an unknown format."""
     fields = list(row)
     row = cleaned(where, row)
-    if row.get("label") is False or row.get("kto_tag") is False:
+    if row.get("label") is False or row.get("kto_tag") is False:  # 0 may mean anything
         raise Drop("rows whose label or kto_tag is false (KTO: answers to unlearn)")
     turns = raw_turns(where, row, fields)
     system = row.get("system") or row.get("system_prompt") or system_prompt
@@ -176,14 +176,14 @@ def read_side(where, row, rest, name, system_prompt):
         )
     example = read_example(where, cells, system_prompt)
     roles = [message["role"] for message in example.messages]
-    if roles[-2:] == ["assistant", "assistant"]:
+    if roles[-2:] == ["assistant", "assistant"]:  # whose end would be taken for the question
         raise Drop("pairs whose prompt ends in an answer")
     return example
 
 
 def with_answer(where, rest, turns):
     """Return the cells of the SFT row that one side of a pair is; None where it lacks a prompt."""
-    if not turns or role_of(turns[0]) != "assistant":  # a whole conversation, prompt included
+    if not turns or role_of(turns[0]) != "assistant":  # a whole conversation, with its prompt
         kept = ("system", "system_prompt", "tools", "functions")
         return {"messages": turns, **{name: rest[name] for name in kept if name in rest}}
     history = next((name for name in TURN_LISTS if name in rest), None)
@@ -314,13 +314,13 @@ def split_rows(read, sizes, overfit, rows, sources):
     Returns (training Examples, {name: dev Examples}, {reason: training rows dropped}).
     """
     examples, dropped = read(rows)
-    random.Random(sizes.seed).shuffle(examples)
+    random.Random(sizes.seed).shuffle(examples)  # so that the first of them are a fair draw
     dev_sets = {name: draw_dev(read, sizes, name, dev) for name, dev in sources.items()}
-    if overfit:
+    if overfit:  # its rows are their own dev set; an empty answer alone is too easy to learn
         something_to_find = [e for e in examples if not is_empty(parse_answer(e.answer))]
         learnt = (something_to_find or examples)[:overfit]
         return learnt, dev_sets | {"": learnt}, dropped
-    if not dev_sets:
+    if not dev_sets:  # rows of one opening are held out together: their answers may be the same
         examples, dev_sets = hold_out(examples, attrgetter("opening"), sizes, "prompt")
     examples, leaks = without_leaks(examples, dev_sets)
     return examples[: sizes.train], dev_sets, dropped | leaks

@@ -6,7 +6,7 @@ from parts.messages import Drop, first_written, is_filled, is_list_of_objects, m
 from parts.rows import parse_json
 from utils import InputError
 
-PAIRS = (  # of prompt and answer
+PAIRS = (  # of prompt and answer; the first whose cells hold something is taken
     ("prompt", "completion"),
     ("prompt", "response"),
     ("question", "answer"),
@@ -80,7 +80,7 @@ def alpaca_prompt(row, where):
 
     One of them may be empty.
     """
-    texts = [row["instruction"], first_written(row, ("input", "context"))]
+    texts = [row["instruction"], first_written(row, ("input", "context"))]  # alpaca's, dolly's
     for text in texts:
         if not isinstance(text, str):
             raise InputError(
@@ -123,6 +123,7 @@ def raw_turns(where, row, fields):
     if pair := pair_of(row):
         prompt, answer = pair
         return prompt_turns(where, row, prompt) + turns_of(row[answer], where, answer, "assistant")
+    # an empty list of turns is a row to drop; an unknown format is a file to refuse
     is_of_turns = "messages" in fields or "conversations" in fields
     if is_of_turns or not any(map(is_filled, row.values())):
         raise Drop("rows without a turn")

@@ -42,21 +42,15 @@ def turn(chat, messages, i, tools=None):
         raise Drop("answers that no question precedes")
     if chat.leaves_out(messages[: i + 1], tools):
         raise Drop(LEFT_OUT)
-    prompt = chat.render(before, True, tools)  # what inference sees
+    prompt = chat.render(before, True, tools)  # what a server would make of the same messages
     full = chat.render([*before, answer], False, tools)
-    asked = [message["content"] for message in before if message["role"] in ("user", "system")]
-    if not is_whole(prompt, asked):
-        raise Drop("rows with a turn that the template leaves out or changes")
-    if any(text in full for text in quoted_arguments(messages[: i + 1])):
-        raise Drop(
-            "rows with a tool call whose arguments are a text, which the template quotes: "
-            "write them as a JSON object"
-        )
+    refuse_changes(messages[: i + 1], prompt, full)
     prompt_ids = chat.ids(prompt)
     if full.startswith(prompt):
         answer_ids = answer_behind(chat, prompt, prompt_ids, full[len(prompt) :], answer)
     else:
         answer_ids = answer_elsewhere(chat, prompt, prompt_ids, full, answer, before, tools)
+    # some templates cut an answer, leave its thoughts out, or end it in the middle
     said = [answer["content"], answer.get("reasoning_content", ""), *called(answer)]
     if not is_whole(chat.tokenizer.decode(answer_ids), said):
         raise Drop(
@@ -64,6 +58,22 @@ def turn(chat, messages, i, tools=None):
             "(--enable_thinking false leaves reasoning out)"
         )
     return prompt_ids, answer_ids
+
+
+def refuse_changes(messages, prompt, full):
+    """Raise Drop if the prompt of the last of `messages` is not what they say.
+
+    prompt, full: how the template renders them without that answer, and with it.
+    """
+    # not what was answered before: Qwen3 and others leave the thoughts of past turns out
+    asked = [each["content"] for each in messages[:-1] if each["role"] in ("user", "system")]
+    if not is_whole(prompt, asked):
+        raise Drop("rows with a turn that the template leaves out or changes")
+    if any(text in full for text in quoted_arguments(messages)):
+        raise Drop(
+            "rows with a tool call whose arguments are a text, which the template quotes: "
+            "write them as a JSON object"
+        )
 
 
 def answer_behind(chat, prompt, prompt_ids, rest, answer):
@@ -76,41 +86,57 @@ def answer_behind(chat, prompt, prompt_ids, rest, answer):
 
 
 def answer_elsewhere(chat, prompt, prompt_ids, full, answer, before, tools):
-    """Return the answer's ids where the template changes the end of a prompt before it.
+    """Return the answer's ids where the template changes the end of a prompt once it is answered.
 
-    With a snowman in the answer's place the render shows where answers begin:
+    With a snowman in the answer's place a third render shows where answers begin; two would share
+    the beginning of an answer that begins as the prompt ends. Where the last question is the same
+    in all three, only the prompt ends in a scaffold, as DeepSeek's does:
 
-        prompt    <user>What is 2+2? <assistant> <think>
-        full      <user>What is 2+2? <assistant> Four. <end>
-        snowman   <user>What is 2+2? <assistant> \u2603 <end>
+        prompt    <user>What is 2+2?<assistant><think>
+        full      <user>What is 2+2?<assistant>It is four.<end>
+        snowman   <user>What is 2+2?<assistant>\u2603<end>
     """
     last = before[-1]["content"].strip()
     snowman = chat.render([*before, as_message("assistant", SNOWMAN)], False, tools)
     ids = chat.ids(with_stop(chat, full, answer))
     shared = os.path.commonprefix([prompt_ids, ids, chat.ids(snowman)])
     if is_whole(chat.tokenizer.decode(shared), [last]):
-        # only the prompt ends in a scaffold, as DeepSeek's "<think>\n"; the answer may repeat its
-        # end, which the prompt has already
         scaffold = prompt_ids[len(shared) :]
         answer_ids = ids[len(shared) :]
-        return answer_ids[overlap(scaffold, answer_ids) :]
-    # only a last user turn holds the system text, as Mistral-Nemo's: the answer follows the same
-    # end of that turn
-    head = os.path.commonprefix([full, snowman])
-    end = prompt[prompt.rfind(last) :]
-    at = head.rfind(end)
-    is_found = last and last in prompt and at >= 0
-    start = at + len(end)
-    if not is_found or head[start:].strip():
+        return answer_ids[overlap(scaffold, answer_ids) :]  # its end may be in the answer, too
+    start = end_of_question(prompt, full, snowman, last)
+    if start is None:
         raise Drop("rows whose prompt the template renders differently once the answer is there")
     return answer_behind(chat, prompt, prompt_ids, full[start:], answer)
 
 
+def end_of_question(prompt, full, snowman, last):
+    """Return where the answer begins in `full`, whose last question ends as that of the prompt.
+
+    As with Mistral-Nemo, where only a last question holds the system text:
+
+        prompt    [INST]Be brief. What is 2+2?[/INST]
+        full      [INST]What is 2+2?[/INST]It is four.</s>
+        snowman   [INST]What is 2+2?[/INST]\u2603</s>
+
+    Returns None where `full` has another end of `last`, the question, or more between the two.
+    """
+    if not last or last not in prompt:
+        return None
+    end = prompt[prompt.rfind(last) :]  # What is 2+2?[/INST]
+    head = os.path.commonprefix([full, snowman])  # [INST]What is 2+2?[/INST]
+    at = head.rfind(end)
+    start = at + len(end)
+    return None if at < 0 or head[start:].strip() else start
+
+
 def with_stop(chat, text, answer):
-    """Return text up to the stop of the answer that it renders; one is appended without any."""
+    """Return text up to the stop of the answer that it renders; one is appended without any.
+
+    No further than the first stop behind the answer's words or its last call: there inference
+    ends. What is left out so is found missing.
+    """
     said = [part for part in (answer["content"], *called(answer)[-1:]) if part.strip()]
-    # no further than the first stop behind any of them: there inference ends, and what is left out
-    # is found missing
     text = min((chat.ended(text, part) for part in said or [""]), key=len)
     return text if text.endswith(tuple(chat.stops)) else text + chat.end
 
@@ -166,7 +192,8 @@ def shortened(chat, messages, i, tools, max_length):
         text = messages[j]["content"]
         tokens = max(1, len(chat.ids(text)))
         share = 1 - (excess + 4) / tokens  # 4 for the dots
-        # characters of each end; shorter each time, the dots included
+        # characters of each end; fewer each time, the dots included, or it would not end where a
+        # character is many tokens
         keep = min(int(len(text) * share) // 2, len(text) // 2 - 4)
         if keep < 8:
             raise Drop("rows too long for --max_length even with the prompt shortened")
@@ -188,7 +215,7 @@ def samples(chat, messages, tools, rules):
     drops = []
     cut = 0
     turns = turns_to_learn(messages, rules.train_turns)
-    if len(turns) > 1:  # most pieces of all turns in one call of the tokenizer
+    if len(turns) > 1:  # most pieces of all turns in one call of the tokenizer, which remembers
         chat.ids(chat.rendered(messages, False, tools) or "")
     for i in turns:
         try:
@@ -199,6 +226,7 @@ def samples(chat, messages, tools, rules):
         cut += was_cut
         ids = prompt + answer
         spans = []
+        # not where history is rendered otherwise than it was learnt: without thoughts, say
         if found and starts_with(ids, found[-1][0]):
             _, spans = found.pop()
         found.append((ids, [*spans, (len(prompt), len(ids))]))
@@ -237,6 +265,7 @@ def pair(chat, messages, rejected, tools, rules):
         turns = [turn(chat, [*before, side[-1]], i, tools) for side in sides]
         cut = 1
     (prompt, chosen), (other_prompt, worse) = turns
+    # answers may differ in white space alone, which the template trims
     if prompt != other_prompt or chosen == worse:
         raise Drop("pairs that the template renders with equal answers or different prompts")
     found = []
@@ -262,14 +291,11 @@ def encode_row(chat, messages, tools, rejected, rules):
 
 @dataclass(frozen=True)
 class Frame:
-    """What a template writes around an answer.
+    """What a template writes around an answer besides its stop token, and so a model, too."""
 
-    One of `marks`, or `prefix` at the very start, and behind it `end`.
-    """
-
-    marks: list
-    prefix: str
-    end: str
+    marks: list  # one of them precedes an answer: gpt-oss' "<|channel|>final<|message|>", say
+    prefix: str  # where no mark does: words that count at the very start alone
+    end: str  # stands behind it: Command A's "</text>"; "" for nothing
 
 
 def trial_answers(chat):
@@ -305,6 +331,7 @@ def find_frame(chat):
     marks = []
     prefix = ""
     for _, (before, _, _) in trials:
+        # what separates an answer from thoughts is a mark, of special tokens or not
         _, thought, mark = before.rpartition(THOUGHT)
         if thought or any(token in mark for token in chat.special):
             mark = mark.strip()

@@ -75,6 +75,9 @@ class Pieces:
         self.remembered = 0
 
     def check(self, text):
-        """Make no cuts any more if they change the ids of a text: a tokenizer of its own kind."""
+        """Make no cuts from here on if they change the ids of a text.
+
+        Some tokenizers are of a kind of their own, whose files do not say all that they do.
+        """
         if self.ids(text) != self.tokenised(text):
             self.cuts = None

@@ -84,7 +84,7 @@ def encode_example(row, text, chat, rules):
 
 def cache_key(texts, chat, rules):
     """Return all that the tokens depend on, the code that makes them included."""
-    code = (Chat.render, Pieces.ids, turn, is_whole, functions_of, tokenise)  # one of each file
+    code = (functions_of, Chat.render, Pieces.ids, is_whole, turn, tokenise)  # one of each file
     return [
         texts,
         tokens_key(chat.tokenizer, *code),
@@ -112,10 +112,24 @@ def tokenise(examples, chat, rules, as_pairs, workers):
             found += encode_example(row, text, chat, rules)
         return {name: [cells[name] for cells in found] for name in COLUMNS}
 
+    # as JSON: Arrow would give each object the keys of all others
     parts = ([each.messages, each.tools, each.rejected] for each in examples)
     texts = [json.dumps(part, ensure_ascii=False) for part in parts]
     columns = {"row": list(range(len(texts))), "example": texts}
     data = cached_map(columns, encode, cache_key(texts, chat, rules), workers, COLUMNS)
+    samples, drops = read_back(data, examples)
+    if rules.overlong == "error" and TOO_LONG in drops:
+        raise InputError(
+            f"{drops[TOO_LONG][0]}: longer than --max_length {rules.max_length}. Raise it, or drop "
+            "--overlong error."
+        )
+    if as_pairs:
+        samples = paired(samples)
+    return samples, drops, sum(data["shortened"])
+
+
+def read_back(data, examples):
+    """Return (TrainSet, {reason: [where a turn was dropped]}) of a Dataset of COLUMNS."""
     ids, offsets = ragged(data, "input_ids")
     supervised, _ = ragged(data, "supervised")
     samples = TrainSet()
@@ -128,16 +142,9 @@ def tokenise(examples, chat, rules, as_pairs, workers):
         part = slice(offsets[i], offsets[i + 1])
         samples.append({"input_ids": ids[part], "supervised": supervised[part]})
         longest[row] = max(longest[row], len(ids[part]))
-    if rules.overlong == "error" and TOO_LONG in drops:
-        raise InputError(
-            f"{drops[TOO_LONG][0]}: longer than --max_length {rules.max_length}. Raise it, or drop "
-            "--overlong error."
-        )
-    if as_pairs:
-        samples = paired(samples)
-    elif samples:
+    if samples:
         samples.unrolled = sum(map(tokens_of, samples)) / longest.total()
-    return samples, drops, sum(data["shortened"])
+    return samples, drops
 
 
 def paired(samples):
@@ -147,7 +154,10 @@ def paired(samples):
 
 
 def first_ids(examples, chat, rules, count, tokenizer):
-    """Return the token ids of the first `count` samples, as `chat` makes them of `tokenizer`."""
+    """Return the token ids of the first `count` samples, as `chat` makes them with `tokenizer`.
+
+    So a tokenizer that was saved is compared with the one that was trained with.
+    """
     other = copy.copy(chat)
     other.tokenizer = tokenizer
     other.pieces = Pieces(tokenizer)  # which remembers nothing of the other's
@@ -176,7 +186,7 @@ def make_samples(examples, dev_examples, chat, rules, as_pairs, workers):
             f"shortened {shortened} prompts to --max_length {rules.max_length}, from the middle of "
             "their longest text"
         )
-    if not train_set and examples:
+    if not train_set and examples:  # without examples dev sets are all that is measured
         if list(drops) == [TOO_LONG]:
             raise InputError(
                 f"all {len(drops[TOO_LONG])} responses were cut away by --max_length "

@@ -75,15 +75,15 @@ def plain_template(tokenizer):
 
 
 def stored_stops(generation_config, tokenizer):
-    """Return the tokens at which a generation_config.json, {} or None without one, stops."""
+    """Return the tokens at which a generation_config.json stops; none where that is None."""
     ids = (generation_config or {}).get("eos_token_id") or []
     return tokenizer.convert_ids_to_tokens(ids if isinstance(ids, list) else [ids])
 
 
 def special_tokens(tokenizer):
-    """Return the texts of special tokens, the longest first, which a shorter one may begin.
+    """Return the texts of special tokens, the longest first: a shorter one may begin a longer.
 
-    Without those around thoughts: some tokenizers call them special, and answers hold them.
+    Those around thoughts are left out: some tokenizers call them special, and answers hold them.
     """
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     special = {*added, *tokenizer.all_special_tokens} - {"<think>", "</think>"}
@@ -143,11 +143,11 @@ class Chat:
         self.tail = trial.tail  # all that stands behind the last answer
         self.scaffold = trial.scaffold  # what only an answer's prompt has ("<think>\n", say)
         eos = self.tokenizer.eos_token
-        # tokens that end an answer; the one to append where the template writes none of them
+        # the tokens that end an answer, and the one to append where the template writes none
         self.stops, self.end = find_stops(trial, self.special, eos, base_stops)
         self.stop_ids = self.tokenizer.convert_tokens_to_ids(self.stops)
+        # the one that the template itself writes, or None
         ended = self.ended(trial.alone, ANSWER)
-        # the stop that the template itself writes, or None
         self.emits = next((stop for stop in self.stops if ended.endswith(stop)), None)
         self.own_system = find_own_system(trial, self)  # a text that it adds by itself, or None
         self.folds_system = takes_no_system(self)
@@ -160,6 +160,7 @@ class Chat:
     def prepare(self, messages):
         """Return messages as this template takes them; Drop for special tokens inside a text."""
         for message in messages:
+            # it would be read as what it stands for: the end of a turn, or the start of another
             found = self.special_pattern.search(message["content"])
             if found:
                 raise Drop(f"rows whose text holds the special token {found[0]}")
@@ -172,7 +173,7 @@ class Chat:
 
     def with_readable_calls(self, message):
         """Return a message whose tool calls are readable()."""
-        if "tool_calls" not in message:
+        if "tool_calls" not in message:  # some templates ask for it by its name alone
             return message
         return {**message, "tool_calls": [self.readable(call) for call in message["tool_calls"]]}
 
@@ -182,7 +183,7 @@ class Chat:
         arguments = function.get("arguments") or {}
         is_text = isinstance(arguments, str)  # OpenAI's form
         if self.takes_objects and is_text:  # which a template would quote once more
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError):  # no JSON: dropped where the template quotes it
                 arguments = json.loads(arguments)
         elif not self.takes_objects and not is_text:
             arguments = json.dumps(arguments, ensure_ascii=False)
@@ -200,7 +201,7 @@ class Chat:
                 tools=tools,
                 tokenize=False,
                 add_generation_prompt=prompt,
-                enable_thinking=self.thinking,
+                enable_thinking=self.thinking,  # most templates do not know it, and do not mind
             )
         except TEMPLATE_ERRORS as error:
             why = reason(error) or type(error).__name__
@@ -220,7 +221,8 @@ class Chat:
         several, and on whether the row has tools.
         """
         has_tools = bool(tools)
-        _, shows_results = self.tool_use[True, 0, has_tools]  # before any answer
+        # of a tool turn before any answer; later ones follow the answer that called
+        _, shows_results = self.tool_use[True, 0, has_tools]
         for message in messages:
             if message["role"] == "assistant":
                 has_text = bool(message["content"].strip())
@@ -253,10 +255,11 @@ class Chat:
         said = answer.strip()
         start = max(words.rfind(said), 0) + len(said)
         ends = []
-        for stop in self.stops:
+        for stop in self.stops:  # whichever comes first, as at inference
             at = text.find(stop, start)
             if at >= 0:
                 ends.append(at + len(stop))
+        # where the template writes none, a stop is appended, to the words and not to a line break
         return text[: min(ends)] if ends else text.rstrip()
 
 
@@ -312,7 +315,7 @@ def oddities_of_prompts(chat, examples):
             "history: answers are learnt right behind it, where inference starts"
         )
     if chat.folds_system:
-        yield ("the chat template takes no system turn: its text is put before the first user turn")
+        yield "the chat template takes no system turn: its text is put before the first user turn"
     lacks_system = any(example.messages[0]["role"] != "system" for example in examples)
     if chat.own_system and lacks_system:
         yield (

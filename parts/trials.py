@@ -34,6 +34,7 @@ TOOL = {
         },
     },
 }
+# a template comes with a base from anywhere, and may never end
 TRIAL_SECONDS = 10
 TRIAL_BYTES = 2**30
 
@@ -166,14 +167,15 @@ def find_own_system(trial, chat):
     """Return the system text that the template itself adds (Qwen2.5's "You are Qwen."), or None."""
     head = chat.without_special(trial.before.split(QUESTION)[0])  # before the first question
     between = chat.without_special(trial.after.split(FOLLOW_UP)[0])  # and before any later one
+    # both end in the name of the role; what the first has more is said once
     own = head.removesuffix(common_suffix(between, head)).strip()
-    return own if re.search(r"\w", own) else None
+    return own if re.search(r"\w", own) else None  # not of brackets alone
 
 
 def takes_no_system(chat):
     """Tell whether the template refuses system turns, or leaves them out."""
     turns = [as_message("system", "SYSTEM"), as_message("user", QUESTION)]
-    rendered = chat.rendered(turns, True)
+    rendered = chat.rendered(turns, True)  # Gemma 2's refuses them
     return rendered is None or "SYSTEM" not in rendered
 
 
@@ -188,7 +190,7 @@ def takes_objects(chat):
         call = as_message("assistant", "", tool_calls=[trial_call(form)])
         rendered.append(chat.rendered([as_message("user", QUESTION), call], False))
     as_object, as_text = rendered
-    if as_object is None or as_text is None:
+    if as_object is None or as_text is None:  # it refuses one of them
         return as_object is not None
     return str(arguments) not in as_object  # Python's quotes make no JSON
 
@@ -219,7 +221,7 @@ def shows(chat, text, calls, tools):
         made = [trial_call({"place": place}, i) for i, place in enumerate(places)]
         turn["tool_calls"] = [chat.readable(call) for call in made]
     results = []
-    for i in range(max(calls, 1)):
+    for i in range(max(calls, 1)):  # calls may stand in a text, and have results, too
         call_id = trial_call({}, i)["id"]
         results.append(as_message("tool", f"RESULT-{i}", name=FUNCTION, tool_call_id=call_id))
     trial = [as_message("user", QUESTION), turn]
