@@ -20,12 +20,13 @@ from families import (
     make_chat,
     tool_conversation,
 )
-from parts import masks
+from parts import masks, trials
 from parts.masks import Rules, decode_answer, find_frame
 from parts.messages import Drop
 from parts.scores import answer_of
 from parts.template import LEFT_OUT, Chat
 from parts.trials import as_message
+from utils import InputError
 
 import pytest
 
@@ -363,3 +364,12 @@ def test_blanks_before_punctuation_are_kept():
     tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
     assert tokenizer.decode(tokenizer(TEXT)["input_ids"]) != TEXT
     assert decode_answer(tokenizer, tokenizer(TEXT)["input_ids"], None) == TEXT
+
+
+def test_thoughts_that_a_template_never_ends_are_found_out(monkeypatch):
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    template = CHATML.replace("{{ m.content }}", "{{ m.content }}{% if m.thinking %}END{% endif %}")
+    chat = make_chat(template.replace("END", endless), "<|im_end|>", "<|im_start|>", True, [])
+    monkeypatch.setattr(trials, "TRIAL_SECONDS", 0.5)
+    with pytest.raises(InputError, match="takes more than 0.5 s"):
+        find_frame(chat)
