@@ -167,7 +167,7 @@ from parts.masks import Rules, find_frame
 from parts.plan import advice, chosen_metric, make_plan, named
 from parts.preference import Preference, PreferenceTrainer
 from parts.proof import check_saved_tokenizer, prove, save_final
-from parts.rehearsal import rehearse
+from parts.rehearsal import note_inexact, rehearse
 from parts.report import Results, write_evaluation, write_report
 from parts.rows import HubSet
 from parts.samples import TrainSet, first_ids, flat, make_samples, tokens_of, unknown_share
@@ -424,7 +424,7 @@ class Data:
     chat: Chat
     rules: Rules
     position_limit: float  # tokens that the base can take
-    train_set: TrainSet  # with --eval_only the first dev set's, which is not trained on
+    train_set: TrainSet  # with dev sets alone the first one's, which is not trained on
     dev_sets: dict  # {name: DevSet}
     counts: dict  # of what was dropped and shortened
 
@@ -453,7 +453,7 @@ def tokenise_rows(args, state, origin, config, examples, dev_examples):
             longest_answer=SHORT_ANSWER_TOKENS if args.sanity_overfit else None,
         )
         dev_sets[name] = DevSet(samples, generated)
-    if args.eval_only:
+    if not train_set:  # --eval_only of dev sets alone: a plan and a Trainer ask for rows
         train_set = TrainSet(next(iter(dev_samples.values())))
     return Data(chat, rules, limit, train_set, dev_sets, counts)
 
@@ -463,7 +463,9 @@ def make_chat(args, origin, tokenizer, examples, dev_examples):
     if args.chat_template:
         tokenizer.chat_template = read_template(args.chat_template)
     own_template = bool(tokenizer.chat_template)  # Chat gives a tokenizer without one a plain one
-    recorded = utils.recorded_flags(base_json(origin, "training_config.json") or {})
+    recorded = {}
+    if args.enable_thinking == "auto":  # else nobody asks for a file that may be broken, or far
+        recorded = utils.recorded_flags(base_json(origin, "training_config.json") or {})
     seen = examples or sum(dev_examples.values(), [])
     thinking = chooses_thinking(args.enable_thinking, recorded, seen)
     stops = stored_stops(base_json(origin, "generation_config.json"), tokenizer)
@@ -579,6 +581,10 @@ def make_trainer(args, output_dir, data, plan, language_model):
         report_to=args.report_to,
         full_determinism=args.full_determinism,
     )
+    if not args.eval_only:
+        dropout = language_model.dropout or args.model_dropout
+        half = language_model.precision != "none"
+        note_inexact(dropout=dropout, bits=language_model.bits, half=half)
     folder = None if args.dry_run else output_dir  # of predictions
     trainer_class = partial(SftTrainer, data_collator=collate)
     if args.pref_loss:
@@ -725,6 +731,8 @@ def evaluate(prepared):
         return prepared.record
     prepared.trainer.before_training()
     metrics = prepared.trainer.measure(prepared.trainer)
+    if not prepared.trainer.is_world_process_zero():  # all have the metrics, one writes the file
+        return prepared.record | {"metrics": metrics}
     return write_evaluation(prepared.output_dir, prepared.record, metrics)
 
 

@@ -51,3 +51,24 @@ def test_training_begins_at_the_scale_of_the_rehearsal(run_embed, tmp_path, monk
     assert f"finite gradients at a loss scale of {scales[0]:g}" in capsys.readouterr().out
     stored = torch.load(tmp_path / "out/checkpoint-1/scaler.pt")
     assert stored["scale"] == scales[0]  # no step was skipped
+
+
+@pytest.mark.parametrize("script", ["embed", "sft"])
+@pytest.mark.parametrize(
+    "flags, cause",
+    [
+        (["--lora_dropout", 0.1], "dropout"),
+        (["--model_dropout"], "dropout"),
+        (["--load_in_8bit"], "8-bit weights, by about 5 %"),
+        ([], None),
+    ],
+)
+def test_what_makes_a_gradient_depend_on_the_cut_is_noted(
+    script, flags, cause, run_embed, run_sft, capsys
+):
+    run = {"embed": run_embed, "sft": run_sft}[script]
+    notes = run("--dry_run", *flags)["plan"]["notes"]
+    begins = "a step's gradient depends on how it is cut into pieces: "
+    found = [note for note in notes if note.startswith(begins)]
+    assert found == ([begins + cause] if cause else [])
+    assert capsys.readouterr().out.count(begins) == len(found)

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -412,6 +413,38 @@ def test_eval_only_gives_the_live_model_s_numbers(run_sft, tmp_path, stages, tin
         if name != "base":
             assert (tmp_path / f"eval_{name}/predictions-all-0.jsonl").read_text() == predictions
         assert utils.read_json(tmp_path / f"eval_{name}/evaluation_report.json")["metrics"] == found
+
+
+def test_rows_to_train_on_stay_those_beside_the_dev_sets(sft_argv, tmp_path, chats):
+    prepared = train_sft_lora.prepare(sft_argv("--eval_only", "--dry_run"))
+    rows = prepared.record["data"]
+    assert len(prepared.trainer.train_dataset) > rows["dev"]["dev"]  # else few fit on many GPUs
+    flags = ["--eval_only", "--dry_run", "--dev_file", chats]
+    alone = train_sft_lora.prepare(sft_argv(*flags, data=None, out=tmp_path / "alone"))
+    assert len(alone.trainer.train_dataset) >= alone.record["data"]["dev"]["dev"] == 60
+
+
+def test_of_several_processes_one_writes_the_evaluation(tmp_path):
+    trainer = SimpleNamespace(
+        before_training=lambda: None,
+        measure=lambda trainer: {"loss": 1.0},
+        is_world_process_zero=lambda: False,
+    )
+    prepared = SimpleNamespace(
+        trainer=trainer, dry_run=False, record={"flags": {}}, output_dir=tmp_path / "out"
+    )
+    assert train_sft_lora.evaluate(prepared) == {"flags": {}, "metrics": {"loss": 1.0}}
+    assert not (tmp_path / "out").exists()
+
+
+def test_thinking_that_was_asked_for_needs_no_record_of_a_run(run_sft, tiny_chat, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_chat, base)
+    (base / "training_config.json").write_text("{")
+    with pytest.raises(utils.InputError, match="training_config.json is no valid JSON"):
+        run_sft("--dry_run", model=str(base))
+    record = run_sft("--dry_run", "--enable_thinking", "true", model=str(base))
+    assert record["settled"]["enable_thinking"] == "true"
 
 
 class Server:
