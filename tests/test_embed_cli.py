@@ -230,7 +230,7 @@ def test_final_folder_loads_everywhere_with_the_same_embeddings(
         for text in ["search: " + q for q in queries] + ["text: " + d for d in documents]
     ]
     assert len({row[-1] for row in ids}) == 1  # the end token survives truncation
-    assert trainer.flags.pooling == {"encoder": "mean", "decoder": "last"}[kind]
+    assert trainer.pooling == {"encoder": "mean", "decoder": "last"}[kind]
     check_final(tmp_path / "out/final", model, queries, documents, trainer.embed(ids).numpy())
 
 
