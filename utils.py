@@ -14,8 +14,8 @@ from pathlib import Path
 
 # bitsandbytes names an optional CPU kernel at every import
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-libraries = "transformers|accelerate|peft"
-warnings.filterwarnings("ignore", category=FutureWarning, module=libraries)
+# what these libraries will drop is theirs to mend, or ours: no user can
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|accelerate|peft")
 
 
 class InputError(Exception):
@@ -23,7 +23,10 @@ class InputError(Exception):
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal stopped the run after a step; the message says how to go on."""
+    """A signal stopped the run after a step; the message says how to go on.
+
+    A notebook shows it as the interrupt that it is; `run` makes an exit code of it.
+    """
 
     def __init__(self, sentence, number):
         super().__init__(sentence)
@@ -37,7 +40,7 @@ NOTES = []  # of the run that this process is in
 
 def say(*parts):
     """Print on the first process alone."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    if int(os.environ.get("RANK", 0)) == 0:  # torchrun sets it, before there is a process group
         print(*parts, flush=True)
 
 
@@ -58,6 +61,7 @@ def reason(error):
 def read_json(path):
     """Return the parsed file, or None where there is none or it does not parse."""
     try:
+        # not the locale's encoding: on Windows that is another
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):  # a power cut may leave any bytes
         return None
@@ -71,7 +75,7 @@ def checked_json(path, kind=dict):
         return None
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}). Fetch it again.") from None
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # brackets in brackets, a thousand deep
         raise InputError(f"{path} is no valid JSON: {error}. Fetch it again.") from None
     if not isinstance(content, kind):
         found = type(content).__name__
@@ -84,7 +88,7 @@ def write_json(path, content):
     part = Path(f"{path}.part")
     text = json.dumps(content, indent=2, ensure_ascii=False)
     part.write_text(text + "\n", encoding="utf-8")
-    part.replace(path)
+    part.replace(path)  # at once, within one file system
 
 
 def recorded_flags(run):
@@ -98,7 +102,7 @@ def recorded_flags(run):
         if not isinstance(values, dict):
             what = f"training_config.json of the adapter holds {str(values)[:60]} as {part}"
             raise InputError(f"{what}. Copy it again.")
-        recorded |= values
+        recorded |= values  # what was settled beats what was asked for
     return recorded
 
 
@@ -107,11 +111,15 @@ def recorded_flags(run):
 
 def is_pasted():
     """Tell whether this is a notebook's kernel: a script was pasted whole into a cell."""
+    # there, too, __name__ is "__main__", and the command line is the kernel's
     return sys.argv[0].endswith("kernel_launcher.py")
 
 
 def check_command(parse_args):
-    """Answer --help and a wrong flag of the command line."""
+    """Answer --help and a wrong flag of the command line, before slow imports.
+
+    Once for all: a script that restarts on several GPUs would say it on each.
+    """
     if not is_pasted():
         parse_args()
 
@@ -131,13 +139,13 @@ def run(main):
     except Stopped as stop:  # all processes stop after the same step
         say(stop)
         code = 128 + stop.number
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt:  # outside of the steps, or for the second time
+        sys.exit(130)  # 128 + SIGINT
     except Exception as error:
         sentence = error if isinstance(error, InputError) else refusal(error)
-        if sentence is None:
+        if sentence is None:  # a mistake of ours: its traceback is what we need
             raise
-        print(f"error: {sentence}", file=sys.stderr)
+        print(f"error: {sentence}", file=sys.stderr)  # of any process: one alone may have failed
         sys.exit(1)
     leave_process_group()
     if code:
@@ -149,13 +157,13 @@ def restart_on_all_gpus():
     import torch
 
     gpus = torch.cuda.device_count()
-    if gpus < 2 or "LOCAL_RANK" in os.environ:
+    if gpus < 2 or "LOCAL_RANK" in os.environ:  # which torchrun sets
         return
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)]
     command = [sys.executable, *launcher, *sys.argv]
     say(f"{gpus} GPUs are visible: a step has {gpus} times the examples. Restarting as")
     say(f"  {' '.join(command)}")
-    os.execv(sys.executable, command)
+    os.execv(sys.executable, command)  # no child: signals and exit codes are torchrun's own
 
 
 def leave_process_group():
@@ -174,9 +182,10 @@ def refusal(error):
     from safetensors import SafetensorError
 
     number = getattr(error, "errno", None)
-    text = str(error)  # libraries in Rust have no number
+    text = str(error)  # libraries in Rust and torch.save have no number
     in_rust = isinstance(error, SafetensorError) or "(os error " in text
-    if in_rust or "PytorchStreamWriter" in text or number in (ENOSPC, EDQUOT, EFBIG):
+    is_full = number in (ENOSPC, EDQUOT, EFBIG)  # a disk, a quota, the largest file it can hold
+    if in_rust or "PytorchStreamWriter" in text or is_full:
         return (
             f"a file cannot be written: {reason(error)}. Make room; complete checkpoints stay, and "
             "the same command with --resume_from_checkpoint goes on from the last one."
@@ -195,7 +204,7 @@ def start_process():
     quiet_libraries()
     has_device = torch.cuda.is_available() or torch.backends.mps.is_available()
     state = PartialState(cpu=not has_device)
-    if torch.cuda.device_count() > state.num_processes:
+    if torch.cuda.device_count() > state.num_processes:  # main([...]) in a notebook
         note(
             "several GPUs are visible and this call uses the first: start the script from a shell "
             "to use all"
@@ -223,7 +232,7 @@ def quiet_libraries():
     import datasets
     from transformers.utils import logging as transformers_logging
 
-    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:  # who sets it wants to read it
         transformers_logging.set_verbosity_error()
     if not shows_bars():
         transformers_logging.disable_progress_bar()

@@ -47,16 +47,19 @@ class RunCallback(ProgressCallback):
             self.trainer.log(dict(self.before))
 
     def on_epoch_begin(self, args, state, control, **kwargs):
+        # from the step, since a resumed run begins within an epoch: rows show what they would have
         epoch = state.global_step // self.plan.steps_per_epoch
         self.trainer.train_dataset.epoch = epoch
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        # now, as the step is taken with it: behind it the scheduler has moved on
         self.learning_rate = optimizer.param_groups[0]["lr"]
 
     def on_step_end(self, args, state, control, **kwargs):
         super().on_step_end(args, state, control, **kwargs)
         figures = {"learning_rate": self.learning_rate, "epoch": state.epoch}
         figures["step"] = state.global_step
+        # each step's own: a log line shows means of as many as --logging_steps says, of these
         state.log_history.append(self.trainer.step_figures | figures)
         self.count_skipped()
         stop = self.must_stop(args.device)
@@ -67,10 +70,12 @@ class RunCallback(ProgressCallback):
         if stop or ends_epochs:
             control.should_save = True
             control.should_training_stop |= stop
+            # a checkpoint without figures can be no best one; whoever stops a run waits for none
             control.should_evaluate |= self.plan.save_best and not stop
 
     def count_skipped(self):
         """Count steps that the loss scaler skipped; raises InputError after too many in a row."""
+        # unscaled gradients of inf or NaN: the scaler skips the step and halves its scale
         if not self.trainer.accelerator.optimizer_step_was_skipped:
             self.skipped = 0
             return
@@ -96,14 +101,14 @@ class RunCallback(ProgressCallback):
         for name in ["loss", "learning_rate", *(f"eval_{name}" for name in self.plan.shown)]:
             if name in logs:
                 shown.append(f"{label_of(name)} {logs[name]:.4g}")
-        if "loss" in logs and not utils.shows_bars():
+        if "loss" in logs and not utils.shows_bars():  # a bar shows it by itself
             shown.append(self.time_left(state))
-        if shown and state.is_world_process_zero:
+        if shown and state.is_world_process_zero:  # others have no bar
             self.training_bar.write(f"step {state.global_step:6}  {'   '.join(shown)}")
 
     def time_left(self, state):
         """Return how long the rest will take at this pace, as "02:31 left"; "" before a step."""
-        done = state.global_step - self.first_step
+        done = state.global_step - self.first_step  # a resumed run's own alone
         if not done:
             return ""
         pace = (time.perf_counter() - self.started) / done  # seconds a step
@@ -123,7 +128,7 @@ class RunCallback(ProgressCallback):
 
     def catch(self, number, frame):
         """Handle SIGINT or SIGTERM: stop after this step; the second time at once."""
-        if self.signal:
+        if self.signal:  # a step, or an evaluation behind it, may take long
             raise KeyboardInterrupt
         self.signal = number
         say("\nstopping after this step, with a checkpoint; once more stops at once")
@@ -142,6 +147,7 @@ def caught_signals(handler):
     numbers = []
     if current_thread() is main_thread():
         numbers = [signal.SIGINT, signal.SIGTERM]
+    # restored behind, since a notebook's kernel goes on with them
     earlier = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
@@ -153,6 +159,7 @@ def caught_signals(handler):
 def worsening(log, metric, greater_is_better):
     """Return a warning if three evaluations got worse while the training loss fell, else None."""
     name = f"eval_{metric}"
+    # three, as of two one may be chance; and by more than a hundredth, which is noise
     points = [(entry["step"], entry[name]) for entry in log if name in entry][-3:]
     if len(points) < 3:
         return None

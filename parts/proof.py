@@ -8,11 +8,13 @@ from utils import InputError, say, write_json
 import torch
 from peft import PeftModel
 
-MAX_ERROR = {"half": 1e-2, "float32": 1e-5}  # of the outputs of what was saved, relative
+# of the outputs of what was saved, relative: what rounding may leave, and no lost weight would
+MAX_ERROR = {"half": 1e-2, "float32": 1e-5}
 
 
 def check_saved_tokenizer(prepared):
     """Raise InputError if the tokenizer would be read back from final/ as another one."""
+    # before training: some classes rebuild on loading what was changed in them
     tokenizer = prepared.trainer.processing_class
     with tempfile.TemporaryDirectory() as trial:
         tokenizer.save_pretrained(trial)
@@ -41,6 +43,7 @@ def prove(prepared, untrained):
     trainer = prepared.trainer
     folder = str(prepared.output_dir / "final")
     tokenizer = trainer.processing_class
+    # with the saved tokenizer's ids, as whoever loads the folder will ask it
     ids = saved_inputs(folder, tokenizer, prepared.inputs, prepared.origin)
     live = prepared.outputs(prepared.inputs(tokenizer))
     saved = reloaded_outputs(prepared, folder, ids)
@@ -72,17 +75,18 @@ def reloaded_outputs(prepared, folder, ids):
     """Return the outputs of what stands in `folder`; the trainer has its own model again after."""
     trainer = prepared.trainer
     model = trainer.model
-    if isinstance(model, PeftModel):
+    if isinstance(model, PeftModel):  # a second adapter on the base that is in memory already
         model.load_adapter(folder, adapter_name="reloaded")
         model.set_adapter("reloaded")
         outputs = prepared.outputs(ids)
         model.set_adapter("default")
         model.delete_adapter("reloaded")
         return outputs
+    # float32, as full fine-tuning trains and saves
     saved = prepared.auto_class.from_pretrained(
         folder, dtype=torch.float32, trust_remote_code=prepared.origin.trust_remote_code
     )
-    trainer.model = saved.to(model.device)
+    trainer.model = saved.to(model.device)  # which `outputs` asks
     outputs = prepared.outputs(ids)
     trainer.model = model
     return outputs

@@ -23,7 +23,7 @@ def rehearse(trainer, plan, row_tokens, seed):
     rows = heaviest_rows(row_tokens, plan, seed)
     step = trainer.data_collator([trainer.train_dataset[i] for i in rows])
     trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
-    rng = torch.get_rng_state()
+    rng = torch.get_rng_state()  # training draws its dropout as without a rehearsal
     started = time.perf_counter()
     is_finite = finite_gradients(
         lambda: trainer.training_step(trainer.model, step),
@@ -34,6 +34,7 @@ def rehearse(trainer, plan, row_tokens, seed):
     torch.set_rng_state(rng)
     check_gradients(trained, is_finite)
     scale = shared_loss_scale(trainer)
+    # leaves no trace: neither a gradient, nor tokens that training would count as its own
     trainer.model.zero_grad()
     trainer.real_tokens = trainer.padded_tokens = 0
     scaled = "" if scale is None else f" at a loss scale of {scale:g}"
@@ -84,6 +85,7 @@ def heaviest_rows(tokens, plan, seed):
     tokens: of each row. As many draws are made as the run will make. At least two rows: one has
     nothing to contrast.
     """
+    # a step of the longest rows alone never comes; one of rows as drawn would be too light
     rng = random.Random(seed)
     count = min(len(tokens), max(2, min(plan.batch_size, plan.step_rows)))
     draws = min(MOST_DRAWS, plan.total_steps * math.ceil(plan.step_rows / count))
@@ -92,7 +94,7 @@ def heaviest_rows(tokens, plan, seed):
     for _ in range(draws):
         rows = rng.sample(range(len(tokens)), count)
         weight = sum(tokens[i] for i in rows)
-        if weight > most:
+        if weight > most:  # the sum: sorted into pieces, rows are padded to their like
             heaviest = rows
             most = weight
     longest = max(range(len(tokens)), key=tokens.__getitem__)
@@ -105,15 +107,16 @@ def finite_gradients(attempt, weights, scaler):
     With a loss scaler (fp16, else None) again at half the scale until they are, or are not at a
     scale of 1.
     """
-    weights = list(weights)
+    weights = list(weights)  # gone through more than once
     while True:
         for weight in weights:
             weight.grad = None
         attempt()
         if all(weight.grad is None or weight.grad.isfinite().all() for weight in weights):
             return True
-        if scaler is None or scaler.get_scale() <= 1:
+        if scaler is None or scaler.get_scale() <= 1:  # then it is not the scale
             return False
+        # by hand: the scaler's own halving comes with a step of the optimizer, which is none here
         scaler.update(scaler.get_scale() / 2)
 
 
@@ -124,7 +127,8 @@ def check_gradients(trained, is_finite):
     for name, weight in trained.items():
         gets_some = weight.grad is not None and weight.grad.any()
         nothing = nothing and not gets_some
-        # the gradient of a lora_A is zero at first, since its lora_B is
+        # DDP cannot do with a weight without a gradient, and one of zeros is never trained; but
+        # that of a lora_A is zero at first, since its lora_B is
         if weight.grad is None or ("lora_B" in name and not gets_some):
             idle.append(name)
     if nothing:
@@ -148,6 +152,7 @@ def shared_loss_scale(trainer):
     scaler = trainer.accelerator.scaler
     if scaler is None:
         return None
+    # each has found its own with its own rows; a step that one skips, all must skip
     scale = torch.tensor([scaler.get_scale()], device=trainer.args.device)
     scaler.update(trainer.accelerator.gather(scale).min().item())
     return scaler.get_scale()

@@ -72,11 +72,12 @@ def start(output_dir, resume, overwrite, seed):
     resume, overwrite: as the flags have them.
     """
     state = utils.start_process()
-    if state.is_local_main_process:
+    if state.is_local_main_process:  # one a machine, whose disk it is
         trim_token_cache()
     folder = Path(utils.agreed(output_dir))  # the default has the time in it
+    # before the data are read: a folder that is refused costs no minutes
     checkpoint = open_output_dir(folder, resume, overwrite)
-    set_seed(seed)
+    set_seed(seed)  # of the weights of adapters, and of dropout
     return state, folder, checkpoint
 
 
@@ -85,7 +86,7 @@ def start(output_dir, resume, overwrite, seed):
 
 @contextmanager
 def errors_of_ours():
-    """Raise merge.py's errors as ours."""
+    """Raise merge.py's errors as ours: a file that can be copied away has a class of its own."""
     try:
         yield
     except merge.InputError as error:
@@ -111,6 +112,7 @@ def check_base_of_adapter(origin):
     """Raise InputError if --init_adapter was trained on other weights than this base's."""
     if not origin.adapter:
         return
+    # adapters of other trainers have no such file: any base may be theirs
     trained = read_json(Path(origin.adapter) / "training_config.json") or {}
     if not is_same_base(origin, trained.get("base_fingerprint")):
         name = utils.recorded_flags(trained).get("model_name")
@@ -157,6 +159,7 @@ def check_mergeable(model, origin, merges):
     if not isinstance(model, PeftModel):
         return
     shapes = {}
+    # save_embedding_layers: peft would ask the hub whether the base's vocabulary has grown
     for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items():
         shapes[name] = tensor.to("meta")  # their shapes are enough
     config = model.peft_config["default"].to_dict()
@@ -174,7 +177,8 @@ def check_mergeable(model, origin, merges):
 def merge_or_tell(prepared):
     """Merge what was trained into OUTPUT_DIR/merged if that was asked for, else say how."""
     trainer = prepared.trainer
-    if not (isinstance(trainer.model, PeftModel) and trainer.is_world_process_zero()):
+    has_adapter = isinstance(trainer.model, PeftModel)  # full fine-tuning leaves a whole model
+    if not has_adapter or not trainer.is_world_process_zero():
         return
     folder = prepared.output_dir
     command = [
@@ -198,7 +202,7 @@ def wrapped(model, origin, lora, unused, *, full, merges, gradient_checkpointing
     unused: layers that get none; full: all weights are trained, without an adapter. Raises
     InputError for an adapter of another base, and if `merges` for one that merge.py cannot merge.
     """
-    check_base_of_adapter(origin)
+    check_base_of_adapter(origin)  # first: of another base's adapter all shapes may fit
     model, dropout = add_adapter(model, origin, lora, unused, full=full)
     check_mergeable(model, origin, merges)
     make_trainable(model, unused, gradient_checkpointing=gradient_checkpointing)
@@ -225,7 +229,7 @@ def training_arguments(plan, output_dir, precision, *, seed, workers, report_to,
     """Translate a plan into Trainer's arguments; a batch of Trainer's is a whole step of ours."""
     arguments = TrainingArguments(
         output_dir=str(output_dir),
-        per_device_train_batch_size=plan.step_rows,
+        per_device_train_batch_size=plan.step_rows,  # StepTrainer cuts it to what fits
         max_steps=plan.total_steps,
         learning_rate=plan.lr,
         lr_scheduler_type=SCHEDULERS[plan.lr_scheduler],
@@ -247,17 +251,17 @@ def training_arguments(plan, output_dir, precision, *, seed, workers, report_to,
         save_steps=plan.save_steps,
         save_total_limit=plan.save_total_limit,
         load_best_model_at_end=plan.save_best,
-        restore_callback_states_from_checkpoint=True,
+        restore_callback_states_from_checkpoint=True,  # early stopping counts on
         metric_for_best_model=f"eval_{plan.metric}" if plan.save_best else None,
         greater_is_better=plan.greater_is_better,
         logging_strategy="steps" if plan.logging_steps else "no",
-        logging_steps=abs(plan.logging_steps) or 1,
+        logging_steps=abs(plan.logging_steps) or 1,  # -1: every step; 0: off, by the line above
         logging_nan_inf_filter=False,  # it shows a NaN run as loss 0
         report_to=logger_of(report_to),
         disable_tqdm=True,  # the bar is RunCallback's; a notebook would get another table beside it
-        remove_unused_columns=False,
-        ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,
+        remove_unused_columns=False,  # rows are ours, no table whose columns forward() names
+        ddp_find_unused_parameters=False,  # layers that get no gradient have none, or are frozen
+        ddp_broadcast_buffers=False,  # none of them changes
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # never nn.DataParallel
     return arguments
@@ -270,6 +274,7 @@ def finished_report(prepared):
     """Return the report of a run that is resumed although it is finished, else None."""
     if not prepared.checkpoint:
         return None
+    # written once final/ is proved: without it, all behind the last checkpoint is done again
     report = read_json(prepared.output_dir / "training_summary_report.json")
     if report:
         say(f"resume    {prepared.output_dir} is finished: final/ and the report are there")
@@ -294,6 +299,7 @@ def train(prepared):
     Raises Stopped if a signal came.
     """
     trainer, plan, checkpoint = prepared.trainer, prepared.plan, prepared.checkpoint
+    # Trainer would read it, too, but only after the untrained model was measured once more
     stored = read_json(checkpoint / "trainer_state.json") if checkpoint else None
     before = metrics_before(trainer, plan, stored)
     callback = RunCallback(trainer, plan, prepared.output_dir, before)
@@ -308,6 +314,7 @@ def train(prepared):
         fit(trainer, callback, checkpoint)
     step = trainer.state.global_step
     if callback.signal and step < plan.total_steps:
+        # not after the last step, behind which a run is saved, proved and reported alone
         raise Stopped(
             f"stopped after step {step}. Go on with the same command and --resume_from_checkpoint",
             callback.signal,
@@ -321,7 +328,7 @@ def train(prepared):
 
 def metrics_before(trainer, plan, stored):
     """Measure the untrained model, or take what a resumed run's `stored` state says of it."""
-    if stored:
+    if stored:  # RunCallback begins the log with them
         first = next(iter(stored["log_history"]), {})
         return evaluated(first)
     return trainer.measure_dev_sets() if plan.has_dev else {}
@@ -334,6 +341,7 @@ def evaluated(entry):
 
 def is_finished(stored, plan):
     """Tell whether a trainer_state.json is that of a run's last step, early stopping included."""
+    # a patience that has run out: the run is over, and must not train on as it is resumed
     stopping = stored["stateful_callbacks"].get("EarlyStoppingCallback", {})
     waited = stopping.get("attributes", {}).get("early_stopping_patience_counter", 0)
     return stored["global_step"] >= plan.total_steps or waited >= (plan.patience or math.inf)
@@ -355,7 +363,7 @@ def metrics_after(state, plan):
     after = {}
     for entry in state.log_history:
         if f"eval_{plan.metric}" in entry and entry["step"] == step:
-            after = evaluated(entry)
+            after = evaluated(entry)  # of several the last, should a step be measured twice
     return after
 
 
@@ -371,6 +379,7 @@ def last_warnings(trainer, plan, before, after):
             found.append(
                 f"{plan.metric} is worse than before training: lower --lr, and look at the data"
             )
+    # smoothed, or one step of easy rows would do
     losses = running_mean([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     if not plan.has_dev and len(losses) > 1 and losses[-1] < 0.1 * losses[0]:
         found.append(
