@@ -138,6 +138,7 @@ class TrainSet(torch.utils.data.Dataset):
         self.epoch = 0
         positives = {}  # query -> every positive listed for it, in any row
         for example in examples:
+            # by hash: a query in another case, or with another space, is the same query
             known = positives.setdefault(text_id(example.query), set())
             known.update(map(text_id, example.pos))
         self.rows = []
@@ -145,6 +146,7 @@ class TrainSet(torch.utils.data.Dataset):
             query_id = text_id(example.query)
             pos = add_documents(texts, rules.doc_prefix, example.pos)
             neg = add_documents(texts, rules.doc_prefix, example.neg)
+            # a row's own prompt beats the flag's, also where it is empty
             prefix = rules.query_prefix if example.prompt is None else example.prompt
             query = texts.add(prefix, example.query, True)
             known = sorted({query_id, *positives[query_id]})
@@ -216,7 +218,8 @@ def tokens_of_steps(train_set, texts, row_tokens, plan, seed):
     rng = random.Random(seed)
     drawn_tokens = 0
     distinct_tokens = 0
-    for _ in range(10):  # trial steps
+    # what a text saves by being shared depends on who meets whom: ten steps are drawn and counted
+    for _ in range(10):
         drawn = rng.sample(range(len(train_set)), plan.examples_per_step)
         step = {j for i in drawn for j in text_indices(train_set[i])}
         drawn_tokens += sum(row_tokens[i] for i in drawn)
@@ -237,7 +240,7 @@ def excluded_columns(document_ids, target, known):
     mask = torch.zeros(size, dtype=torch.bool, device=target.device)
     for ids in known.T:
         mask |= document_ids == ids[:, None]
-    return mask.scatter(1, target[:, None], False)
+    return mask.scatter(1, target[:, None], False)  # the target is among the known ones
 
 
 def contrastive_loss(query_emb, doc_emb, target, excluded, temperature, margin=None, dims=None):
@@ -259,7 +262,7 @@ def contrastive_loss(query_emb, doc_emb, target, excluded, temperature, margin=N
             skip = skip | (scores > scores.gather(1, target[:, None]) + margin)
         logits = scores.masked_fill(skip, -torch.inf) / temperature
         losses.append(F.cross_entropy(logits, target))
-    return torch.stack(losses).mean()
+    return torch.stack(losses).mean()  # each prefix counts alike
 
 
 def pool(hidden, lengths, pooling):
@@ -300,6 +303,7 @@ class EmbedTrainer(StepTrainer):
         self.pooling = pooling
         self.causal = causal
         self.max_length = max_length
+        # processes whose documents are contrasted; else each has its own, and DDP the mean
         self.world = self.accelerator.num_processes if cross_device else 1
 
     def encode(self, model, step, piece):
@@ -329,7 +333,9 @@ class EmbedTrainer(StepTrainer):
     def gathered(self, query_emb, doc_emb, step):
         """Return (query_emb, doc_emb, target, excluded) of all processes' queries and documents."""
         ids_of_each = self.gather(step["document_ids"])
+        # columns stand in the order of processes: one's own begin behind those of the ones before
         before = sum(map(len, ids_of_each[: self.accelerator.process_index]))
+        # as wide as the widest; 0, the padding, is the hash of no text
         known = self.accelerator.pad_across_processes(step["known"], dim=1)
         known = torch.cat(self.gather(known))
         target = torch.cat(self.gather(step["target"] + before))
@@ -364,6 +370,12 @@ class EmbedTrainer(StepTrainer):
         As many of the last pieces as memory allows keep their graphs: all of them without
         accumulation, which makes it one plain pass. The early ones are computed without a graph
         first, and again once the loss has given the gradient of their vectors.
+
+            piece       0 1 2 | 3 4     0, 1, 2 are early
+            forward     . . . | g g     . without a graph, g with one
+            loss        all vectors of the step, and their gradients
+            backward          | b b     through the graphs that were kept
+            again       g b, g b, g b   one early piece after the other
         """
         early = count_early(pieces, step, tokens_at_once)
         vectors, states = self.embed_pieces(model, step, pieces, early)
@@ -383,7 +395,7 @@ class EmbedTrainer(StepTrainer):
         states = []
         with self.unsynced(model, early > 0):
             for i, piece in enumerate(pieces):
-                states.append(get_rng_state())
+                states.append(get_rng_state())  # its dropout is to be drawn again
                 with torch.set_grad_enabled(i >= early):
                     vectors.append(self.encode(model, step, piece))
         return vectors, states
@@ -393,6 +405,7 @@ class EmbedTrainer(StepTrainer):
         # the loss ends at these leaves: of the model it needs no graph
         leaves = [vector.detach().requires_grad_() for vector in vectors]
         places = list(itertools.chain.from_iterable(pieces))
+        # pieces are sorted by length, the step's indices are not
         order = torch.tensor(places, device=self.args.device).argsort()
         loss = self.loss(torch.cat(leaves)[order], step)
         # DDP averages the gradients, whose sum is wanted. No loss scale: float32 needs none, and
@@ -425,7 +438,7 @@ class EmbedTrainer(StepTrainer):
         """
         world = self.accelerator.num_processes
         own = range(self.accelerator.process_index, len(sequences), world)
-        if len(sequences) < world:  # each does all
+        if len(sequences) < world:  # each does all: one without any would have nothing to gather
             world = 1
             own = range(len(sequences))
         step = {"sequences": sequences}
@@ -456,7 +469,7 @@ def count_early(pieces, step, tokens_at_once):
         if total > tokens_at_once:
             break
         early -= 1
-    return min(early, len(pieces) - 1)
+    return min(early, len(pieces) - 1)  # one must fit in any case
 
 
 def make_measure(dev_sets, texts, rules, dims):
@@ -476,6 +489,7 @@ def make_measure(dev_sets, texts, rules, dims):
     def measure(trainer):
         metrics = {}
         for name, (queries, documents, relevant, own) in prepared.items():
+            # all at once: 10,000 documents of 1,024 dimensions are 40 MB
             query_emb = trainer.embed([texts[i] for i in queries])
             corpus_emb = trainer.embed([texts[i] for i in documents])
             found = retrieval_metrics(query_emb, corpus_emb, relevant, own)
@@ -493,14 +507,19 @@ def make_measure(dev_sets, texts, rules, dims):
 
 
 def show_examples(train_set, texts, tokenizer):
-    """Print three rows as the model sees them, special tokens and prefixes included."""
+    """Print three rows as the model sees them, special tokens and prefixes included.
+
+    Note if it cannot read them.
+    """
     for i in range(min(3, len(train_set))):
         indices = text_indices(train_set[i])
+        # strict=False: a row may have no negative, or several, of which one is shown
         for name, j in zip(("query", "positive", "negative"), indices, strict=False):
             text = tokenizer.decode(texts[j])
             if len(text) >= 160:
                 text = f"{text[:100]} ... {text[-50:]}"
             say(f"example {i + 1} {name:8} {len(texts[j]):4} tokens  {text}")
+    note_unknown(texts, tokenizer)
 
 
 # ---------------------------------------------------------------- main
@@ -508,7 +527,9 @@ def show_examples(train_set, texts, tokenizer):
 
 def read_rows(args):
     """Read, check and split the rows: (training Examples, {name: DevSet}, counts)."""
-    hub = args.dataset_name and HubSet(args.dataset_name, args.dataset_subset, args.hf_revision)
+    hub = None
+    if args.dataset_name:
+        hub = HubSet(args.dataset_name, args.dataset_subset, args.hf_revision)
     source = Source(args.train_file, args.dev_file, hub, args.dataset_split, args.dataset_dev_split)
     sizes = Sizes(
         seed=args.seed,
@@ -544,6 +565,7 @@ def tokenise_rows(args, state, origin, config, examples, dev_sets):
     note_lower_case(stored, tokenizer)
     prompts = choose_prompts(stored.prompts, args.query_prefix, args.doc_prefix, examples)
     rules = TextRules(prompts.query, prompts.document, query_max_len, passage_max_len)
+    # all texts are collected before any is tokenised: one pass, and one entry in the cache
     texts = Texts()
     train_set = TrainSet(examples, texts, rules, args.max_negs, args.seed)
     for dev in dev_sets.values():
@@ -559,7 +581,9 @@ def load_text_tokenizer(origin, ends_in_eos):
     tokenizer = load_tokenizer(origin)
     if tokenizer.pad_token is None:  # as Llama's: SentenceTransformer cannot encode two texts then
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    return append_eos(tokenizer, origin) if ends_in_eos else tokenizer
+    if not ends_in_eos:
+        return tokenizer
+    return append_eos(tokenizer, origin)  # by itself, so that whoever loads final/ does so, too
 
 
 def text_length(args, name, limit):
@@ -568,22 +592,10 @@ def text_length(args, name, limit):
     return within_limit(name, wanted, limit, of="the base model")
 
 
-def plan_run(args, data, dev_sets, processes):
-    """Plan the steps, and fill the pools of held-out queries, which evaluations pay for.
-
-    Returns (Plan, {name: DevSet}, tokens of each training row).
-    """
-    plan = plan_steps(args, data.train_set, dev_sets, processes)
-    row_tokens = tokens_of_rows(data.train_set, data.texts)
-    training = tokens_of_steps(data.train_set, data.texts, row_tokens, plan, args.seed)
-    prefixes = data.rules.query_prefix, data.rules.doc_prefix
-    dev_sets, share = fill_pools(dev_sets, data.texts, *prefixes, plan, training, args.seed)
-    return replace(plan, evaluation_share=share), dev_sets, row_tokens
-
-
-def plan_steps(args, train_set, dev_sets, processes):
-    """Return the Plan, and note what is odd about it; raises InputError for an unknown metric."""
+def plan_run(args, train_set, dev_sets, processes):
+    """Make the plan; raises InputError for a metric that is not measured."""
     dims = [f"ndcg@10_dim{dim}" for dim in args.matryoshka_dims or []]
+    # the metric of a dev set without a name has no prefix; of several sets the first decides
     known = [named(name, key) for name in dev_sets for key in METRICS + dims]
     metric = args.metric_for_best or named(next(iter(dev_sets), ""), "ndcg@10")
     if args.metric_for_best and dev_sets:
@@ -598,15 +610,31 @@ def plan_steps(args, train_set, dev_sets, processes):
         greater_is_better=True,
         watched=[[metric, True]],
         shown=list(dict.fromkeys([metric, *shown])) if dev_sets else [],
-        drop_last=True,
+        drop_last=True,  # a smaller step has fewer negatives, and another loss
     )
     for sentence in advice(args, plan, len(train_set)):
         note(sentence)
+    return replace(plan, negatives_per_query=count_negatives(args, train_set, plan))
+
+
+def count_negatives(args, train_set, plan):
+    """Return how many documents of a step are no positive of a query's, on average; say it, too."""
     mined = sum(min(args.max_negs, len(row.neg)) for row in train_set.rows) / len(train_set)
     queries = plan.examples_per_step if args.negatives_cross_device else plan.step_rows
-    negatives = round(queries * (1 + mined) - 1, 1)
+    negatives = round(queries * (1 + mined) - 1, 1)  # each brings a positive; one is its own
     say(f"negatives {negatives:g} per query: the other documents of a step")
-    return replace(plan, negatives_per_query=negatives)
+    return negatives
+
+
+def with_full_pools(plan, data, dev_sets, row_tokens, seed):
+    """Fill the pools that held-out queries are searched in, as far as the plan's steps pay for it.
+
+    Returns (the plan with its evaluation_share, {name: DevSet}).
+    """
+    training = tokens_of_steps(data.train_set, data.texts, row_tokens, plan, seed)
+    prefixes = data.rules.query_prefix, data.rules.doc_prefix
+    dev_sets, share = fill_pools(dev_sets, data.texts, *prefixes, plan, training, seed)
+    return replace(plan, evaluation_share=share), dev_sets
 
 
 @dataclass
@@ -632,7 +660,7 @@ def load_model(args, origin, config, data):
     check_loaded(
         loaded.model, loaded.absent, lambda: hidden_states(loaded.model, precision, 8), origin
     )
-    widest = max(args.matryoshka_dims or [0])
+    widest = max(args.matryoshka_dims or [0])  # the model alone tells whether it has as many
     if widest > does.dimension:
         raise InputError(
             f"--matryoshka_dims {widest} exceeds the model's {does.dimension} dimensions."
@@ -658,8 +686,9 @@ def choose_pooling(asked, stored, causal, texts, config):
     """
     pooling = asked
     if asked == "auto":
+        # the last token of a causal model alone has seen all others
         pooling = stored or ("last" if causal else "mean")
-    # a causal model's last token is to sum the text up: it must know that it is the last
+    # the last token is to sum the text up: it must know that it is the last. Fifty texts tell
     ends = {int(texts[i][-1]) for i in range(min(50, len(texts.index)))}
     if pooling == "last" and len(ends) > 1:
         note(
@@ -689,7 +718,8 @@ def make_trainer(args, output_dir, data, dev_sets, plan, embedder):
         full_determinism=args.full_determinism,
     )
     dropout = embedder.dropout or args.model_dropout
-    note_inexact(dropout=dropout, bits=embedder.bits, half=embedder.precision != "none")
+    half = embedder.precision != "none"
+    note_inexact(dropout=dropout, bits=embedder.bits, half=half)
     return EmbedTrainer(
         model=embedder.model,
         args=arguments,
@@ -709,10 +739,17 @@ def make_trainer(args, output_dir, data, dev_sets, plan, embedder):
     )
 
 
-def settled_of(rules, embedder):
-    """Return what this run has settled of the flags, as the flags are called."""
-    settled = {"pooling": embedder.pooling, "bits": embedder.bits, "lora_dropout": embedder.dropout}
-    return asdict(rules) | settled
+def settled_of(data, embedder):
+    """Return what this run has settled of the flags, as the flags are called.
+
+    Whoever reads training_config.json, as merge.py and --init_adapter do, takes these first.
+    """
+    return {
+        **asdict(data.rules),
+        "pooling": embedder.pooling,
+        "bits": embedder.bits,
+        "lora_dropout": embedder.dropout,
+    }
 
 
 def fingerprint_of(examples, dev_sets):
@@ -754,7 +791,9 @@ def prepare(argv=None):
     origin = Origin(args.model_name, args.model_revision, args.trust_remote_code, args.init_adapter)
     config = load_config(origin)
     data = tokenise_rows(args, state, origin, config, examples, dev_sets)
-    plan, dev_sets, row_tokens = plan_run(args, data, dev_sets, state.num_processes)
+    plan = plan_run(args, data.train_set, dev_sets, state.num_processes)
+    row_tokens = tokens_of_rows(data.train_set, data.texts)
+    plan, dev_sets = with_full_pools(plan, data, dev_sets, row_tokens, args.seed)
     counts["dev"] = dev_sizes(dev_sets)
     embedder = load_model(args, origin, config, data)
     trainer = make_trainer(args, output_dir, data, dev_sets, plan, embedder)
@@ -762,12 +801,11 @@ def prepare(argv=None):
         origin,
         checkpoint,
         asked=vars(args),
-        settled=settled_of(data.rules, embedder),
+        settled=settled_of(data, embedder),
         precision=embedder.precision,
         data_fingerprint=fingerprint_of(examples, dev_sets),
     )
     show_examples(data.train_set, data.texts, data.tokenizer)
-    note_unknown(data.texts, data.tokenizer)
     return runs.Prepared(
         trainer=trainer,
         plan=plan,
@@ -784,12 +822,9 @@ def prepare(argv=None):
     )
 
 
-def main(argv=None):
-    """Run the command line `argv`; return what training_summary_report.json holds."""
-    prepared = prepare(argv)
-    report = runs.finished_report(prepared)
-    if report:
-        return report
+def train_and_prove(prepared):
+    """Rehearse, train, save, prove; returns the report."""
+    # what can be refused is refused here, and not after hours of training
     check_saved_tokenizer(prepared)
     rehearse(prepared.trainer, prepared.plan, prepared.row_tokens, prepared.seed)
     if prepared.dry_run:
@@ -797,7 +832,8 @@ def main(argv=None):
     started = time.perf_counter()
     resumed_after = runs.resumed_after(prepared.checkpoint)
     runs.begin(prepared)
-    # for the proof: what is saved must differ from these
+    # for the proof: what is saved must differ from these. The checkpoint of a resumed run is not
+    # loaded yet
     untrained = prepared.outputs(prepared.inputs(prepared.trainer.processing_class))
     before, after, warnings = runs.train(prepared)
     seconds = time.perf_counter() - started
@@ -809,6 +845,12 @@ def main(argv=None):
     )
     runs.merge_or_tell(prepared)
     return report
+
+
+def main(argv=None):
+    """Run the command line `argv`; return what training_summary_report.json holds."""
+    prepared = prepare(argv)
+    return runs.finished_report(prepared) or train_and_prove(prepared)
 
 
 if __name__ == "__main__":

@@ -45,14 +45,15 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     refuse_contradictions(parser, args)
     names_adapter = args.model_name and (Path(args.model_name) / "adapter_config.json").is_file()
-    if args.eval_only and names_adapter:
+    if args.eval_only and names_adapter:  # it is measured on the base that its config names
         args.init_adapter = args.model_name
         args.model_name = None
+    # filled in only now: the checks above know by None that a flag was not given
     args.pref_beta = args.pref_beta or 0.1
     args.pref_ftx = args.pref_ftx or 0.0
     args.dpo_label_smoothing = args.dpo_label_smoothing or 0.0
     args.simpo_gamma = 0.5 if args.simpo_gamma is None else args.simpo_gamma
-    if args.pref_loss or args.sanity_overfit:
+    if args.pref_loss or args.sanity_overfit:  # of an adapter that is trained on, too
         args.lora_dropout = 0.0
     if args.sanity_overfit:  # the model's own rows are its dev set
         args.eval_generate = args.sanity_overfit
@@ -183,7 +184,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 HELD_OUT = 0.2  # of the rows, where no dev set is named
-SHORT_ANSWER_TOKENS = 64  # --sanity_overfit asks for an exact match up to this length
+# --sanity_overfit asks for an exact match up to this length: a long one goes astray at one token
+SHORT_ANSWER_TOKENS = 64
 
 
 # ---------------------------------------------------------------- data
@@ -225,6 +227,7 @@ def check_overfit(after, train_set):
     """Raise InputError unless --sanity_overfit has learnt its rows by heart."""
     exact = after.get("exact_match")
     accuracy = after["token_accuracy"]
+    # a short answer must be generated; a long one is judged by what it was taught, token by token
     has_long = any(sample["supervised"].sum() > SHORT_ANSWER_TOKENS for sample in train_set)
     figures = f"token accuracy {accuracy:.1%}"
     if exact is not None:
@@ -260,6 +263,7 @@ class SftTrainer(CausalTrainer):
         # a row that only fills the step up has no token to learn
         pairs = zip(step["supervised"], counted, strict=True)
         step["supervised"] = [mask & bool(counts) for mask, counts in pairs]
+        # a mean over pieces, or processes, would weigh the tokens of a short answer more
         own_tokens = sum(int(mask.sum()) for mask in step["supervised"])
         tokens = self.accelerator.reduce(torch.tensor(own_tokens, device=self.args.device))
         total = 0
@@ -276,7 +280,8 @@ class SftTrainer(CausalTrainer):
         own = collate([samples[i] for i in self.own_share(len(samples))])
 
         def score_own():
-            sums = torch.zeros(3, dtype=torch.float64)  # of losses, of hits, of tokens
+            # of losses, of hits, of tokens; float32 counts no further than 16 million
+            sums = torch.zeros(3, dtype=torch.float64)
             for piece in self.pieces_of(own):
                 losses, hits = self.supervised_scores(self.model, own, piece)
                 count = torch.tensor(len(hits))
@@ -295,7 +300,8 @@ def first_logits(trainer, samples, ids):
     step = {"rows": len(ids), "sequences": ids}
 
     def logits_of(i):
-        answer = samples[i]["supervised"][1:].nonzero()[0][:8]  # the positions before its tokens
+        # the positions before its tokens, which give their logits; eight are enough to differ in
+        answer = samples[i]["supervised"][1:].nonzero()[0][:8]
         keep = torch.tensor(answer, device=trainer.args.device)
         input_ids, _ = trainer.pad(step, [i])
         with trainer.accelerator.autocast():
@@ -317,14 +323,14 @@ def show_examples(train_set, examples, chat):
             kind = f"{'chosen  ' if i % 2 else 'rejected'} {(i + 1) // 2}"
         size = f"{len(sample['input_ids']):5} tokens, {sample['supervised'].sum()} supervised"
         say(f"{kind} {size}: {marked(sample, chat.tokenizer)}")
-    if train_set.unrolled >= 1.05:
+    if train_set.unrolled >= 1.05:  # a twentieth more would hardly be noticed in the time it takes
         note(
             "the chat template rewrites past turns, so that each answer is a sample of its own, of "
             f"all that inference sees: {train_set.unrolled:.1f} times the tokens of the "
             "conversations. --train_turns last learns the last answer of each alone, without the "
             "repeats"
         )
-    samples = flat(train_set)
+    samples = flat(train_set)  # of a pair both sides
     show_masks(samples, chat)
     answers = [(example.answer, example.where) for example in examples]
     show_commonest([answer for answer, _ in answers])
@@ -366,6 +372,7 @@ def show_masks(samples, chat):
 
 def show_commonest(answers):
     """Print the answer, and the opening of one, that most rows share."""
+    # what half of the rows answer, or begin with, is what a model learns first
     for name, length in (("response", None), ("response opening", 16)):
         counts = Counter(answer[:length] for answer in answers)
         [(text, count)] = counts.most_common(1)
@@ -462,7 +469,7 @@ def make_chat(args, origin, tokenizer, examples, dev_examples):
     """Return the Chat of this run: its template, whether it thinks; notes what is odd about it."""
     if args.chat_template:
         tokenizer.chat_template = read_template(args.chat_template)
-    own_template = bool(tokenizer.chat_template)  # Chat gives a tokenizer without one a plain one
+    own_template = bool(tokenizer.chat_template)  # now: Chat sets a plain one where there is none
     recorded = {}
     if args.enable_thinking == "auto":  # else nobody asks for a file that may be broken, or far
         recorded = utils.recorded_flags(base_json(origin, "training_config.json") or {})
@@ -506,11 +513,11 @@ def plan_run(args, train_set, dev_sets, processes):
         greater_is_better=metric not in (*lower, "loss"),
         watched=[[named(name, key), WATCHED[key]] for name, key in pairs if key in WATCHED],
         shown=list(dict.fromkeys([metric, *shown])) if dev_sets else [],
-        drop_last=False,
+        drop_last=False,  # the loss is a mean over tokens: a smaller step is as good as any
     )
     for sentence in (*advice(args, plan, len(train_set)), *own_advice(args)):
         note(sentence)
-    if args.sanity_overfit:  # its rows are learnt by heart at the end
+    if args.sanity_overfit:  # what counts is known by heart at the end, not on the way
         plan = replace(plan, eval_steps=plan.total_steps)
     return plan
 
@@ -585,7 +592,7 @@ def make_trainer(args, output_dir, data, plan, language_model):
         dropout = language_model.dropout or args.model_dropout
         half = language_model.precision != "none"
         note_inexact(dropout=dropout, bits=language_model.bits, half=half)
-    folder = None if args.dry_run else output_dir  # of predictions
+    folder = None if args.dry_run else output_dir  # of predictions; a dry run leaves nothing
     trainer_class = partial(SftTrainer, data_collator=collate)
     if args.pref_loss:
         trainer_class = preference_trainer(args, data)
@@ -615,6 +622,7 @@ def preference_trainer(args, data):
         args.dpo_label_smoothing,
         args.simpo_gamma,
     )
+    # the sets whose pairs need the reference's log-probabilities
     pair_sets = [dev.samples for dev in data.dev_sets.values()]
     if not args.eval_only:
         pair_sets.append(data.train_set)
@@ -634,7 +642,10 @@ def largest_token(data):
 
 
 def settled_of(data, language_model):
-    """Return what this run has settled of the flags, as the flags are called."""
+    """Return what this run has settled of the flags, as the flags are called.
+
+    Whoever reads training_config.json, as merge.py and --init_adapter do, takes these first.
+    """
     return {
         "max_length": data.rules.max_length,
         "enable_thinking": str(data.chat.thinking).lower(),
@@ -644,7 +655,7 @@ def settled_of(data, language_model):
 
 
 def fingerprint_of(examples, dev_examples, template):
-    """Return a hash of the rows and the chat template."""
+    """Return a hash of the rows, and of the chat template, which tokens depend on as much."""
     sets = []
     for part in (examples, *dev_examples.values()):
         sets.append([(each.messages, each.tools, each.rejected) for each in part])
@@ -653,6 +664,7 @@ def fingerprint_of(examples, dev_examples, template):
 
 def save_stops(folder, origin, chat):
     """Write the base's generation_config with the stop tokens, for whoever serves the model."""
+    # many bases name <|endoftext|> alone: an answer that ends in <|im_end|> would go on for ever
     stored = base_json(origin, "generation_config.json") or {}
     utils.write_json(folder / "generation_config.json", stored | {"eos_token_id": chat.stop_ids})
 
@@ -668,7 +680,7 @@ def prepare(argv=None):
     state, output_dir, checkpoint = runs.start(
         args.output_dir, args.resume_from_checkpoint, args.overwrite, args.seed
     )
-    with state.main_process_first():
+    with state.main_process_first():  # data first: a mistake in them shows in seconds
         examples, dev_examples, counts = read_rows(args)
     origin = Origin(args.model_name, args.model_revision, args.trust_remote_code, args.init_adapter)
     config = load_config(origin)
@@ -686,7 +698,7 @@ def prepare(argv=None):
     )
     if not args.eval_only:
         show_examples(data.train_set, examples, data.chat)
-    compared = flat(data.train_set[:8])[:8]
+    compared = flat(data.train_set[:8])[:8]  # samples for the proof; of pairs the first four
     return runs.Prepared(
         trainer=trainer,
         plan=plan,
@@ -703,6 +715,31 @@ def prepare(argv=None):
     )
 
 
+def train_and_prove(prepared):
+    """Rehearse, train, save, prove; returns the report."""
+    # what can be refused is refused here, and not after hours of training
+    check_saved_tokenizer(prepared)
+    rehearse(prepared.trainer, prepared.plan, prepared.row_tokens, prepared.seed)
+    if prepared.dry_run:
+        return runs.dry_report(prepared)
+    started = time.perf_counter()
+    resumed_after = runs.resumed_after(prepared.checkpoint)
+    runs.begin(prepared)
+    # for the proof: what is saved must differ from these. The checkpoint of a resumed run is not
+    # loaded yet
+    untrained = prepared.outputs(prepared.inputs(prepared.trainer.processing_class))
+    before, after, warnings = runs.train(prepared)
+    seconds = time.perf_counter() - started
+    save_final(prepared)
+    proof = prove(prepared, untrained)
+    results = Results(before, after, proof, warnings, seconds, resumed_after)
+    report = write_report(
+        prepared.trainer, prepared.output_dir, prepared.record, prepared.plan, results
+    )
+    runs.merge_or_tell(prepared)
+    return report
+
+
 def ask_server(args):
     """Measure the dev sets on --endpoint; returns the report, None on all processes but one."""
     state, output_dir, _ = runs.start(
@@ -710,10 +747,10 @@ def ask_server(args):
     )
     with state.main_process_first():
         _, dev_examples, counts = read_rows(args)
-    if not state.is_main_process:
-        return None  # one process asks
+    if not state.is_main_process:  # one asks; there is nothing to share out but its waiting
+        return None
     thinking = chooses_thinking(args.enable_thinking, {}, sum(dev_examples.values(), []))
-    count = args.eval_generate or max(map(len, dev_examples.values()))
+    count = args.eval_generate or max(map(len, dev_examples.values()))  # all: it has no loss
     dev_sets = {}
     for name, examples in dev_examples.items():
         dev_sets[name] = DevSet([], choose_asked(name, examples, count=count, seed=args.seed))
@@ -744,34 +781,9 @@ def main(argv=None):
     prepared = prepare(argv)
     if args.eval_only:
         return evaluate(prepared)
-    report = runs.finished_report(prepared)
-    if not report:
-        report = train_and_prove(prepared)
+    report = runs.finished_report(prepared) or train_and_prove(prepared)
     if args.sanity_overfit and "metrics" in report:
         check_overfit(report["metrics"]["after"], prepared.trainer.train_dataset)
-    return report
-
-
-def train_and_prove(prepared):
-    """Rehearse, train, save, prove; returns the report."""
-    check_saved_tokenizer(prepared)
-    rehearse(prepared.trainer, prepared.plan, prepared.row_tokens, prepared.seed)
-    if prepared.dry_run:
-        return runs.dry_report(prepared)
-    started = time.perf_counter()
-    resumed_after = runs.resumed_after(prepared.checkpoint)
-    runs.begin(prepared)
-    # for the proof: what is saved must differ from these
-    untrained = prepared.outputs(prepared.inputs(prepared.trainer.processing_class))
-    before, after, warnings = runs.train(prepared)
-    seconds = time.perf_counter() - started
-    save_final(prepared)
-    proof = prove(prepared, untrained)
-    results = Results(before, after, proof, warnings, seconds, resumed_after)
-    report = write_report(
-        prepared.trainer, prepared.output_dir, prepared.record, prepared.plan, results
-    )
-    runs.merge_or_tell(prepared)
     return report
 
 

@@ -22,15 +22,15 @@ def best_columns(scores, count):
     """
     if count >= scores.shape[1]:
         return scores.sort(dim=1, descending=True, stable=True).indices
-    values, columns = scores.topk(count + 1, dim=1)
+    values, columns = scores.topk(count + 1, dim=1)  # one more, to see a tie across the border
     tied = values[:, count] == values[:, count - 1]
     for row in tied.nonzero().flatten().tolist():
-        # a tie across the border: of the columns at the last value, the first ones belong in
+        # of the columns at the last value, the first ones belong in
         last = values[row, count - 1]
         above = (scores[row] > last).nonzero().flatten()
         equal = (scores[row] == last).nonzero().flatten()
         columns[row, :count] = torch.cat([above, equal[: count - len(above)]])
-    columns = columns[:, :count].sort(dim=1).values
+    columns = columns[:, :count].sort(dim=1).values  # ascending, which a stable sort keeps in ties
     order = scores.gather(1, columns).sort(dim=1, descending=True, stable=True).indices
     return columns.gather(1, order)
 
@@ -46,7 +46,7 @@ def rank(query_emb, corpus_emb, own):
         scores.nan_to_num_(nan=torch.inf)  # comes first, as in a sort, and equals itself
     for row, column in enumerate(own):
         if column is not None:
-            scores[row, column] = -torch.inf
+            scores[row, column] = -torch.inf  # columns stay those of the corpus
     return best_columns(scores, DEEPEST).tolist()
 
 
@@ -62,14 +62,14 @@ def retrieval_metrics(query_emb, corpus_emb, relevant, own=(), chunk=2**25):
     corpus_emb = F.normalize(corpus_emb.float(), dim=1)
     hits = []
     found = []
-    size = max(1, chunk // len(corpus_emb))  # queries at once
+    size = max(1, chunk // len(corpus_emb))  # queries at once: 128 MiB of scores in float32
     for start in range(0, len(query_emb), size):
         part = slice(start, start + size)
         ranked = rank(query_emb[part], corpus_emb, own[part])
         for columns, gold in zip(ranked, relevant[part], strict=True):
             if gold:
                 is_hit = [column in gold for column in columns]
-                hits.append(np.pad(is_hit, (0, DEEPEST - len(is_hit))))
+                hits.append(np.pad(is_hit, (0, DEEPEST - len(is_hit))))  # of a small corpus
                 found.append(len(gold))
     return score_ranks(np.array(hits, dtype=float), np.array(found))
 
@@ -80,12 +80,14 @@ def score_ranks(hits, found):
     metrics = {}
     for k in (1, 3, 5, 10):
         metrics[f"accuracy@{k}"] = (cumulative[:, k - 1] > 0).mean()
-        metrics[f"precision@{k}"] = (cumulative[:, k - 1] / k).mean()
+        metrics[f"precision@{k}"] = (cumulative[:, k - 1] / k).mean()  # also of a corpus below k
         metrics[f"recall@{k}"] = (cumulative[:, k - 1] / found).mean()
     ranks = np.arange(1, DEEPEST + 1)
+    # argmax is the first hit, and 0 where there is none
     top = hits[:, :10]
     metrics["mrr@10"] = np.where(top.any(1), 1 / (top.argmax(1) + 1), 0).mean()
     discount = 1 / np.log2(ranks[:10] + 1)
+    # of a ranking with all relevant documents in front
     ideal = discount.cumsum()[np.minimum(found, 10) - 1]
     metrics["ndcg@10"] = (top @ discount / ideal).mean()
     precision = hits * cumulative / ranks  # at the ranks of relevant documents

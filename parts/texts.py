@@ -22,11 +22,13 @@ class TextRules:
 def encode_texts(tokenizer, texts, sides, rules):
     """Return the token ids of each text, whose prefix stands before it; sides: is it a query?"""
     ids = [None] * len(texts)
+    # each side in one call: a tokenizer of Rust's shares a list out over the cores
     for side, limit in ((True, rules.query_max_len), (False, rules.passage_max_len)):
         places = [i for i, is_query in enumerate(sides) if is_query == side]
         if not places:
             continue
         chosen = [texts[i] for i in places]
+        # cut by the tokenizer, which keeps the room for what it adds behind a text
         rows = tokenizer(chosen, truncation=True, max_length=limit)["input_ids"]
         for i, row in zip(places, rows, strict=True):
             ids[i] = row
@@ -43,6 +45,7 @@ class Texts:
         self.index = {}  # (prefix + text, whether it is a query) -> index
 
     def add(self, prefix, text, is_query):
+        # a query and a document of the same words may be cut at different lengths
         return self.index.setdefault((prefix + text, is_query), len(self.index))
 
     def tokenise(self, tokenizer, rules, workers):
@@ -53,13 +56,13 @@ class Texts:
         def encode(batch):
             return {"input_ids": encode_texts(tokenizer, batch["text"], batch["is_query"], rules)}
 
-        made_by = tokens_key(tokenizer, encode_texts)
+        made_by = tokens_key(tokenizer, encode_texts)  # other code, other tokens
         key = [texts, sides, made_by, rules.query_max_len, rules.passage_max_len]
         columns = {"text": texts, "is_query": sides}
         data = cached_map(columns, encode, key, workers)
         self.values, self.offsets = ragged(data, "input_ids")
         lengths = np.diff(self.offsets)
-        if lengths.min() == 0:
+        if lengths.min() == 0:  # a mean over no tokens is NaN, which spreads to all weights
             raise InputError(
                 f"the base's tokenizer makes no token of the text {texts[lengths.argmin()]!r}. "
                 "Delete its row, or choose another base."
@@ -76,7 +79,7 @@ def note_cut_texts(texts, rules, tokenizer):
     if shorter == longer:
         return
     of_queries = shorter == rules.query_max_len
-    full = []
+    full = []  # cut, or just as long as that; which, their whole ids tell
     for i, (text, is_query) in enumerate(texts.index):
         if is_query == of_queries and len(texts[i]) >= shorter:
             full.append(text)
@@ -96,7 +99,7 @@ def note_cut_texts(texts, rules, tokenizer):
 def note_unknown(texts, tokenizer):
     """Note how much of the texts the base cannot read, if that is more than a hundredth."""
     share = unknown_share(texts, tokenizer)
-    if share > 0.01:
+    if share > 0.01:  # a rare sign here and there does no harm
         note(
             f"{share:.0%} of all tokens are {tokenizer.unk_token}: the base cannot read these "
             "texts. Choose one made for their language."
@@ -105,6 +108,7 @@ def note_unknown(texts, tokenizer):
 
 def unknown_share(texts, tokenizer):
     """Return the share of unknown tokens in the texts, without what the tokenizer adds to each."""
+    # a [CLS] and a [SEP] would halve the share of a short text
     before, behind = added_tokens(tokenizer) or ([], [])
     added = [*before, *behind]
     count = len(texts.values) - len(texts.index) * len(added)
