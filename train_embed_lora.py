@@ -559,8 +559,9 @@ def tokenise_rows(args, state, origin, config, examples, dev_sets):
     """Settle how texts become tokens, and tokenise those of all sets; returns Data."""
     tokenizer = load_text_tokenizer(origin, args.append_eos)
     limit = position_limit(config, tokenizer)
-    query_max_len = text_length(args, "query_max_len", limit)
-    passage_max_len = text_length(args, "passage_max_len", limit)
+    within = partial(within_limit, limit=limit, of="the base model")
+    query_max_len = within("query_max_len", args.query_max_len or args.max_length)
+    passage_max_len = within("passage_max_len", args.passage_max_len or args.max_length)
     stored = read_sentence_files(origin, args.pooling)
     note_lower_case(stored, tokenizer)
     prompts = choose_prompts(stored.prompts, args.query_prefix, args.doc_prefix, examples)
@@ -584,12 +585,6 @@ def load_text_tokenizer(origin, ends_in_eos):
     if not ends_in_eos:
         return tokenizer
     return append_eos(tokenizer, origin)  # by itself, so that whoever loads final/ does so, too
-
-
-def text_length(args, name, limit):
-    """Return the tokens at which a query or document is cut; limit: what the base can take."""
-    wanted = getattr(args, name) or args.max_length
-    return within_limit(name, wanted, limit, of="the base model")
 
 
 def plan_run(args, train_set, dev_sets, processes):

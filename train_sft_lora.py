@@ -474,14 +474,14 @@ def make_chat(args, origin, tokenizer, examples, dev_examples):
     if args.enable_thinking == "auto":  # else nobody asks for a file that may be broken, or far
         recorded = utils.recorded_flags(base_json(origin, "training_config.json") or {})
     seen = examples or sum(dev_examples.values(), [])
-    thinking = chooses_thinking(args.enable_thinking, recorded, seen)
+    thinking = choose_thinking(args.enable_thinking, recorded, seen)
     stops = stored_stops(base_json(origin, "generation_config.json"), tokenizer)
     chat = Chat(tokenizer, thinking, stops)
     note_oddities(chat, own_template, stops, examples, dev_examples)
     return chat
 
 
-def chooses_thinking(asked, recorded, examples):
+def choose_thinking(asked, recorded, examples):
     """Tell whether answers begin with thinking: as asked, as the adapter was trained, as data do.
 
     asked: --enable_thinking; recorded: the flags that an adapter's run recorded.
@@ -749,7 +749,7 @@ def ask_server(args):
         _, dev_examples, counts = read_rows(args)
     if not state.is_main_process:  # one asks; there is nothing to share out but its waiting
         return None
-    thinking = chooses_thinking(args.enable_thinking, {}, sum(dev_examples.values(), []))
+    thinking = choose_thinking(args.enable_thinking, {}, sum(dev_examples.values(), []))
     count = args.eval_generate or max(map(len, dev_examples.values()))  # all: it has no loss
     dev_sets = {}
     for name, examples in dev_examples.items():
@@ -775,7 +775,7 @@ def evaluate(prepared):
 
 def main(argv=None):
     """Run the command line `argv`; return what training_summary_report.json holds."""
-    args = parse_args(argv)
+    args = parse_args(argv)  # prepare parses again: tests and notebooks call it alone
     if args.endpoint:  # no model is loaded
         return ask_server(args)
     prepared = prepare(argv)

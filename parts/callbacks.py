@@ -165,12 +165,12 @@ def worsening(log, metric, greater_is_better):
         return None
     (first, before), (middle, between), (_, now) = points
     sign = 1 if greater_is_better else -1
-    falls = sign * before > sign * between > sign * now
-    worse = falls and sign * (before - now) > 0.01 * abs(before)
+    twice = sign * before > sign * between > sign * now
+    worse = twice and sign * (before - now) > 0.01 * abs(before)
     trained = [entry for entry in log if "loss" in entry and entry["step"] >= first]
     early = [entry["loss"] for entry in trained if entry["step"] <= middle]
     late = [entry["loss"] for entry in trained if entry["step"] > middle]
-    early_loss = fmean(early) if early else math.nan  # less than nothing, and nothing less
+    early_loss = fmean(early) if early else math.nan  # which no comparison is true of
     late_loss = fmean(late) if late else math.nan
     if not (worse and late_loss < early_loss):
         return None

@@ -122,16 +122,17 @@ def finite_gradients(attempt, weights, scaler):
 
 def check_gradients(trained, is_finite):
     """Raise InputError where training could not learn; trained: {name: weight with a gradient}."""
-    idle = []
-    nothing = True
+    moved = set()  # names of the weights that a step would change
     for name, weight in trained.items():
-        gets_some = weight.grad is not None and weight.grad.any()
-        nothing = nothing and not gets_some
+        if weight.grad is not None and weight.grad.any():
+            moved.add(name)
+    idle = []
+    for name, weight in trained.items():
         # DDP cannot do with a weight without a gradient, and one of zeros is never trained; but
         # that of a lora_A is zero at first, since its lora_B is
-        if weight.grad is None or ("lora_B" in name and not gets_some):
+        if weight.grad is None or ("lora_B" in name and name not in moved):
             idle.append(name)
-    if nothing:
+    if not moved:
         raise InputError(
             "the loss of the heaviest rows has no gradient: they have nothing to tell apart."
         )

@@ -85,7 +85,7 @@ def start(output_dir, resume, overwrite, seed):
 
 
 @contextmanager
-def errors_of_ours():
+def merge_errors_as_ours():
     """Raise merge.py's errors as ours: a file that can be copied away has a class of its own."""
     try:
         yield
@@ -98,13 +98,13 @@ def base_fingerprint(origin):
 
     The base's files are here once it was loaded.
     """
-    with errors_of_ours():
+    with merge_errors_as_ours():
         return merge.fingerprint(base_folder(origin))
 
 
 def is_same_base(origin, recorded):
     """Tell whether `recorded` can be the fingerprint of the base, as an earlier run took it."""
-    with errors_of_ours():
+    with merge_errors_as_ours():
         return merge.is_base(base_folder(origin), recorded)
 
 
@@ -163,7 +163,7 @@ def check_mergeable(model, origin, merges):
     for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items():
         shapes[name] = tensor.to("meta")  # their shapes are enough
     config = model.peft_config["default"].to_dict()
-    with errors_of_ours():
+    with merge_errors_as_ours():
         obstacle = merge.unmergeable(config, shapes, base_folder(origin))
     if obstacle and merges:
         raise InputError(
@@ -192,7 +192,7 @@ def merge_or_tell(prepared):
     if not prepared.merges:
         say(f"next      python merge.py {shlex.join(command)}")
         return
-    with errors_of_ours():
+    with merge_errors_as_ours():
         merge.main(command)
 
 
@@ -330,11 +330,11 @@ def metrics_before(trainer, plan, stored):
     """Measure the untrained model, or take what a resumed run's `stored` state says of it."""
     if stored:  # RunCallback begins the log with them
         first = next(iter(stored["log_history"]), {})
-        return evaluated(first)
+        return dev_metrics(first)
     return trainer.measure_dev_sets() if plan.has_dev else {}
 
 
-def evaluated(entry):
+def dev_metrics(entry):
     """Return the metrics of dev sets in an entry of the log."""
     return {name: value for name, value in entry.items() if name.startswith("eval_")}
 
@@ -363,7 +363,7 @@ def metrics_after(state, plan):
     after = {}
     for entry in state.log_history:
         if f"eval_{plan.metric}" in entry and entry["step"] == step:
-            after = evaluated(entry)  # of several the last, should a step be measured twice
+            after = dev_metrics(entry)  # of several the last, should a step be measured twice
     return after
 
 

@@ -1,6 +1,13 @@
 """What a run says while it trains."""
 
-from parts.callbacks import worsening
+import signal
+import threading
+from types import SimpleNamespace
+
+from parts.callbacks import RunCallback, caught_signals, worsening
+
+import pytest
+import torch
 
 
 def test_warning_when_the_loss_falls_while_recall_worsens():
@@ -14,3 +21,41 @@ def test_warning_when_the_loss_falls_while_recall_worsens():
     assert worsening(log([2.0, 1.0, 0.5], [0.5, 0.6, 0.55, 0.56]), "m", True) is None
     assert worsening(log([0.5, 1.0, 2.0], [0.5, 0.6, 0.55, 0.5]), "m", True) is None
     assert "overfitting" in worsening(log([2.0, 1.0, 0.5], [0.5, 0.4, 0.45, 0.5]), "m", False)
+
+
+def test_a_signal_that_another_process_got_stops_this_one_too(tmp_path):
+    signs = torch.tensor([False, True])  # of this process, of the other
+    accelerator = SimpleNamespace(num_processes=2, gather=lambda own: signs)
+    callback = RunCallback(SimpleNamespace(accelerator=accelerator), None, tmp_path, {})
+    assert callback.must_stop("cpu") and callback.signal == signal.SIGTERM
+    signs.fill_(False)
+    assert not RunCallback(callback.trainer, None, tmp_path, {}).must_stop("cpu")
+
+
+def test_a_second_signal_stops_at_once(tmp_path, capsys):
+    callback = RunCallback(None, None, tmp_path, {})
+    callback.catch(signal.SIGINT, None)
+    assert callback.signal == signal.SIGINT
+    assert "stopping after this step, with a checkpoint" in capsys.readouterr().out
+    with pytest.raises(KeyboardInterrupt):
+        callback.catch(signal.SIGTERM, None)
+
+
+def test_signals_are_caught_in_the_main_thread_alone_and_given_back():
+    earlier = signal.getsignal(signal.SIGTERM)
+    found = []
+
+    def catch(number, frame):
+        pass
+
+    def work():
+        with caught_signals(catch):
+            found.append(signal.getsignal(signal.SIGTERM))
+
+    with pytest.raises(ValueError), caught_signals(catch):
+        found.append(signal.getsignal(signal.SIGTERM))
+        raise ValueError
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [catch, earlier] and signal.getsignal(signal.SIGTERM) == earlier

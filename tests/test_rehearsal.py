@@ -5,6 +5,7 @@ import math
 import train_embed_lora
 from conftest import make_rows, write_jsonl
 from parts import rehearsal
+from utils import InputError
 
 import pytest
 import torch
@@ -72,3 +73,32 @@ def test_what_makes_a_gradient_depend_on_the_cut_is_noted(
     found = [note for note in notes if note.startswith(begins)]
     assert found == ([begins + cause] if cause else [])
     assert capsys.readouterr().out.count(begins) == len(found)
+
+
+def weight_with(gradient):
+    """Return a weight of three numbers that all have this gradient, or, of None, none."""
+    weight = torch.ones(3, requires_grad=True)
+    if gradient is not None:
+        weight.grad = torch.full((3,), float(gradient))
+    return weight
+
+
+@pytest.mark.parametrize(
+    "gradients, is_finite, sentence",
+    [
+        ({"a.lora_A": 0, "a.lora_B": 1}, True, None),
+        ({"a.lora_A": 0, "a.lora_B": 0}, True, "they have nothing to tell apart"),
+        ({"a.lora_A": None, "a.lora_B": None}, True, "they have nothing to tell apart"),
+        ({"a.lora_B": 1, "b.lora_B": 0}, True, r"1 trainable weights get no gradient \(b.lora_B"),
+        ({"a.weight": 1, "b.weight": 0}, True, None),  # of full fine-tuning, a token not in a row
+        ({"a.weight": 1, "b.weight": None}, True, r"get no gradient \(b.weight, ...\): narrow"),
+        ({"a.lora_B": math.inf}, False, "the first gradient is not finite"),
+    ],
+)
+def test_weights_that_training_would_not_change_are_told(gradients, is_finite, sentence):
+    trained = {name: weight_with(gradient) for name, gradient in gradients.items()}
+    if not sentence:
+        rehearsal.check_gradients(trained, is_finite)
+        return
+    with pytest.raises(InputError, match=sentence):
+        rehearsal.check_gradients(trained, is_finite)
