@@ -314,7 +314,7 @@ class EmbedTrainer(StepTrainer):
             positions = torch.arange(input_ids.shape[1], device=lengths.device)
             inputs["attention_mask"] = (positions < lengths[:, None]).long()  # (B, T)
         with self.accelerator.autocast():
-            hidden = model(**inputs).last_hidden_state
+            hidden = model(**inputs).last_hidden_state  # (B, T, D)
         return pool(hidden, lengths, self.pooling)
 
     def loss(self, vectors, step):
@@ -463,7 +463,7 @@ class EmbedTrainer(StepTrainer):
 def count_early(pieces, step, tokens_at_once):
     """Return how many pieces cannot keep their graphs: as many of the last as fit in memory do."""
     early = len(pieces)
-    total = 0
+    total = 0  # padded tokens whose graphs are kept
     for piece in reversed(pieces):
         total += len(piece) * len(step["sequences"][piece[0]])  # padded to its longest, the first
         if total > tokens_at_once:
@@ -481,6 +481,7 @@ def make_measure(dev_sets, texts, rules, dims):
     for name, dev in dev_sets.items():
         # by ascending id, as sentence-transformers ranks documents of equal scores
         column = {key: i for i, key in enumerate(sorted(dev.corpus))}
+        # a query that stands in the corpus, too, would be found by itself: `own`, which ranks last
         relevant = [{column[key] for key in dev.relevant[query]} for query in dev.queries]
         own = [column.get(dev.own.get(query)) for query in dev.queries]
         queries, documents = dev_indices(dev, texts, rules.query_prefix, rules.doc_prefix)
@@ -562,6 +563,7 @@ def tokenise_rows(args, state, origin, config, examples, dev_sets):
     within = partial(within_limit, limit=limit, of="the base model")
     query_max_len = within("query_max_len", args.query_max_len or args.max_length)
     passage_max_len = within("passage_max_len", args.passage_max_len or args.max_length)
+    # prompts and pooling as the base's own sentence-transformers files have them
     stored = read_sentence_files(origin, args.pooling)
     note_lower_case(stored, tokenizer)
     prompts = choose_prompts(stored.prompts, args.query_prefix, args.doc_prefix, examples)
@@ -651,6 +653,7 @@ def load_model(args, origin, config, data):
     loaded = load(origin, AutoModel, config, precision, **flags.asked_base(args))
     quantised = f", {loaded.bits}-bit base" if loaded.bits else ""
     say(f"model     {args.model_name}, {in_words}{quantised}")
+    # before the adapter, whose layers would hide which of the base's are used
     does = what_an_embedder_does(loaded.model, precision)
     check_loaded(
         loaded.model, loaded.absent, lambda: hidden_states(loaded.model, precision, 8), origin
@@ -730,7 +733,7 @@ def make_trainer(args, output_dir, data, dev_sets, plan, embedder):
         pooling=embedder.pooling,
         causal=embedder.causal,
         cross_device=args.negatives_cross_device,
-        max_length=data.rules.passage_max_len,
+        max_length=data.rules.passage_max_len,  # as documents are what evaluations embed most
     )
 
 
@@ -760,6 +763,7 @@ def files_writer(data, embedder):
         write_sentence_files,
         pooling=embedder.pooling,
         dimension=embedder.dimension,
+        # sentence-transformers has one for both sides
         max_length=max(data.rules.query_max_len, data.rules.passage_max_len),
         prompts=data.prompts.saved,
         default_prompt=data.stored.default_prompt,
@@ -768,6 +772,7 @@ def files_writer(data, embedder):
 
 def compared_inputs(texts, rules):
     """Return inputs(tokenizer): the ids of a few texts, the longest too, to compare models by."""
+    # the longest shows whether it is cut alike
     some = list(texts.index)
     some = [*some[:7], some[np.diff(texts.offsets).argmax()]]
     words = [text for text, _ in some]

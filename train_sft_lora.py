@@ -57,7 +57,7 @@ def parse_args(argv=None):
         args.lora_dropout = 0.0
     if args.sanity_overfit:  # the model's own rows are its dev set
         args.eval_generate = args.sanity_overfit
-        args.save_best = 0
+        args.save_best = 0  # the last state is the one that must know them
         args.max_steps = args.max_steps or 200
     return flags.finish(parser, args, BASE, step=16)
 
@@ -109,7 +109,7 @@ def add_preference_flags(parser):
 def refuse_contradictions(parser, args):
     """Exit 2 where this script's own flags exclude one another, or one lacks what it needs."""
     has_data = args.dev_file or args.train_file or args.dataset_name
-    wants_best = args.save_best or args.early_stopping_patience
+    wants_best = args.save_best or args.early_stopping_patience  # None, not given, is neither
     is_address = (args.endpoint or "").startswith(("http://", "https://"))
     flags.refuse(parser, (
         (args.sanity_overfit and args.eval_only,
@@ -138,7 +138,7 @@ def refuse_contradictions(parser, args):
         (args.pref_loss and (args.lora_dropout or args.model_dropout),
          "--pref_loss compares a model with what it was: drop --lora_dropout and --model_dropout"),
     ))
-    try:
+    try:  # now, and not at the first row
         re.compile(args.drop_regex or "")
     except re.error as error:
         parser.error(f"--drop_regex {args.drop_regex}: {error}")
@@ -213,11 +213,13 @@ def share_of_loss(losses, tokens, processes):
 
 def measured_metrics(dev_sets, of_pairs):
     """Return {name of a dev set: names of the metrics that are measured on it}."""
+    # before any is measured, so that a misspelt --metric_for_best is no surprise of hour three
     scores = ["loss", "token_accuracy"]
     if of_pairs:
         scores = ["loss", "accuracy", "margin", "length_accuracy"]
     measured = {}
     for name, dev in dev_sets.items():
+        # which of the metrics of answers there are depends on whether these are JSON
         references = [example.answer for _, example in dev.generated]
         measured[name] = [*scores, *metric_names(references)]
     return measured
@@ -225,7 +227,7 @@ def measured_metrics(dev_sets, of_pairs):
 
 def check_overfit(after, train_set):
     """Raise InputError unless --sanity_overfit has learnt its rows by heart."""
-    exact = after.get("exact_match")
+    exact = after.get("exact_match")  # None where all answers are too long to be generated
     accuracy = after["token_accuracy"]
     # a short answer must be generated; a long one is judged by what it was taught, token by token
     has_long = any(sample["supervised"].sum() > SHORT_ANSWER_TOKENS for sample in train_set)
@@ -252,6 +254,7 @@ class SftTrainer(CausalTrainer):
 
     def supervised_scores(self, model, step, piece):
         """Return token_scores of a piece's supervised tokens."""
+        # padded with False, as ids are with 0: no token behind a row's end is learnt
         masks = [torch.tensor(step["supervised"][i]) for i in piece]
         mask = nn.utils.rnn.pad_sequence(masks, batch_first=True).to(self.args.device)  # (B, T)
         input_ids, _ = self.pad(step, piece)
@@ -268,7 +271,7 @@ class SftTrainer(CausalTrainer):
         tokens = self.accelerator.reduce(torch.tensor(own_tokens, device=self.args.device))
         total = 0
         for i, piece in enumerate(pieces):
-            with self.unsynced(model, i < len(pieces) - 1):
+            with self.unsynced(model, i < len(pieces) - 1):  # added up once, with the last
                 losses, _ = self.supervised_scores(model, step, piece)
                 loss = share_of_loss(losses, tokens, self.accelerator.num_processes)
                 self.accelerator.backward(loss)
@@ -308,6 +311,7 @@ def first_logits(trainer, samples, ids):
             logits = trainer.model(input_ids=input_ids, logits_to_keep=keep).logits
         return logits[0].float()
 
+    # one row at a time: what padding does to the sums of a batch is no difference of models
     return trainer.evaluated(lambda: torch.cat([logits_of(i) for i in range(len(ids))]))
 
 
@@ -345,12 +349,13 @@ def show_examples(train_set, examples, chat):
 
 def marked(sample, tokenizer):
     """Return the text of a sample, its supervised parts in green or, in a file, in brackets."""
-    on, off = ("\033[32m", "\033[0m") if os.isatty(1) else ("[[", "]]")
+    on, off = ("\033[32m", "\033[0m") if os.isatty(1) else ("[[", "]]")  # 1: standard output
     ids = sample["input_ids"]
     mask = sample["supervised"]
     edges = [t for t in range(1, len(ids)) if mask[t] != mask[t - 1]]
     text = ""
     for start, end in zip([0, *edges], [*edges, len(ids)], strict=True):
+        # line breaks in sight: a missing one behind a role is what masks go wrong by
         part = tokenizer.decode(ids[start:end]).replace("\n", "\\n")
         if len(part) >= 400:
             part = f"{part[:200]} ... {part[-200:]}"
@@ -362,6 +367,7 @@ def show_masks(samples, chat):
     """Print how much of the samples is learnt, and how many end as an answer has to."""
     learnt = sum(int(sample["supervised"].sum()) for sample in samples)
     total = sum(len(sample["input_ids"]) for sample in samples)
+    # an answer that ends in no stop token teaches a model not to stop
     ends = mean([sample["input_ids"][-1] in chat.stop_ids for sample in samples])
     say(
         f"masks     {len(samples)} samples, {total:,} tokens, {learnt:,} of them supervised "
@@ -439,6 +445,7 @@ class Data:
 def tokenise_rows(args, state, origin, config, examples, dev_examples):
     """Make the Chat, and samples of all rows; returns Data."""
     tokenizer = load_tokenizer(origin)
+    # the template is tried out before it renders rows: what it shows there decides how
     chat = make_chat(args, origin, tokenizer, examples, dev_examples)
     limit = position_limit(config, tokenizer)
     max_length = within_limit("--max_length", args.max_length, limit)
@@ -457,6 +464,7 @@ def tokenise_rows(args, state, origin, config, examples, dev_examples):
             count=args.eval_generate,
             seed=args.seed,
             max_length=max_length,
+            # of the rows that are learnt by heart, those that can be asked for to the letter
             longest_answer=SHORT_ANSWER_TOKENS if args.sanity_overfit else None,
         )
         dev_sets[name] = DevSet(samples, generated)
@@ -495,6 +503,7 @@ def plan_run(args, train_set, dev_sets, processes):
     """Make the plan; raises InputError for a metric that is not measured."""
     measured = measured_metrics(dev_sets, bool(args.pref_loss))
     pairs = [(name, key) for name, keys in measured.items() for key in keys]
+    # length_accuracy is of the data: no training changes it
     known = [named(name, key) for name, key in pairs if key != "length_accuracy"]
     metric = args.metric_for_best
     if metric and dev_sets:
@@ -553,6 +562,7 @@ def load_model(args, origin, config):
     loaded = load(origin, AutoModelForCausalLM, config, precision, **flags.asked_base(args))
     quantised = f", {loaded.bits}-bit base" if loaded.bits else ""
     say(f"model     {args.model_name}, {in_words}{quantised}")
+    # before the adapter, whose layers would hide which of the base's are used
     does = what_a_language_model_does(loaded.model, precision, loaded.bits, args.model_name)
     if not does.is_causal:
         raise InputError(
@@ -631,7 +641,7 @@ def preference_trainer(args, data):
         preference=preference,
         pair_sets=pair_sets,
         compares_base=args.eval_only,
-        bare_base=None if args.init_adapter else args.model_name,
+        bare_base=None if args.init_adapter else args.model_name,  # it has nothing to switch off
     )
 
 
