@@ -88,6 +88,149 @@ def has_reasoning(examples):
     return False
 
 
+# ---------------------------------------------------------------- training rows and dev sets
+
+
+def read_data(source, sizes, system_prompt, drop_regex, as_pairs, overfit, trains):
+    """Read, check and split the data of a run.
+
+    overfit: how many rows are learnt by heart, which are their own dev set, or None. trains: False
+    where dev sets are all that is needed. Returns (training Examples, {name: dev Examples}, counts
+    for the report).
+    """
+    read = partial(
+        read_examples, system_prompt=system_prompt, drop_regex=drop_regex, as_pairs=as_pairs
+    )
+    split = partial(split_rows, read, sizes, overfit)
+    examples, dev_sets, dropped = read_enough(source, sizes, split)
+    if not examples and (trains or not dev_sets):
+        if any("a dev set" in reason for reason in dropped):
+            raise InputError(
+                "no row is left to train on: the dev sets took them. Pass a --dev_file of other "
+                "rows."
+            )
+        raise InputError("no row is left to train on. Look at what was dropped, above.")
+    counts = {name or "dev": len(dev) for name, dev in dev_sets.items()}
+    said = [f"{len(examples)} rows to train on"] if trains else []
+    said += [f"{name}: {count} rows" for name, count in counts.items()]
+    say(f"data      {'; '.join(said)}")
+    return examples, dev_sets, {"train_rows": len(examples), "dropped": dropped, "dev": counts}
+
+
+def split_rows(read, sizes, overfit, rows, sources):
+    """Turn training rows and dev sources into Examples, by `read`.
+
+    Returns (training Examples, {name: dev Examples}, {reason: training rows dropped}).
+    """
+    examples, dropped = read(rows)
+    random.Random(sizes.seed).shuffle(examples)  # so that the first of them are a fair draw
+    dev_sets = {name: draw_dev(read, sizes, name, dev) for name, dev in sources.items()}
+    if overfit:  # its rows are their own dev set; an empty answer alone is too easy to learn
+        something_to_find = [e for e in examples if not is_empty(parse_answer(e.answer))]
+        learnt = (something_to_find or examples)[:overfit]
+        return learnt, dev_sets | {"": learnt}, dropped
+    if not dev_sets:  # rows of one opening are held out together: their answers may be the same
+        examples, dev_sets = hold_out(examples, attrgetter("opening"), sizes, "prompt")
+    examples, leaks = without_leaks(examples, dev_sets)
+    return examples[: sizes.train], dev_sets, dropped | leaks
+
+
+def draw_dev(read, sizes, name, source):
+    """Return the Examples of a dev set, from a file or from rows; raises InputError for none."""
+    dev, _ = read(read_rows(source) if isinstance(source, str) else source)
+    if not dev:
+        file = source if isinstance(source, str) else name
+        raise InputError(f"--dev_file {file} holds no row to evaluate on.")
+    # the same rows with --eval_only, which has none to train on
+    draw = random.Random(f"{sizes.seed} {name}")
+    return draw.sample(dev, min(sizes.dev or len(dev), len(dev)))
+
+
+def without_leaks(examples, dev_sets):
+    """Leave out the rows that give dev rows away: one's prompt, or an answer behind the same turns.
+
+    Returns (kept, {reason: how many were left out}).
+    """
+    prompts = set()
+    answers = set()  # with the turns that they stand behind
+    for example in itertools.chain(*dev_sets.values()):
+        prefixes = example.prefixes
+        for i in example.answers:
+            prompts.add(prefixes[i])
+            answers.add(prefixes[i + 1])
+
+    def leak(example):
+        prefixes = example.prefixes
+        if prefixes[example.last] in prompts:
+            return "training rows whose prompt is in a dev set"
+        if not answers.isdisjoint(prefixes):
+            return "training rows with an answer of a dev set behind the same turns"
+        return None
+
+    return leave_out(examples, leak)
+
+
+# ---------------------------------------------------------------- all rows
+
+
+def read_examples(rows, system_prompt, drop_regex, as_pairs):
+    """Turn [(where, row)] into Examples; counts, and says, what cannot be learnt from.
+
+    Returns (examples, {reason: rows dropped}). Raises InputError for a row of no known format.
+    """
+    read = read_pair if as_pairs else read_example
+    examples = []
+    seen = set()
+    drops = defaultdict(list)  # reason: where
+    unknown = []
+    for where, row in rows:
+        try:
+            example = read(where, row, system_prompt)
+            key = key_of(example, drop_regex)
+            if key in seen:
+                raise Drop("duplicate rows")
+        except Drop as drop:
+            drops[str(drop)].append(where)
+        except UnknownRole as error:
+            unknown.append(error)
+            drops[error.drop].append(where)
+        else:
+            seen.add(key)
+            examples.append(example)
+    if 2 * len(unknown) > len(rows):
+        raise unknown[0]  # no odd row here and there: a spelling to tell the user about
+    return examples, say_drops(drops)
+
+
+def key_of(example, drop_regex):
+    """Return what two equal rows share; raises Drop for a row that is not wanted."""
+    turns = example.turns
+    texts = itertools.chain.from_iterable(map(texts_in, turns))
+    if drop_regex and any(re.search(drop_regex, text) for text in texts):
+        raise Drop("rows that match --drop_regex")
+    if is_deeper([turns, example.tools], MAX_LEVELS):
+        raise Drop(f"rows with tools or arguments in more than {MAX_LEVELS} levels")
+    return json.dumps([turns, example.tools], sort_keys=True)
+
+
+def texts_in(turn):
+    """Return the texts of a turn: its content, its reasoning, the arguments of its calls."""
+    texts = [turn["content"], turn.get("reasoning_content", "")]
+    for function in functions_of(turn):
+        arguments = function.get("arguments") or ""
+        is_text = isinstance(arguments, str)
+        texts.append(arguments if is_text else json.dumps(arguments, ensure_ascii=False))
+    return texts
+
+
+def is_deeper(value, levels):
+    """Tell whether lists and objects stand in more than so many of one another."""
+    if not isinstance(value, dict | list):
+        return False
+    items = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(is_deeper(item, levels - 1) for item in items)
+
+
 # ---------------------------------------------------------------- a row to an Example
 
 
@@ -192,146 +335,3 @@ def with_answer(where, rest, turns):
     if pair := pair_of(rest, sides=1):
         return {**rest, pair[1]: turns}
     return None
-
-
-# ---------------------------------------------------------------- all rows
-
-
-def is_deeper(value, levels):
-    """Tell whether lists and objects stand in more than so many of one another."""
-    if not isinstance(value, dict | list):
-        return False
-    items = value.values() if isinstance(value, dict) else value
-    return levels == 0 or any(is_deeper(item, levels - 1) for item in items)
-
-
-def texts_in(turn):
-    """Return the texts of a turn: its content, its reasoning, the arguments of its calls."""
-    texts = [turn["content"], turn.get("reasoning_content", "")]
-    for function in functions_of(turn):
-        arguments = function.get("arguments") or ""
-        is_text = isinstance(arguments, str)
-        texts.append(arguments if is_text else json.dumps(arguments, ensure_ascii=False))
-    return texts
-
-
-def key_of(example, drop_regex):
-    """Return what two equal rows share; raises Drop for a row that is not wanted."""
-    turns = example.turns
-    texts = itertools.chain.from_iterable(map(texts_in, turns))
-    if drop_regex and any(re.search(drop_regex, text) for text in texts):
-        raise Drop("rows that match --drop_regex")
-    if is_deeper([turns, example.tools], MAX_LEVELS):
-        raise Drop(f"rows with tools or arguments in more than {MAX_LEVELS} levels")
-    return json.dumps([turns, example.tools], sort_keys=True)
-
-
-def read_examples(rows, system_prompt, drop_regex, as_pairs):
-    """Turn [(where, row)] into Examples; counts, and says, what cannot be learnt from.
-
-    Returns (examples, {reason: rows dropped}). Raises InputError for a row of no known format.
-    """
-    read = read_pair if as_pairs else read_example
-    examples = []
-    seen = set()
-    drops = defaultdict(list)  # reason: where
-    unknown = []
-    for where, row in rows:
-        try:
-            example = read(where, row, system_prompt)
-            key = key_of(example, drop_regex)
-            if key in seen:
-                raise Drop("duplicate rows")
-        except Drop as drop:
-            drops[str(drop)].append(where)
-        except UnknownRole as error:
-            unknown.append(error)
-            drops[error.drop].append(where)
-        else:
-            seen.add(key)
-            examples.append(example)
-    if 2 * len(unknown) > len(rows):
-        raise unknown[0]  # no odd row here and there: a spelling to tell the user about
-    return examples, say_drops(drops)
-
-
-# ---------------------------------------------------------------- training rows and dev sets
-
-
-def without_leaks(examples, dev_sets):
-    """Leave out the rows that give dev rows away: one's prompt, or an answer behind the same turns.
-
-    Returns (kept, {reason: how many were left out}).
-    """
-    prompts = set()
-    answers = set()  # with the turns that they stand behind
-    for example in itertools.chain(*dev_sets.values()):
-        prefixes = example.prefixes
-        for i in example.answers:
-            prompts.add(prefixes[i])
-            answers.add(prefixes[i + 1])
-
-    def leak(example):
-        prefixes = example.prefixes
-        if prefixes[example.last] in prompts:
-            return "training rows whose prompt is in a dev set"
-        if not answers.isdisjoint(prefixes):
-            return "training rows with an answer of a dev set behind the same turns"
-        return None
-
-    return leave_out(examples, leak)
-
-
-def read_data(source, sizes, system_prompt, drop_regex, as_pairs, overfit, trains):
-    """Read, check and split the data of a run.
-
-    overfit: how many rows are learnt by heart, which are their own dev set, or None. trains: False
-    where dev sets are all that is needed. Returns (training Examples, {name: dev Examples}, counts
-    for the report).
-    """
-    read = partial(
-        read_examples, system_prompt=system_prompt, drop_regex=drop_regex, as_pairs=as_pairs
-    )
-    split = partial(split_rows, read, sizes, overfit)
-    examples, dev_sets, dropped = read_enough(source, sizes, split)
-    if not examples and (trains or not dev_sets):
-        if any("a dev set" in reason for reason in dropped):
-            raise InputError(
-                "no row is left to train on: the dev sets took them. Pass a --dev_file of other "
-                "rows."
-            )
-        raise InputError("no row is left to train on. Look at what was dropped, above.")
-    counts = {name or "dev": len(dev) for name, dev in dev_sets.items()}
-    said = [f"{len(examples)} rows to train on"] if trains else []
-    said += [f"{name}: {count} rows" for name, count in counts.items()]
-    say(f"data      {'; '.join(said)}")
-    return examples, dev_sets, {"train_rows": len(examples), "dropped": dropped, "dev": counts}
-
-
-def split_rows(read, sizes, overfit, rows, sources):
-    """Turn training rows and dev sources into Examples, by `read`.
-
-    Returns (training Examples, {name: dev Examples}, {reason: training rows dropped}).
-    """
-    examples, dropped = read(rows)
-    random.Random(sizes.seed).shuffle(examples)  # so that the first of them are a fair draw
-    dev_sets = {name: draw_dev(read, sizes, name, dev) for name, dev in sources.items()}
-    if overfit:  # its rows are their own dev set; an empty answer alone is too easy to learn
-        something_to_find = [e for e in examples if not is_empty(parse_answer(e.answer))]
-        learnt = (something_to_find or examples)[:overfit]
-        return learnt, dev_sets | {"": learnt}, dropped
-    if not dev_sets:  # rows of one opening are held out together: their answers may be the same
-        examples, dev_sets = hold_out(examples, attrgetter("opening"), sizes, "prompt")
-    examples, leaks = without_leaks(examples, dev_sets)
-    return examples[: sizes.train], dev_sets, dropped | leaks
-
-
-def draw_dev(read, sizes, name, source):
-    """Return the Examples of a dev set, from a file or from rows; raises InputError for none."""
-    dev, _ = read(read_rows(source) if isinstance(source, str) else source)
-    if not dev:
-        file = source if isinstance(source, str) else name
-        raise InputError(f"--dev_file {file} holds no row to evaluate on.")
-    # the same rows with --eval_only, which has none to train on
-    draw = random.Random(f"{sizes.seed} {name}")
-    return draw.sample(dev, min(sizes.dev or len(dev), len(dev)))
