@@ -717,7 +717,7 @@ def make_trainer(args, output_dir, data, dev_sets, plan, embedder):
     )
     dropout = embedder.dropout or args.model_dropout
     half = embedder.precision != "none"
-    note_inexact(dropout=dropout, bits=embedder.bits, half=half)
+    note_inexact(dropout=dropout, half=half)
     return EmbedTrainer(
         model=embedder.model,
         args=arguments,

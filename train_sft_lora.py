@@ -601,7 +601,7 @@ def make_trainer(args, output_dir, data, plan, language_model):
     if not args.eval_only:
         dropout = language_model.dropout or args.model_dropout
         half = language_model.precision != "none"
-        note_inexact(dropout=dropout, bits=language_model.bits, half=half)
+        note_inexact(dropout=dropout, half=half)
     folder = None if args.dry_run else output_dir  # of predictions; a dry run leaves nothing
     trainer_class = partial(SftTrainer, data_collator=collate)
     if args.pref_loss:

@@ -8,6 +8,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from parts.attention import fit_attention_to_gpu
+from parts.eight_bit import use_weights_only
 from utils import InputError, checked_json, note, reason, say
 
 import torch
@@ -197,6 +199,7 @@ def load(origin, auto_class, config, precision, *, full, bits, attention, keep_d
     attention = usable_attention(attention)
     if attention != "auto":
         options["attn_implementation"] = attention
+    fit_attention_to_gpu()
     device = PartialState().device  # of this process, where there are several
     if bits:
         try:
@@ -267,7 +270,7 @@ def quantisation(bits, dtype):
 
 
 def frozen(model, absent):
-    """Freeze a quantised model; norms and biases become float32, embeddings and head stay small.
+    """Freeze a quantised model; in fp16 norms become float32, embeddings and head stay small.
 
     The `absent` weights, which are not in its files, were not quantised: their layers become plain
     ones, which run.
@@ -284,13 +287,16 @@ def frozen(model, absent):
     # of an 8B
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-        if parameter.ndim == 1:
+        # float32 norms keep the residual stream in float32, which leaves fp16's range in some
+        # models (Gemma 3); bf16 has that range, and float32 would cost it a quarter more memory
+        if parameter.ndim == 1 and parameter.dtype == torch.float16:
             parameter.data = parameter.data.float()
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes 0.50: after one evaluation its bf16 kernel, which has no gradient, stays
             # on in training
             module.support_avx512bf16_for_cpu = False
+    use_weights_only(model)
     return model
 
 

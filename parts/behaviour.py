@@ -57,7 +57,7 @@ def what_an_embedder_does(model, precision):
         outputs[name] = output.requires_grad_()  # those of frozen layers have no gradient else
 
     model.eval()  # without dropout, which would make any two passes differ
-    with hooked(layers_of_kind(model, nn.Linear | Conv1D), keep), without_outliers(model):
+    with hooked(layers_of_kind(model, nn.Linear | Conv1D), keep):
         first = hidden_states(model, precision, 8)
         changed = hidden_states(model, precision, 9)
     # equal but for the order of sums: a bidirectional first token differs by far more
@@ -97,9 +97,7 @@ def what_a_language_model_does(model, precision, bits, name):
             "script."
         ) from None
     unused = [layer for layer in linear if tower_of(layer) not in ran]
-    # half precision rounds, and 8-bit layers choose outlier columns over the whole text, so that
-    # its last token moves what is before it
-    noise = 1e-4 if precision == "none" and not bits else 0.05  # relative
+    noise = 1e-4 if precision == "none" and not bits else 0.05  # relative: half precision rounds
     change = (first.float() - changed.float()).norm()
     sees_the_future = change > noise * first.float().norm()  # NaN is no answer to that: False
     # no softcapping or scaling behind it, so that the loss may run the head on parts of a text
@@ -133,17 +131,3 @@ def hooked(layers, see):
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextmanager
-def without_outliers(model):
-    """Context in which 8-bit layers have no outlier columns, which depend on every token."""
-    states = [getattr(layer, "state", None) for layer in model.modules()]
-    thresholds = [(state, state.threshold) for state in states if hasattr(state, "threshold")]
-    for state, _ in thresholds:
-        state.threshold = 0.0
-    try:
-        yield
-    finally:
-        for state, threshold in thresholds:
-            state.threshold = threshold

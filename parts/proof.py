@@ -38,7 +38,8 @@ def prove(prepared, untrained):
     """Load final/ from disk and compare its outputs (N, D) with the live and `untrained` model's.
 
     Returns {"relative_error", "relative_change"}. Raises RuntimeError if the model on disk differs
-    from the live one, and InputError if its tokenizer does, or if it does not differ from the base.
+    from the live one, and InputError if its tokenizer does, if it does not differ from the base, or
+    if its outputs are no numbers.
     """
     trainer = prepared.trainer
     folder = str(prepared.output_dir / "final")
@@ -46,11 +47,16 @@ def prove(prepared, untrained):
     # with the saved tokenizer's ids, as whoever loads the folder will ask it
     ids = saved_inputs(folder, tokenizer, prepared.inputs, prepared.origin)
     live = prepared.outputs(prepared.inputs(tokenizer))
+    if not live.isfinite().all():  # NaN differs from everything, and is larger than nothing
+        raise InputError(
+            f"{folder} gives NaN or infinity: take an earlier checkpoint, lower --lr, or pass "
+            "--mixed_precision none."
+        )
     saved = reloaded_outputs(prepared, folder, ids)
     error = relative_difference(saved, live)
     change = relative_difference(untrained, live)
     half = trainer.args.fp16 or trainer.args.bf16
-    if error > MAX_ERROR["half" if half else "float32"]:
+    if not error <= MAX_ERROR["half" if half else "float32"]:
         raise RuntimeError(
             f"{folder} does not give the trained model's outputs: relative error {error:.1e}."
         )

@@ -67,13 +67,9 @@ def show_plan(trainer, plan):
     say(f"          {evaluation}; {saving}{best}")
 
 
-def note_inexact(*, dropout, bits, half):
+def note_inexact(*, dropout, half):
     """Note what makes a step's gradient depend on how it is cut into pieces."""
-    causes = {
-        "dropout": dropout,
-        "8-bit weights, by about 5 %": bits == 8,
-        "half precision, by about 1 %": half,
-    }
+    causes = {"dropout": dropout, "half precision, by about 1 %": half}
     for cause, is_there in causes.items():
         if is_there:
             note(f"a step's gradient depends on how it is cut into pieces: {cause}")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import BertConfig
+from transformers import AutoModelForCausalLM, BertConfig
 
 
 def copied(model, folder, rename=None, drop=(), **config):
@@ -156,3 +156,36 @@ def test_a_gpu_gets_the_precision_it_has_hardware_for(asked, capability, expecte
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     assert base.choose_precision(asked) == expected
+
+
+def quantised_decoder(folder, bits, precision):
+    """Load a causal model as it is trained in half precision."""
+    origin = base.Origin(folder)
+    how = {"full": False, "bits": bits, "attention": "auto", "keep_dropout": False}
+    config = base.load_config(origin)
+    return base.load(origin, AutoModelForCausalLM, config, precision, **how).model
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("precision, dtype", [("bf16", torch.bfloat16), ("fp16", torch.float32)])
+def test_norms_of_a_quantised_base(bits, precision, dtype, tiny_chat):
+    model = quantised_decoder(tiny_chat, bits, precision)
+    norms = {p.dtype for name, p in model.named_parameters() if "norm" in name}
+    assert norms == {dtype}
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("half_norms", [False, True])
+def test_float32_norms_let_the_residual_stream_leave_the_range_of_fp16(bits, half_norms, tiny_chat):
+    model = quantised_decoder(tiny_chat, bits, "fp16")
+    if half_norms:
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.data = parameter.data.half()
+    embeddings, layer = model.get_input_embeddings(), model.model.layers[0].mlp
+    embeddings.register_forward_hook(lambda _, __, output: torch.full_like(output, 60000))
+    layer.register_forward_hook(lambda _, __, output: torch.full_like(output, 30000))
+    with torch.autocast("cpu", dtype=torch.float16):
+        hidden = model.model(torch.tensor([[5, 6, 7]])).last_hidden_state
+    assert bool(hidden.isfinite().all()) == (not half_norms)

@@ -43,11 +43,8 @@ def test_an_encoder_sees_both_ways_and_its_pooler_is_not_needed(bits, tiny_bert)
         keep_dropout=False,
     )
     assert loaded.bits == bits
-    thresholds = [m.state.threshold for m in loaded.model.modules() if hasattr(m, "state")]
     found = behaviour.what_an_embedder_does(loaded.model, "none")
     assert found == behaviour.Behaviour(False, ["pooler.dense"], 64)
-    after = [m.state.threshold for m in loaded.model.modules() if hasattr(m, "state")]
-    assert after == thresholds and (bits != 8 or after)
     assert not any(m._forward_hooks for m in loaded.model.modules() if isinstance(m, nn.Linear))
 
 
