@@ -903,6 +903,8 @@ def make_bias_change(path, parts, shape, of_weight):
         fitting(path, tensor, shape)
     change = Change(replacement=parts.get("bias"))
     if "added" in parts:
+        if of_weight is None:
+            raise InputError(f"{path}: a lora_B.bias without its lora_B. Copy the adapter again.")
         change.added = parts["added"].float() * of_weight.scale
     return change
 

@@ -788,6 +788,7 @@ def prepare(argv=None):
     )
     with state.main_process_first():  # data first: a mistake in them shows in seconds
         examples, dev_sets, counts = read_rows(args)
+    fingerprint = fingerprint_of(examples, dev_sets)  # their pools depend on the steps of the run
     origin = Origin(args.model_name, args.model_revision, args.trust_remote_code, args.init_adapter)
     config = load_config(origin)
     data = tokenise_rows(args, state, origin, config, examples, dev_sets)
@@ -797,13 +798,9 @@ def prepare(argv=None):
     counts["dev"] = dev_sizes(dev_sets)
     embedder = load_model(args, origin, config, data)
     trainer = make_trainer(args, output_dir, data, dev_sets, plan, embedder)
+    settled = settled_of(data, embedder)
     record = runs.record_of(
-        origin,
-        checkpoint,
-        asked=vars(args),
-        settled=settled_of(data, embedder),
-        precision=embedder.precision,
-        data_fingerprint=fingerprint_of(examples, dev_sets),
+        origin, checkpoint, vars(args), settled, embedder.precision, fingerprint
     )
     show_examples(data.train_set, data.texts, data.tokenizer)
     return runs.Prepared(

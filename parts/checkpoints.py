@@ -49,14 +49,20 @@ def weights_lacking(folder):
     names = [name]
     index_name = f"{name}.index.json"
     if (folder / index_name).exists():
-        index = read_json(folder / index_name)
-        names = sorted(set(index["weight_map"].values())) if index else [index_name]
+        shards = json_object(folder / index_name).get("weight_map")
+        names = sorted(set(shards.values())) if isinstance(shards, dict) else [index_name]
     return [name for name in names if not is_whole(folder / name)]
+
+
+def json_object(path):
+    """Return the object that a file holds, {} where it holds none."""
+    found = read_json(path)
+    return found if isinstance(found, dict) else {}
 
 
 def parts_lacking(checkpoint):
     """Return the files that a run needs to go on from a checkpoint as if it had not stopped."""
-    record = read_json(checkpoint.parent / "training_config.json") or {}
+    record = json_object(checkpoint.parent / "training_config.json")
     state = read_json(checkpoint / "trainer_state.json")
     needed = ["optimizer.pt", "scheduler.pt"]
     if record.get("precision") == "fp16":

@@ -116,6 +116,18 @@ def test_other_folders_are_no_checkpoints(tmp_path):
     assert find_checkpoint(tmp_path).name == "checkpoint-7"
 
 
+@pytest.mark.parametrize("content", [[], "text", {"weight_map": None}, {}])
+def test_files_that_hold_something_else_are_no_crash(content, tmp_path, capsys):
+    write_checkpoint(tmp_path / "checkpoint-7")
+    utils.write_json(tmp_path / "training_config.json", content)
+    assert find_checkpoint(tmp_path).name == "checkpoint-7"
+    shards = ("one.safetensors", "two.safetensors")
+    write_checkpoint(tmp_path / "checkpoint-9", weights=shards)
+    utils.write_json(tmp_path / "checkpoint-9/model.safetensors.index.json", content)
+    assert find_checkpoint(tmp_path).name == "checkpoint-7"
+    assert "it lacks model.safetensors.index.json" in capsys.readouterr().out
+
+
 def test_a_run_goes_on_from_the_newest_complete_checkpoint(run_embed, tmp_path, capsys):
     flags = [
         "--max_steps",

@@ -1359,3 +1359,9 @@ def test_a_config_that_cannot_be_meant_is_refused(parts, change, words):
     change_json(adapter / "adapter_config.json", **change)
     with pytest.raises(merge.InputError, match=words):
         merge.main(["--lora_adapter_path", str(adapter), "--output_path", str(merged)])
+
+
+def test_a_bias_of_lora_without_its_weights_is_refused():
+    parts = {"added": torch.ones(4)}
+    with pytest.raises(merge.InputError, match="layer: a lora_B.bias without its lora_B. Copy"):
+        merge.make_bias_change("layer", parts, (4,), None)
