@@ -113,7 +113,8 @@ def in_one_sentence(what):
     try:
         yield
     except kinds as error:
-        raise InputError(f"{what} ({str(error).strip().splitlines()[0]}).") from None
+        why = str(error).strip() or type(error).__name__  # some come without a word
+        raise InputError(f"{what} ({why.splitlines()[0]}).") from None
 
 
 # ---------------------------------------------------------------- arguments

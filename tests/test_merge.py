@@ -1365,3 +1365,10 @@ def test_a_bias_of_lora_without_its_weights_is_refused():
     parts = {"added": torch.ones(4)}
     with pytest.raises(merge.InputError, match="layer: a lora_B.bias without its lora_B. Copy"):
         merge.make_bias_change("layer", parts, (4,), None)
+
+
+@pytest.mark.parametrize("message, said", [("first\nsecond", "first"), ("", "ValueError")])
+def test_an_error_of_a_library_becomes_a_sentence_with_and_without_words(message, said):
+    with pytest.raises(merge.InputError, match=rf"^the base cannot be loaded \({said}\)\.$"):
+        with merge.in_one_sentence("the base cannot be loaded"):
+            raise ValueError(message)
