@@ -34,7 +34,7 @@ def parse_args(argv=None):
     flags.add_model_flags(parser, BASE)
     flags.add_data_flags(parser, dev_size="0.1, of at most 1000 queries")
     flags.add_lora_flags(parser)
-    flags.add_training_flags(parser, batch=32, step=32, epochs=2, checkpointing=False)
+    flags.add_training_flags(parser, batch=32, step=32, epochs=2, checkpointing="off")
     flags.add_output_flags(parser, metric="ndcg@10")
     add_embedding_flags(parser)
     return flags.finish(parser, parser.parse_args(argv), BASE, step=32)
@@ -78,6 +78,7 @@ from parts import run as runs
 from parts.adapters import Lora
 from parts.base import Origin, check_loaded, choose_precision, load, load_config, position_limit
 from parts.behaviour import hidden_states, what_an_embedder_does
+from parts.checkpoints import stored_cut
 from parts.dev_sets import HELD_OUT, dev_indices, dev_sizes, fill_pools, read_data
 from parts.pairs import Columns
 from parts.plan import advice, chosen_metric, make_plan, named
@@ -293,6 +294,8 @@ class EmbedTrainer(StepTrainer):
     processes.
     """
 
+    keeps_graphs = True  # of as many pieces as fit: the others run twice
+
     def __init__(
         self, *, temperature, margin, dims, pooling, causal, cross_device, max_length, **kwargs
     ):
@@ -444,7 +447,8 @@ class EmbedTrainer(StepTrainer):
         step = {"sequences": sequences}
         lengths = [len(sequences[i]) for i in own]
         # without a backward pass twice as many fit
-        limit = 2 * min(self.device_tokens, self.batch_size * self.max_length)
+        at_once = max(self.batch_size * self.max_length, self.piece_tokens or 0)
+        limit = 2 * min(self.device_tokens, at_once)
 
         def encode_own():
             pieces = cut(lengths, limit // 2**self.halvings)
@@ -672,7 +676,6 @@ def load_model(args, origin, config, data):
         does.unused,
         full=args.finetune_type == "full",
         merges=args.merge_adapter,
-        gradient_checkpointing=args.gradient_checkpointing,
     )
     return Embedder(model, does.is_causal, does.dimension, precision, pooling, loaded.bits, dropout)
 
@@ -726,7 +729,6 @@ def make_trainer(args, output_dir, data, dev_sets, plan, embedder):
         data_collator=Collator(data.texts),
         processing_class=data.tokenizer,
         measure=make_measure(dev_sets, data.texts, data.rules, args.matryoshka_dims),
-        batch_size=args.batch_size,
         temperature=args.temperature,
         margin=args.false_negative_margin,
         dims=args.matryoshka_dims,
@@ -734,6 +736,7 @@ def make_trainer(args, output_dir, data, dev_sets, plan, embedder):
         causal=embedder.causal,
         cross_device=args.negatives_cross_device,
         max_length=data.rules.passage_max_len,  # as documents are what evaluations embed most
+        **flags.asked_cut(args),
     )
 
 
@@ -823,7 +826,14 @@ def train_and_prove(prepared):
     """Rehearse, train, save, prove; returns the report."""
     # what can be refused is refused here, and not after hours of training
     check_saved_tokenizer(prepared)
-    rehearse(prepared.trainer, prepared.plan, prepared.row_tokens, prepared.seed)
+    settled = rehearse(
+        prepared.trainer,
+        prepared.plan,
+        prepared.row_tokens,
+        prepared.seed,
+        stored_cut(prepared.checkpoint),
+    )
+    prepared.record["settled"] |= settled
     if prepared.dry_run:
         return runs.dry_report(prepared)
     started = time.perf_counter()

@@ -38,7 +38,7 @@ def parse_args(argv=None):
     flags.add_model_flags(parser, BASE)
     flags.add_data_flags(parser, dev_size="0.2")
     flags.add_lora_flags(parser)
-    flags.add_training_flags(parser, batch=2, step=16, epochs=1, checkpointing=True)
+    flags.add_training_flags(parser, batch=2, step=16, epochs=1, checkpointing="auto")
     flags.add_output_flags(parser, metric="loss")
     add_sft_flags(parser)
     add_preference_flags(parser)
@@ -163,6 +163,7 @@ from parts.base import (
 from parts.behaviour import middle_logits, what_a_language_model_does
 from parts.causal import CausalTrainer
 from parts.chats import TAG_RESIDUE, has_reasoning, read_data
+from parts.checkpoints import stored_cut
 from parts.endpoint import Endpoint, measure_endpoint
 from parts.masks import Rules, find_frame
 from parts.plan import advice, chosen_metric, make_plan, named
@@ -580,7 +581,6 @@ def load_model(args, origin, config):
         does.unused,
         full=args.finetune_type == "full",
         merges=args.merge_adapter,
-        gradient_checkpointing=args.gradient_checkpointing,
     )
     return LanguageModel(model, does.plain_head, precision, loaded.bits, dropout)
 
@@ -613,13 +613,13 @@ def make_trainer(args, output_dir, data, plan, language_model):
         eval_dataset=data.train_set,  # never read: Trainer refuses to evaluate without one
         processing_class=tokenizer,
         measure=partial(measure_trainer, data.dev_sets, folder),
-        batch_size=args.batch_size,
         chat=data.chat,
         frame=find_frame(data.chat),
         plain_head=language_model.plain_head,
         max_length=data.rules.max_length,
         max_new_tokens=args.max_new_tokens,
         position_limit=data.position_limit,
+        **flags.asked_cut(args),
     )
 
 
@@ -729,7 +729,14 @@ def train_and_prove(prepared):
     """Rehearse, train, save, prove; returns the report."""
     # what can be refused is refused here, and not after hours of training
     check_saved_tokenizer(prepared)
-    rehearse(prepared.trainer, prepared.plan, prepared.row_tokens, prepared.seed)
+    settled = rehearse(
+        prepared.trainer,
+        prepared.plan,
+        prepared.row_tokens,
+        prepared.seed,
+        stored_cut(prepared.checkpoint),
+    )
+    prepared.record["settled"] |= settled
     if prepared.dry_run:
         return runs.dry_report(prepared)
     started = time.perf_counter()

@@ -59,20 +59,13 @@ def add_adapter(model, origin, lora, unused, *, full):
     return model, lora.dropout
 
 
-def make_trainable(model, unused, *, gradient_checkpointing):
-    """Make the trainable weights float32, and recompute activations in the backward pass if asked.
-
-    unused: the layers without an adapter, which are noted.
-    """
+def make_trainable(model, unused):
+    """Make the trainable weights float32; note the layers without an adapter, `unused`."""
     if unused:
         note(f"not trained, because the outputs do not depend on it: {', '.join(unused)}")
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # the loss scaler cannot unscale fp16 gradients
-    if gradient_checkpointing:
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
-        # use_reentrant would need inputs with a gradient, which a frozen embedding does not give
-        base.activation_checkpointing_enable({"use_reentrant": False})
 
 
 # ---------------------------------------------------------------- an adapter to go on with

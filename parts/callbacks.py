@@ -8,6 +8,7 @@ from statistics import fmean
 from threading import current_thread, main_thread
 
 import utils
+from parts.checkpoints import CUT
 from parts.report import write_logs
 from utils import InputError, say
 
@@ -61,6 +62,7 @@ class RunCallback(ProgressCallback):
         figures["step"] = state.global_step
         # each step's own: a log line shows means of as many as --logging_steps says, of these
         state.log_history.append(self.trainer.step_figures | figures)
+        state.stateful_callbacks[CUT] = self.trainer.settled()  # a checkpoint holds it
         self.count_skipped()
         stop = self.must_stop(args.device)
         if stop:

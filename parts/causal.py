@@ -165,7 +165,8 @@ class CausalTrainer(StepTrainer):
 
     def pieces_of(self, step):
         """Cut rows that are only measured; without a backward pass twice as many fit."""
-        limit = min(self.device_tokens, 2 * self.batch_size * self.max_length)
+        at_once = max(self.batch_size * self.max_length, self.piece_tokens or 0)
+        limit = min(self.device_tokens, 2 * at_once)
         return cut(self.lengths_of(step), limit // 2**self.halvings)
 
     def warnings_about(self, after):

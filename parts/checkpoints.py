@@ -20,11 +20,18 @@ FREE_ON_RESUME = {
     "overwrite",
     "resume_from_checkpoint",
     "num_workers",
+    "grow_pieces",
+    "gradient_checkpointing",
+    "piece_tokens",
+    "halvings",
+    "shares_prompts",
     "report_to",
     "save_total_limit",
     "dry_run",
     "merge_adapter",
 }
+# where a checkpoint's trainer_state.json holds how steps are cut, beside the callbacks' states
+CUT = "StepTrainer"
 COMPARED = ("data_fingerprint", "precision", "processes")  # on resuming, beside the flags
 VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
 
@@ -173,6 +180,14 @@ def checkpoint_to_resume(folder, resume):
         )
     say(f"resume    from {checkpoint}")
     return checkpoint
+
+
+def stored_cut(checkpoint):
+    """Return how steps were cut when a checkpoint was written, None where nothing says so."""
+    if not checkpoint:
+        return None
+    state = json_object(checkpoint / "trainer_state.json")
+    return state.get("stateful_callbacks", {}).get(CUT)
 
 
 def check_named_checkpoint(checkpoint):

@@ -135,9 +135,8 @@ def add_lora_flags(parser):
 def add_training_flags(parser, batch, step, epochs, checkpointing):
     """Declare how steps are made; the arguments are the defaults in which the trainers differ."""
     add = parser.add_argument_group("training").add_argument
-    recomputes = "on" if checkpointing else "off"
     add("--batch_size", "--per_device_train_batch_size", type=count, default=batch, metavar="N",
-        help=f"examples in memory, per process [{batch}]")
+        help=f"examples that must fit into memory, per process [{batch}]")
     default_step = f"[a step of {step} examples]"
     add("--gradient_accumulation", "--gradient_accumulation_steps", type=count, metavar="N",
         help=f"pieces that make one exact step of batch_size x N examples {default_step}")
@@ -162,10 +161,13 @@ def add_training_flags(parser, batch, step, epochs, checkpointing):
     add("--bf16", action="store_true", help="bfloat16, on GPUs of compute capability 8.0 and newer")
     add("--mixed_precision", **one_of("bf16", "fp16", "none"),
         help="the same as a name [what the GPU is made for]")
-    add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=checkpointing,
-        help=f"recompute activations to save memory [{recomputes}]")
-    add_switch(add, "--disable_gradient_checkpointing", "gradient_checkpointing", False,
-               "--no-gradient_checkpointing")
+    modes = one_of("on", "off", "auto")
+    add("--gradient_checkpointing", nargs="?", const="on", default=checkpointing, **modes,
+        help=f"recompute activations; auto: where a GPU's memory needs it, else on [{checkpointing}]")
+    for off in ("--no-gradient_checkpointing", "--disable_gradient_checkpointing"):
+        add_switch(add, off, "gradient_checkpointing", "off", "--gradient_checkpointing off")
+    add("--no-grow_pieces", dest="grow_pieces", action="store_false",
+        help="leave it at --batch_size on a GPU that has memory for more")
     add("--seed", type=integer(0, 2**32 - 1), default=42, metavar="N",
         help="of rows, adapters and dropout [42]")
     add("--full_determinism", action="store_true",
@@ -343,6 +345,15 @@ def asked_lora(args):
         "dropout": args.lora_dropout,
         "target_modules": args.target_modules,
         "use_rslora": args.use_rslora,
+    }
+
+
+def asked_cut(args):
+    """Return how steps are to be cut, as keywords of parts.step.StepTrainer."""
+    return {
+        "batch_size": args.batch_size,
+        "grow_pieces": args.grow_pieces,
+        "gradient_checkpointing": args.gradient_checkpointing,
     }
 
 

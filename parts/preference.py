@@ -141,10 +141,21 @@ class PreferenceTrainer(CausalTrainer):
         self.compares_base = compares_base
         self.bare_base = bare_base
         longest = max((pair for pairs in pair_sets for pair in pairs), key=longest_side)
-        self.shares = self.can_share(longest)
-        self.data_collator = partial(collate_pairs, self.shares)
+        self.lay_out_prompts(self.can_share(longest))
+
+    def settled(self):
+        return super().settled() | {"shares_prompts": self.shares}
+
+    def take_over(self, settled):
+        super().take_over(settled)
+        self.lay_out_prompts(settled["shares_prompts"])
 
     # ------------------------------------------------------------ a pair's two layouts
+
+    def lay_out_prompts(self, shares):
+        """Compute a pair's prompt once if `shares`, else with each answer."""
+        self.shares = shares
+        self.data_collator = partial(collate_pairs, shares)
 
     def can_share(self, pair):
         """Tell whether prompts may be computed once: both layouts of `pair`, the longest, agree."""

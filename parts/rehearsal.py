@@ -1,29 +1,50 @@
-"""The rehearsal: the plan in words, and the heaviest rows once forward and backward."""
+"""The rehearsal: the plan in words, how large pieces may be, and the heaviest rows once."""
 
 import math
 import random
 import time
 
+from parts.memory import BUDGET, bytes_to_come, gpu_memory, held, tokens_that_fit
 from parts.report import peak_gib
+from parts.step import cut, get_rng_state, is_out_of_memory, padded_tokens, replayed
 from utils import InputError, note, say
 
 import torch
 from peft import PeftModel
 
 MOST_DRAWS = 1000  # of rows, in search of the heaviest
+EVERYTHING = 10**12  # padded tokens, more than any memory holds
 
 
-def rehearse(trainer, plan, row_tokens, seed):
-    """Print the plan and run the heaviest rows: memory and gradients are checked before hour three.
+def rehearse(trainer, plan, row_tokens, seed, stored=None):
+    """Print the plan, settle how steps are cut, run the heaviest rows: before hour three.
 
-    row_tokens: of each training row. Raises InputError if a gradient is not finite, or an adapter
-    gets none.
+    row_tokens: of each training row; stored: what this returned in the run that is resumed, or
+    None. Returns what was settled, {flag: value}. Raises InputError if a gradient is not finite, or
+    an adapter gets none.
     """
     show_plan(trainer, plan)
-    rows = heaviest_rows(row_tokens, plan, seed)
-    step = trainer.data_collator([trainer.train_dataset[i] for i in rows])
+    weights = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    processes = trainer.accelerator.num_processes
+    to_come = bytes_to_come(trainer.args.optim.value, weights, processes)
+    # training draws its dropout as without a rehearsal
+    with held(to_come, trainer.args.device), replayed(get_rng_state()):
+        settle_pieces(trainer, plan, row_tokens, seed, stored)
+        run_heaviest(trainer, plan, row_tokens, seed)
+    # from here on: a grown piece that was halved above is no reason to
+    trainer.may_recompute = trainer.gradient_checkpointing == "auto" and not trainer.recomputes
+    return trainer.settled()
+
+
+def run_heaviest(trainer, plan, row_tokens, seed):
+    """Run as many rows as are in memory at once forward and backward, and look at the gradients."""
+    count = trainer.batch_size
+    if trainer.piece_tokens:
+        mean_tokens = sum(row_tokens) / len(row_tokens)
+        count = max(count, math.ceil(trainer.piece_tokens / mean_tokens))
+    rows = heaviest_rows(row_tokens, plan, seed, count)
+    step = step_of(trainer, rows)
     trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
-    rng = torch.get_rng_state()  # training draws its dropout as without a rehearsal
     started = time.perf_counter()
     is_finite = finite_gradients(
         lambda: trainer.training_step(trainer.model, step),
@@ -31,17 +52,105 @@ def rehearse(trainer, plan, row_tokens, seed):
         trainer.accelerator.scaler,
     )
     seconds = time.perf_counter() - started
-    torch.set_rng_state(rng)
     check_gradients(trained, is_finite)
     scale = shared_loss_scale(trainer)
-    # leaves no trace: neither a gradient, nor tokens that training would count as its own
-    trainer.model.zero_grad()
-    trainer.real_tokens = trainer.padded_tokens = 0
+    leave_no_trace(trainer)
     scaled = "" if scale is None else f" at a loss scale of {scale:g}"
     say(
         f"rehearsal of {len(rows)} heavy examples: {seconds:.1f} s, {peak_gib():.1f} GiB, "
         f"finite gradients{scaled}"
     )
+
+
+def step_of(trainer, rows):
+    """Return a step of these training rows."""
+    return trainer.data_collator([trainer.train_dataset[i] for i in rows])
+
+
+def leave_no_trace(trainer):
+    """Let go of gradients and memory, and of tokens that training would count as its own."""
+    trainer.free_memory()
+    trainer.real_tokens = trainer.padded_tokens = 0
+
+
+# ---------------------------------------------------------------- how steps are cut
+
+
+def settle_pieces(trainer, plan, row_tokens, seed, stored):
+    """Settle gradient checkpointing and the size of pieces: as `stored`, as asked, by memory."""
+    memory = gpu_memory(trainer)
+    asked = trainer.gradient_checkpointing
+    if stored:
+        trainer.take_over(stored)
+    if asked == "on" or (asked == "auto" and memory is None):
+        trainer.recompute_activations(True)
+    if memory is None or stored:
+        return
+    budget = BUDGET * memory.free()
+    heavy = heaviest_rows(row_tokens, plan, seed, trainer.batch_size)
+    longest = heavy[:1]
+    measured_pass(trainer, longest, memory)  # unread: a first one loads kernels, too
+    large = measured_pass(trainer, heavy, memory)
+    if asked == "auto" and not fits(large, budget):
+        trainer.recompute_activations(True)
+        large = measured_pass(trainer, heavy, memory)
+    if trainer.grow_pieces and fits(large, budget):
+        small = measured_pass(trainer, longest, memory)
+        most = most_at_once(trainer, plan, row_tokens, seed)
+        tokens = min(most, tokens_that_fit(budget, small, large))
+        if tokens > large[0]:
+            trainer.piece_tokens = tokens
+    show_memory(trainer, memory.free(), large)
+
+
+def measured_pass(trainer, rows, memory):
+    """Run rows forward and backward, all in memory at once, and leave no trace of it.
+
+    Returns (padded tokens, bytes it took), None where memory ran out.
+    """
+    step = trainer._prepare_inputs(step_of(trainer, rows))
+    trainer.model.train()
+    trainer.piece_tokens = EVERYTHING
+
+    def attempt():
+        trainer.run_step(trainer.model, step, *trainer.cut_step(step))
+
+    try:
+        taken = memory.peak_of(attempt)
+        measured = trainer.padded_tokens, taken  # counted by cut_step
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        measured = None
+    trainer.piece_tokens = None
+    leave_no_trace(trainer)  # outside the except block, where the error no longer holds the graph
+    return measured
+
+
+def fits(measured, budget):
+    """Tell whether a pass, (tokens, bytes) or None where it ran out, stays within a budget."""
+    return measured is not None and measured[1] <= budget
+
+
+def most_at_once(trainer, plan, row_tokens, seed):
+    """Return the most padded tokens that could be of use in memory at once."""
+    if not trainer.keeps_graphs:  # one piece after the other
+        return trainer.device_tokens
+    heaviest_step = step_of(trainer, heaviest_rows(row_tokens, plan, seed, plan.step_rows))
+    lengths = trainer.lengths_of(heaviest_step)
+    return padded_tokens(cut(lengths, trainer.device_tokens), lengths)
+
+
+def show_memory(trainer, free, large):
+    """Print how much memory is free (bytes), and how steps use it.
+
+    large: (tokens, bytes) of --batch_size rows, None where they ran out.
+    """
+    size = "the pieces of --batch_size"
+    if trainer.piece_tokens:
+        size = f"{trainer.piece_tokens:,} tokens at once ({large[0]:,} at --batch_size)"
+    recomputed = "with" if trainer.recomputes else "without"
+    say(f"memory    {free / 2**30:.1f} GiB free: {size}, {recomputed} gradient checkpointing")
 
 
 def show_plan(trainer, plan):
@@ -75,15 +184,15 @@ def note_inexact(*, dropout, half):
             note(f"a step's gradient depends on how it is cut into pieces: {cause}")
 
 
-def heaviest_rows(tokens, plan, seed):
-    """Return as many rows as are in memory at once: the longest, and the heaviest that are drawn.
+def heaviest_rows(tokens, plan, seed, count):
+    """Return `count` rows, or those of a step: the longest, and the heaviest that are drawn.
 
     tokens: of each row. As many draws are made as the run will make. At least two rows: one has
     nothing to contrast.
     """
     # a step of the longest rows alone never comes; one of rows as drawn would be too light
     rng = random.Random(seed)
-    count = min(len(tokens), max(2, min(plan.batch_size, plan.step_rows)))
+    count = min(len(tokens), max(2, min(count, plan.step_rows)))
     draws = min(MOST_DRAWS, plan.total_steps * math.ceil(plan.step_rows / count))
     heaviest = []
     most = -1

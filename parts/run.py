@@ -24,6 +24,7 @@ from parts.checkpoints import (
     open_output_dir,
     refuse_changes,
 )
+from parts.memory import memory_errors_as_ours
 from parts.plan import Plan
 from parts.report import running_mean
 from parts.step import StepTrainer
@@ -196,7 +197,7 @@ def merge_or_tell(prepared):
         merge.main(command)
 
 
-def wrapped(model, origin, lora, unused, *, full, merges, gradient_checkpointing):
+def wrapped(model, origin, lora, unused, *, full, merges):
     """Return (the base with the adapter to train, the adapter's dropout).
 
     unused: layers that get none; full: all weights are trained, without an adapter. Raises
@@ -205,7 +206,7 @@ def wrapped(model, origin, lora, unused, *, full, merges, gradient_checkpointing
     check_base_of_adapter(origin)  # first: of another base's adapter all shapes may fit
     model, dropout = add_adapter(model, origin, lora, unused, full=full)
     check_mergeable(model, origin, merges)
-    make_trainable(model, unused, gradient_checkpointing=gradient_checkpointing)
+    make_trainable(model, unused)
     return model, dropout
 
 
@@ -350,7 +351,7 @@ def is_finished(stored, plan):
 def fit(trainer, callback, checkpoint):
     """Run Trainer's loop; SIGINT and SIGTERM end it after the step under way, with a checkpoint."""
     try:
-        with caught_signals(callback.catch):
+        with caught_signals(callback.catch), memory_errors_as_ours():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         if callback.training_bar:  # left open by an error, which would stand in its line

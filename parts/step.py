@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from utils import InputError, say
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import Trainer
 
@@ -32,6 +33,11 @@ def cut(lengths, budget):
                 continue
         pieces.append([i])
     return pieces
+
+
+def padded_tokens(pieces, lengths):
+    """Return the tokens of pieces as `cut` makes them, padding included."""
+    return sum(len(piece) * lengths[piece[0]] for piece in pieces)
 
 
 def is_out_of_memory(error):
@@ -56,19 +62,32 @@ def broken_weight(model, untrained):
 class StepTrainer(Trainer):
     """A Trainer whose batch is one whole step: {"sequences": [token ids], "rows": examples, ...}.
 
-    The step is cut into pieces of at most batch_size examples' tokens. A subclass' run_step(model,
-    step, pieces, tokens_at_once) runs forward and backward so that the gradient is that of the
-    uncut step. When memory runs out, the step starts again from zero gradients with half the
-    tokens in memory, and so do all later ones.
+    The step is cut into pieces of batch_size examples' tokens, or of as many more as memory was
+    found to hold. A subclass' run_step(model, step, pieces, tokens_at_once) runs forward and
+    backward so that the gradient is that of the uncut step. When memory runs out, the step starts
+    again from zero gradients, with activations recomputed or with half the tokens in memory, and
+    all later ones do the same.
     """
 
-    def __init__(self, *, batch_size, measure, **kwargs):
-        """batch_size: examples in memory at once; measure(trainer): {metric: value} of all sets."""
+    keeps_graphs = False  # of several pieces at once
+
+    def __init__(self, *, batch_size, grow_pieces, gradient_checkpointing, measure, **kwargs):
+        """batch_size: examples that must fit into memory; measure(trainer): {metric: value}.
+
+        grow_pieces: whether more may be in memory, where there is a GPU to ask for how many.
+        gradient_checkpointing: "on", "off", or "auto", which leaves it to the rehearsal on a GPU.
+        """
         super().__init__(**kwargs)
         self.batch_size = batch_size  # not Trainer's, for which a whole step is one batch
+        self.grow_pieces = grow_pieces
+        self.gradient_checkpointing = gradient_checkpointing
         self.measure = measure
         self.device_tokens = PIECE_TOKENS.get(self.args.device.type, PIECE_TOKENS["cuda"])
-        self.halvings = 0  # of a piece's size, since memory ran out
+        # padded tokens that memory was found to hold at once; None: those of batch_size examples
+        self.piece_tokens = None
+        self.halvings = 0  # of what is in memory at once, since it ran out
+        self.recomputes = False  # activations, in the backward pass
+        self.may_recompute = False  # from when memory runs out
         self.evaluation_halvings = 0
         self.real_tokens = 0
         self.padded_tokens = 0
@@ -140,12 +159,42 @@ class StepTrainer(Trainer):
                         "out of memory: lower --max_length or --batch_size, or quantise."
                     ) from error
             # outside the except block, where the error no longer holds the graph
-            self.halvings += 1
-            self.model.zero_grad()
-            gc.collect()
-            torch.cuda.empty_cache()
-            size = f"1/{2**self.halvings}"
-            say(f"memory    ran out: this again, and what follows, in pieces {size} the size")
+            self.free_memory()
+            if self.may_recompute and torch.is_grad_enabled():
+                self.recompute_activations(True)
+                say("memory    ran out: this again, and what follows, with gradient checkpointing")
+            else:
+                self.halvings += 1
+                size = f"1/{2**self.halvings}"
+                say(f"memory    ran out: this again, and what follows, in pieces {size} the size")
+
+    def free_memory(self):
+        """Let go of gradients, and of what an attempt that failed has left."""
+        self.model.zero_grad()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def recompute_activations(self, recomputes):
+        """Switch gradient checkpointing on or off: the gradient is the same.
+
+        Raises InputError for a model that cannot do so, unless it is "auto" that asks for it.
+        """
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        if recomputes and not base.supports_gradient_checkpointing:
+            if self.gradient_checkpointing == "on":
+                raise InputError(
+                    f"a {type(base).__name__} does not support gradient checkpointing: pass "
+                    "--gradient_checkpointing off."
+                )
+            self.gradient_checkpointing = "off"
+            return
+        if recomputes:
+            # use_reentrant would need inputs with a gradient, which a frozen embedding gives not
+            base.activation_checkpointing_enable({"use_reentrant": False})
+        else:
+            base.activation_checkpointing_disable()
+        self.recomputes = recomputes
+        self.may_recompute = False
 
     @torch.no_grad()
     def evaluated(self, attempt):
@@ -164,17 +213,35 @@ class StepTrainer(Trainer):
             self.evaluation_halvings = self.halvings
             self.halvings = halvings
 
+    def settled(self):
+        """Return how steps are cut, as flags and by the names that `take_over` knows."""
+        return {
+            "gradient_checkpointing": "on" if self.recomputes else "off",
+            "piece_tokens": self.piece_tokens,
+            "halvings": self.halvings,
+        }
+
+    def take_over(self, settled):
+        """Cut steps as an earlier run did, whose settled() this is, but for what flags say."""
+        self.halvings = settled["halvings"]
+        if self.grow_pieces:
+            self.piece_tokens = settled["piece_tokens"]
+        if self.gradient_checkpointing == "auto":
+            self.recompute_activations(settled["gradient_checkpointing"] == "on")
+
     def cut_step(self, step):
         """Return the step's pieces, and how many padded tokens may be in memory at once."""
         lengths = self.lengths_of(step)
-        parts = math.ceil(step["rows"] / self.batch_size) * 2**self.halvings
-        # so many tokens as batch_size examples have are in memory at once; less may be faster
-        fastest = self.device_tokens // 2**self.halvings
-        pieces = cut(lengths, min(fastest, math.ceil(sum(lengths) / parts)))
-        padded = sum(len(piece) * lengths[piece[0]] for piece in pieces)
+        # so many tokens as batch_size examples have must fit into memory; maybe more do
+        parts = math.ceil(step["rows"] / self.batch_size)
+        tokens = max(math.ceil(sum(lengths) / parts), self.piece_tokens or 0)
+        # the device's: less in a piece than fits may be faster
+        pieces = cut(lengths, min(self.device_tokens, tokens) // 2**self.halvings)
+        padded = padded_tokens(pieces, lengths)
         self.real_tokens += sum(map(len, step["sequences"]))
         self.padded_tokens += padded
-        return pieces, padded / parts
+        at_once = max(padded / parts, self.piece_tokens or 0)
+        return pieces, at_once / 2**self.halvings
 
     def lengths_of(self, step):
         """Return how many tokens each sequence takes in a piece."""

@@ -51,7 +51,10 @@ ALIASES = {
     "--lr_warmup_ratio 0.2": ("warmup_ratio", 0.2),
     "--log_with wandb": ("report_to", "wandb"),
     "--flash_attention_v2": ("attn_implementation", "flash_attention_2"),
-    "--disable_gradient_checkpointing": ("gradient_checkpointing", False),
+    "--disable_gradient_checkpointing": ("gradient_checkpointing", "off"),
+    "--no-gradient_checkpointing": ("gradient_checkpointing", "off"),
+    "--gradient_checkpointing Auto": ("gradient_checkpointing", "auto"),
+    "--gradient_checkpointing --lora_r 3": ("gradient_checkpointing", "on"),
     "--mixed_precision Bf16": ("mixed_precision", "bf16"),
     "--report_to None": ("report_to", "none"),
     "--optimizer AdamW": ("optimizer", "adamw"),
@@ -75,7 +78,7 @@ def test_names_and_values_of_other_trainers_are_understood(flags, script):
 
 def test_a_switch_of_another_trainer_changes_nothing_where_it_is_not_given():
     args = train_sft_lora.parse_args(["--train_file", "x.jsonl"])
-    assert (args.attn_implementation, args.gradient_checkpointing) == ("auto", True)
+    assert (args.attn_implementation, args.gradient_checkpointing) == ("auto", "auto")
 
 
 def test_no_data_and_resume_without_a_folder_exit_2(capsys):

@@ -41,8 +41,9 @@ def test_training_begins_at_the_scale_of_the_rehearsal(run_embed, tmp_path, monk
         for weight in trainer.model.parameters():
             if weight.requires_grad:
                 weight.register_hook(lambda grad: grad.half().float())  # infinite from 65520 on
-        rehearse(trainer, *rest)
+        settled = rehearse(trainer, *rest)
         scales.append(trainer.accelerator.scaler.get_scale())
+        return settled
 
     monkeypatch.setattr(train_embed_lora, "rehearse", rehearse_scaled)
     data = write_jsonl(tmp_path / "eight.jsonl", make_rows(8))  # one step, which is rehearsed whole
