@@ -163,7 +163,7 @@ def add_training_flags(parser, batch, step, epochs, checkpointing):
         help="the same as a name [what the GPU is made for]")
     modes = one_of("on", "off", "auto")
     add("--gradient_checkpointing", nargs="?", const="on", default=checkpointing, **modes,
-        help=f"recompute activations; auto: where a GPU's memory needs it, else on [{checkpointing}]")
+        help=f"recompute activations; auto: as a GPU's memory asks, else on [{checkpointing}]")
     for off in ("--no-gradient_checkpointing", "--disable_gradient_checkpointing"):
         add_switch(add, off, "gradient_checkpointing", "off", "--gradient_checkpointing off")
     add("--no-grow_pieces", dest="grow_pieces", action="store_false",
