@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo preference test lint
+.PHONY: demo preference test lint gpu
 
 demo: .venv/ready  ## an embedding model, a language model, a merge, all on what this machine has: about five minutes
 	$(BIN)/python examples/stdlib_pairs.py runs/demo/pairs.jsonl
@@ -22,6 +22,12 @@ preference: .venv/ready  ## a tiny model learns to prefer one answer to another:
 
 test: .venv/ready  ## all tests, on a CPU and without a network
 	$(BIN)/python -m pytest --numprocesses 2
+
+gpu: .venv/ready  ## everything that is measured on a GPU, in four calls of nine minutes at most
+	$(BIN)/python benchmarks/gpu.py exact
+	$(BIN)/python benchmarks/gpu.py bench
+	$(BIN)/python benchmarks/gpu.py t4
+	$(BIN)/python benchmarks/gpu.py ideas
 
 lint: .venv/ready
 	$(BIN)/ruff check .

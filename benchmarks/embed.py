@@ -92,13 +92,14 @@ def run_ours(model, rows_file, length, folder, dropout, accumulation):
     return clock.ends, report["padded_per_real_token"]
 
 
-def their_model(model, length, dropout):
-    """Return a SentenceTransformer with the same LoRA as ours."""
+def their_model(model, length, dropout, device="cpu", dtype=None):
+    """Return a SentenceTransformer, loaded in `dtype` if given, with the same LoRA as ours."""
     from peft import LoraConfig
     from sentence_transformers import SentenceTransformer
 
     off = {"hidden_dropout_prob": 0.1 * dropout, "attention_probs_dropout_prob": 0.1 * dropout}
-    st = SentenceTransformer(model, device="cpu", config_kwargs=off)
+    kind = {} if dtype is None else {"dtype": dtype}
+    st = SentenceTransformer(model, device=device, config_kwargs=off, model_kwargs=kind)
     st.max_seq_length = length
     lora = LoraConfig(
         r=RANK,
@@ -122,13 +123,9 @@ def their_loss(kind, st):
     return MultipleNegativesRankingLoss(st, scale=1 / TEMPERATURE)
 
 
-def run_theirs(model, rows_file, length, folder, loss, dropout):
-    """Train with SentenceTransformerTrainer; return the end of each step."""
+def their_data(rows_file):
+    """Return rows as sentence-transformers takes them: a query, its positive, a negative."""
     from datasets import Dataset
-    from sentence_transformers import (
-        SentenceTransformerTrainer,
-        SentenceTransformerTrainingArguments,
-    )
 
     rows = [json.loads(line) for line in open(rows_file, encoding="utf-8")]
     columns = {
@@ -136,6 +133,16 @@ def run_theirs(model, rows_file, length, folder, loss, dropout):
         "positive": [row["pos"][0] for row in rows],
         "negative": [row["neg"][0] for row in rows],
     }
+    return Dataset.from_dict(columns)
+
+
+def run_theirs(model, rows_file, length, folder, loss, dropout):
+    """Train with SentenceTransformerTrainer; return the end of each step."""
+    from sentence_transformers import (
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
+
     arguments = SentenceTransformerTrainingArguments(
         output_dir=folder,
         per_device_train_batch_size=BATCH,
@@ -153,7 +160,7 @@ def run_theirs(model, rows_file, length, folder, loss, dropout):
     SentenceTransformerTrainer(
         st,
         arguments,
-        train_dataset=Dataset.from_dict(columns),
+        train_dataset=their_data(rows_file),
         loss=their_loss(loss, st),
         callbacks=[clock],
     ).train()

@@ -39,8 +39,8 @@ ACCUMULATION, BETA = 4, 0.1
 RESULTS = Path(__file__).parent / "results/preference.json"
 
 
-def make_pairs(count):
-    """Return pairs of texts: prompts four times as long as answers, all of differing lengths."""
+def make_pairs(count, prompt=400, answer=100):
+    """Return pairs of texts of differing lengths; prompt, answer: their words, in the median."""
     rng = random.Random(0)
     words = [f"word{i}" for i in range(3000)]
 
@@ -48,7 +48,10 @@ def make_pairs(count):
         size = max(8, int(rng.lognormvariate(0, 0.3) * mean))
         return " ".join(rng.choice(words) for _ in range(size))
 
-    return [{"prompt": text(400), "chosen": text(100), "rejected": text(100)} for _ in range(count)]
+    rows = []
+    for _ in range(count):
+        rows.append({"prompt": text(prompt), "chosen": text(answer), "rejected": text(answer)})
+    return rows
 
 
 def timed_reference():

@@ -36,8 +36,11 @@ TEMPLATE = (
 )
 
 
-def make_rows(count):
-    """Return rows of lengths as in extraction tasks: long prompts of all lengths, short answers."""
+def make_rows(count, prompt_words=200, answer_words=50):
+    """Return rows of lengths as in extraction tasks: long prompts of all lengths, short answers.
+
+    Their words are those of the median row.
+    """
     rng = random.Random(0)
     words = [f"word{i}" for i in range(3000)]
 
@@ -47,8 +50,8 @@ def make_rows(count):
 
     rows = []
     for _ in range(count):
-        question = {"role": "user", "content": text(200, 0.6, 20)}
-        answer = {"role": "assistant", "content": text(50, 0.6, 4)}
+        question = {"role": "user", "content": text(prompt_words, 0.6, prompt_words // 10)}
+        answer = {"role": "assistant", "content": text(answer_words, 0.6, 4)}
         rows.append({"messages": [question, answer]})
     return rows
 
@@ -75,15 +78,18 @@ def make_tokenizer(texts):
     )
 
 
-def make_model(folder, texts, device):
-    """Save a random Qwen3 with a tokenizer that knows the words of `texts`."""
+def make_model(folder, texts, device, shape=None, vocabulary=151936):
+    """Save a random Qwen3 with a tokenizer that knows the words of `texts`.
+
+    shape: as in SHAPES, whose entry of the device it is if left out.
+    """
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     make_tokenizer(texts).save_pretrained(folder)
-    hidden, layers, heads, kv_heads, head_dim, intermediate = SHAPES[device]
+    hidden, layers, heads, kv_heads, head_dim, intermediate = shape or SHAPES[device]
     config = Qwen3Config(
-        vocab_size=151936,
+        vocab_size=vocabulary,
         hidden_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=heads,
@@ -97,7 +103,9 @@ def make_model(folder, texts, device):
     )
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    Qwen3ForCausalLM(config).to(dtype).save_pretrained(folder)
+    with torch.device(device):  # on a GPU drawing 1.7 billion numbers takes no time
+        model = Qwen3ForCausalLM(config)
+    model.to(dtype).save_pretrained(folder)
 
 
 def timer():
@@ -162,14 +170,18 @@ def their_settings(folder, checkpointing):
     }
 
 
-def their_training(trainer_class, model, settings, data):
-    """Train with a TRL trainer; return the end of each step."""
+def their_training(trainer_class, model, settings, data, clock=None, dtype=None):
+    """Train with a TRL trainer; return the end of each step.
+
+    clock: another callback that watches the steps; dtype: that the base is loaded in.
+    """
     import torch
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    clock = timer()
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    clock = clock or timer()
+    if dtype is None:
+        dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     trainer = trainer_class(
         model=AutoModelForCausalLM.from_pretrained(model, dtype=dtype),
         args=settings,
@@ -184,15 +196,20 @@ def their_training(trainer_class, model, settings, data):
     return clock.ends
 
 
-def run_theirs(model, rows_file, folder, checkpointing):
-    """Train with TRL's SFTTrainer on prompt/completion rows; return the end of each step."""
+def their_data(rows_file):
+    """Return rows of messages as TRL takes them: prompt and completion."""
     from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
 
     rows = [json.loads(line)["messages"] for line in open(rows_file, encoding="utf-8")]
-    data = Dataset.from_dict(
+    return Dataset.from_dict(
         {"prompt": [row[:1] for row in rows], "completion": [row[1:] for row in rows]}
     )
+
+
+def run_theirs(model, rows_file, folder, checkpointing):
+    """Train with TRL's SFTTrainer on prompt/completion rows; return the end of each step."""
+    from trl import SFTConfig, SFTTrainer
+
     settings = SFTConfig(
         **their_settings(folder, checkpointing),
         gradient_accumulation_steps=ACCUMULATION,
@@ -200,7 +217,7 @@ def run_theirs(model, rows_file, folder, checkpointing):
         completion_only_loss=True,
         logging_strategy="no",
     )
-    return their_training(SFTTrainer, model, settings, data), None
+    return their_training(SFTTrainer, model, settings, their_data(rows_file)), None
 
 
 def peak_gib():
