@@ -231,6 +231,8 @@ def tokens_of_steps(train_set, texts, row_tokens, plan, seed):
 
 # ---------------------------------------------------------------- loss and metrics
 
+SCORES_AT_ONCE = 2**20  # of queries with documents, in a loss: 16 MiB with its gradient
+
 
 def excluded_columns(document_ids, target, known):
     """Mark the documents (Q, N) that are no negatives of a query.
@@ -264,6 +266,48 @@ def contrastive_loss(query_emb, doc_emb, target, excluded, temperature, margin=N
         logits = scores.masked_fill(skip, -torch.inf) / temperature
         losses.append(F.cross_entropy(logits, target))
     return torch.stack(losses).mean()  # each prefix counts alike
+
+
+def first_places(values):
+    """Return where each distinct value of (N,) stands first (M,), and of all which it is (N,)."""
+    distinct, which = values.unique(return_inverse=True)
+    places = torch.arange(len(values), device=values.device)
+    # amin: of several places the first, on every device and process
+    behind_all = places.new_full((len(distinct),), len(values))
+    return behind_all.scatter_reduce(0, which, places, "amin"), which
+
+
+class LossInBlocks(torch.autograd.Function):
+    """apply(query_emb, doc_emb, document_ids, target, known, loss): a step's mean over its queries.
+
+    loss(query_emb, doc_emb, target, excluded): the same of a block of them; the others are
+    excluded_columns' and contrastive_loss'. A block's gradient is taken before the next one is
+    begun, so that at most SCORES_AT_ONCE of the Q x N scores are held.
+    """
+
+    @staticmethod
+    def forward(ctx, query_emb, doc_emb, document_ids, target, known, loss):
+        documents = doc_emb.detach().requires_grad_()
+        size = max(1, SCORES_AT_ONCE // len(documents))
+        total = 0
+        gradients = []  # of the queries, (b, D) each
+        blocks = zip(query_emb.split(size), target.split(size), known.split(size), strict=True)
+        for queries, targets, knowns in blocks:
+            queries = queries.detach().requires_grad_()
+            excluded = excluded_columns(document_ids, targets, knowns)
+            with torch.enable_grad():  # which forward is without
+                mean = loss(queries, documents, targets, excluded)
+                share = mean * len(targets) / len(target)
+            share.backward()  # adds to what the documents have from the blocks before
+            total += share.detach()
+            gradients.append(queries.grad)
+        ctx.save_for_backward(torch.cat(gradients), documents.grad)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient):
+        of_queries, of_documents = ctx.saved_tensors
+        return gradient * of_queries, gradient * of_documents, None, None, None, None
 
 
 def pool(hidden, lengths, pooling):
@@ -324,31 +368,30 @@ class EmbedTrainer(StepTrainer):
         """Return the loss of the step from its sequences' vectors (B, D)."""
         query_emb = vectors[step["queries"]]
         doc_emb = vectors[step["documents"]]
-        target = step["target"]
+        columns = step["document_ids"], step["target"], step["known"]
         if self.world > 1:
-            query_emb, doc_emb, target, excluded = self.gathered(query_emb, doc_emb, step)
-        else:
-            excluded = excluded_columns(step["document_ids"], target, step["known"])
-        return contrastive_loss(
-            query_emb, doc_emb, target, excluded, self.temperature, self.margin, self.dims
+            query_emb, doc_emb, *columns = self.gathered(query_emb, doc_emb, step)
+        loss = partial(
+            contrastive_loss, temperature=self.temperature, margin=self.margin, dims=self.dims
         )
+        return LossInBlocks.apply(query_emb, doc_emb, *columns, loss)
 
     def gathered(self, query_emb, doc_emb, step):
-        """Return (query_emb, doc_emb, target, excluded) of all processes' queries and documents."""
-        ids_of_each = self.gather(step["document_ids"])
+        """Return (query_emb, doc_emb, document_ids, target, known) of all processes.
+
+        A text is one document, whoever has it: that of the first process.
+        """
+        texts = self.gather(step["texts"])
         # columns stand in the order of processes: one's own begin behind those of the ones before
-        before = sum(map(len, ids_of_each[: self.accelerator.process_index]))
+        before = sum(map(len, texts[: self.accelerator.process_index]))
+        target = torch.cat(self.gather(step["target"] + before))
         # as wide as the widest; 0, the padding, is the hash of no text
         known = self.accelerator.pad_across_processes(step["known"], dim=1)
         known = torch.cat(self.gather(known))
-        target = torch.cat(self.gather(step["target"] + before))
-        texts = torch.cat(self.gather(step["texts"]))
-        # (N,) a text is one column, whoever has it: the first; the others are left out
-        column = (texts[:, None] == texts).int().argmax(1)
-        repeated = column != torch.arange(len(column), device=column.device)
-        target = column[target]
-        excluded = excluded_columns(torch.cat(ids_of_each), target, known) | repeated
-        return self.with_others(query_emb), self.with_others(doc_emb), target, excluded
+        document_ids = torch.cat(self.gather(step["document_ids"]))
+        first, column = first_places(torch.cat(texts))
+        doc_emb = self.with_others(doc_emb)[first]
+        return self.with_others(query_emb), doc_emb, document_ids[first], column[target], known
 
     def with_others(self, vectors):
         """Return the vectors of all processes.

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from parts.cells import number_of, texts_of
+from parts.cells import number_of
+from parts.corpus import document_of
 from parts.pairs import by_query, read_examples
 from parts.rows import read_rows, read_table, text_id
 from parts.splits import hold_out, leave_out, read_enough, too_few
@@ -234,9 +235,7 @@ def read_beir_texts(path):
             raise InputError(
                 f'{where}: no _id or no text. A line is {{"_id": "7", "text": "..."}}.'
             )
-        passage = {"title": row.get("title"), "text": row["text"] or ""}
-        found = texts_of(passage, where, path.name)
-        text = found[0] if found else "-"  # an empty document counts too
+        text = document_of(row, where) or "-"  # an empty document counts too
         if texts.setdefault(str(row["_id"]), text) != text:
             raise InputError(
                 f"{where}: the _id {row['_id']} stood before another text. Delete one of the two."

@@ -169,7 +169,17 @@ def test_only_those_that_declare_flags_import_argparse():
 LIBRARIES = ["torch", "transformers", "datasets", "peft", "accelerate", "safetensors"]
 MODELS = ["parts.base", "parts.behaviour", "parts.adapters", "parts.step", "parts.causal"]
 OF_CHATS = ["messages", "formats", "chats", "trials", "template", "pieces", "masks", "samples"]
-OF_FILES = ["rows", "splits", "token_cache", "pairs", "chats", "dev_sets", "checkpoints", "report"]
+OF_FILES = [
+    "rows",
+    "corpus",
+    "splits",
+    "token_cache",
+    "pairs",
+    "chats",
+    "dev_sets",
+    "checkpoints",
+    "report",
+]
 ARROWS = {
     "utils is below all": (["utils.py"], ["parts", "merge", *SCRIPTS]),
     "nobody imports a script": ([*ROOMS, "merge.py", *SCRIPT_FILES], list(SCRIPTS)),

@@ -1,9 +1,12 @@
 """Loss, masks and pooling of the embedding trainer against hand-worked numbers."""
 
 import math
+from functools import partial
 
+import train_embed_lora
+from conftest import relative
 from parts.rows import text_id
-from train_embed_lora import contrastive_loss, excluded_columns, pool
+from train_embed_lora import LossInBlocks, contrastive_loss, excluded_columns, first_places, pool
 
 import pytest
 import torch
@@ -47,6 +50,68 @@ def test_matryoshka_loss_is_the_mean_over_the_prefixes():
     for dims in ([8, 3], [3], [3, 3]):  # the full size is one of them, named or not
         loss = contrastive_loss(query_emb, doc_emb, target, excluded, 0.05, dims=dims)
         assert loss.item() == pytest.approx(sum(each).item() / 2, rel=1e-5)
+
+
+def random_step(queries, documents, dimension=48):
+    """Return the arguments of a loss in blocks: vectors, ids, targets, known ones with a sibling."""
+    generator = torch.Generator().manual_seed(queries)
+    vectors = [
+        F.normalize(torch.randn(count, dimension, generator=generator), dim=1).requires_grad_()
+        for count in (queries, documents)
+    ]
+    document_ids = torch.randperm(documents, generator=generator) + 1
+    target = torch.randint(documents, (queries,), generator=generator)
+    sibling = document_ids[torch.randint(documents, (queries,), generator=generator)]
+    known = torch.stack([document_ids[target], sibling, torch.zeros_like(sibling)], 1)
+    return *vectors, document_ids, target, known
+
+
+def loss_and_gradient(loss, query_emb, doc_emb):
+    found = torch.autograd.grad(loss, [query_emb, doc_emb])
+    return loss.detach(), torch.cat([each.flatten() for each in found])
+
+
+@pytest.mark.parametrize("scores_at_once", [1, 37, 3 * 90, 7 * 90, 32 * 90, 33 * 90, 2**20])
+@pytest.mark.parametrize("settings", [{}, {"margin": 0.05}, {"dims": [8, 16]}])
+def test_loss_in_blocks_is_the_plain_one(scores_at_once, settings, monkeypatch):
+    monkeypatch.setattr(train_embed_lora, "SCORES_AT_ONCE", scores_at_once)
+    query_emb, doc_emb, document_ids, target, known = random_step(33, 90)
+    excluded = excluded_columns(document_ids, target, known)
+    assert excluded.any()
+    plain = contrastive_loss(query_emb, doc_emb, target, excluded, 0.05, **settings)
+    loss, expected = loss_and_gradient(plain, query_emb, doc_emb)
+    blocks = []
+
+    def loss_of_block(queries, *rest):
+        blocks.append(len(queries))
+        return contrastive_loss(queries, *rest, temperature=0.05, **settings)
+
+    whole = LossInBlocks.apply(query_emb, doc_emb, document_ids, target, known, loss_of_block)
+    assert sum(blocks) == 33 and max(blocks) == min(33, max(1, scores_at_once // 90))
+    found_loss, found = loss_and_gradient(3 * whole, query_emb, doc_emb)
+    assert found_loss.item() == pytest.approx(3 * loss.item(), rel=1e-6)
+    assert relative(found, 3 * expected) < 1e-6
+
+
+def test_loss_in_blocks_equals_a_hand_worked_number(monkeypatch):
+    monkeypatch.setattr(train_embed_lora, "SCORES_AT_ONCE", 3)  # a block has one query
+    query_emb = torch.tensor([[1.0, 0.0], [0.0, 1.0]], requires_grad=True)
+    doc_emb = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
+    # query 0: cosines 1, 0.6, 0; query 1: 0, 0.8, the third is known to be no negative of it
+    known = torch.tensor([[5, 0], [6, 7]])
+    loss = partial(contrastive_loss, temperature=0.5)
+    found = LossInBlocks.apply(
+        query_emb, doc_emb, torch.tensor([5, 6, 7]), torch.tensor([0, 1]), known, loss
+    )
+    first = math.log(math.exp(2) + math.exp(1.2) + 1) - 2
+    second = math.log(1 + math.exp(1.6)) - 1.6
+    assert found.item() == pytest.approx((first + second) / 2)
+
+
+def test_a_text_that_several_processes_have_is_one_document():
+    first, column = first_places(torch.tensor([7, 3, 7, 9, 3, 3]))
+    assert first[column].tolist() == [0, 1, 0, 3, 1, 1]
+    assert len(first) == 3
 
 
 def test_matryoshka_leaves_no_part_of_the_vector_without_gradient(embed_trainer):
