@@ -161,7 +161,7 @@ from parts.base import (
     position_limit,
 )
 from parts.behaviour import middle_logits, what_a_language_model_does
-from parts.causal import CausalTrainer
+from parts.causal import CausalTrainer, token_losses, token_scores
 from parts.chats import TAG_RESIDUE, has_reasoning, read_data
 from parts.checkpoints import stored_cut
 from parts.endpoint import Endpoint, measure_endpoint
@@ -253,13 +253,13 @@ def check_overfit(after, train_set):
 class SftTrainer(CausalTrainer):
     """Minimises the mean loss of a step's supervised tokens, however many pieces it is cut into."""
 
-    def supervised_scores(self, model, step, piece):
-        """Return token_scores of a piece's supervised tokens."""
+    def supervised_scores(self, model, score, step, piece):
+        """Return score(logits, labels) of a piece's supervised tokens."""
         # padded with False, as ids are with 0: no token behind a row's end is learnt
         masks = [torch.tensor(step["supervised"][i]) for i in piece]
         mask = nn.utils.rnn.pad_sequence(masks, batch_first=True).to(self.args.device)  # (B, T)
         input_ids, _ = self.pad(step, piece)
-        return self.token_scores(model, input_ids, mask)
+        return self.token_scores(model, score, input_ids, mask)
 
     def run_step(self, model, step, pieces, tokens_at_once):
         """Forward and backward of one step; its loss is a mean over the tokens of all processes."""
@@ -273,7 +273,7 @@ class SftTrainer(CausalTrainer):
         total = 0
         for i, piece in enumerate(pieces):
             with self.unsynced(model, i < len(pieces) - 1):  # added up once, with the last
-                losses, _ = self.supervised_scores(model, step, piece)
+                losses = self.supervised_scores(model, token_losses, step, piece)
                 loss = share_of_loss(losses, tokens, self.accelerator.num_processes)
                 self.accelerator.backward(loss)
             total += loss.detach()
@@ -287,7 +287,7 @@ class SftTrainer(CausalTrainer):
             # of losses, of hits, of tokens; float32 counts no further than 16 million
             sums = torch.zeros(3, dtype=torch.float64)
             for piece in self.pieces_of(own):
-                losses, hits = self.supervised_scores(self.model, own, piece)
+                losses, hits = self.supervised_scores(self.model, token_scores, own, piece)
                 count = torch.tensor(len(hits))
                 sums += torch.stack([losses.cpu().double().sum(), hits.cpu().double().sum(), count])
             return sums

@@ -20,14 +20,21 @@ GENERATED_AT_ONCE = 32  # rows
 STOPS_SELDOM = 0.9  # share of answers that stop, below which a user is warned
 
 
-def token_scores(logits, labels):
-    """Return cross entropy and whether the label is the likeliest token, both (N,).
+def token_losses(logits, labels):
+    """Return the cross entropy (N,) of logits (N, V) and labels (N,).
 
-    logits (N, V), labels (N,); computed in float32, since bfloat16 has three digits.
+    Computed in float32, since bfloat16 has three digits.
     """
-    logits = logits.float()
-    losses = F.cross_entropy(logits, labels, reduction="none")
-    return losses, logits.detach().argmax(1) == labels
+    return F.cross_entropy(logits.float(), labels, reduction="none")
+
+
+def token_scores(logits, labels):
+    """Return token_losses, and below them 1 where the label is the likeliest token, else 0: (2, N).
+
+    For evaluations alone: the likeliest of 150,000 tokens takes one more pass over all logits.
+    """
+    hits = logits.argmax(1) == labels
+    return torch.stack([token_losses(logits, labels), hits.float()])
 
 
 def generate_greedily(model, prompts, stop_ids, max_new_tokens):
@@ -92,10 +99,11 @@ class CausalTrainer(StepTrainer):
         self.position_limit = position_limit
         self.head = self.model.get_output_embeddings()
 
-    def token_scores(self, model, input_ids, mask, **inputs):
-        """Return token_scores of the tokens where `mask` (B, T) is, row by row.
+    def token_scores(self, model, score, input_ids, mask, **inputs):
+        """Return score(logits, labels) of the tokens where `mask` (B, T) is, row by row.
 
-        Only the positions before them, which predict them, get logits. inputs: more of the model's.
+        score: token_losses or token_scores. Only the positions before those tokens, which predict
+        them, get logits. inputs: more of the model's.
         """
         keep = F.pad(mask[:, 1:], (0, 1))  # (B, T) one to the left
         labels = input_ids[mask]  # (N,)
@@ -105,10 +113,10 @@ class CausalTrainer(StepTrainer):
         with self.accelerator.autocast():
             # behind a head that is not plain stands code of the model's own
             if len(labels) <= chunk or not self.plain_head:
-                return token_scores(model(**inputs).logits, labels)
+                return score(model(**inputs).logits, labels)
             with self.hidden_states_only():
                 hidden = model(**inputs).logits  # (N, D)
-            return self.scores_in_chunks(hidden, labels, chunk)
+            return self.scores_in_chunks(score, hidden, labels, chunk)
 
     @contextlib.contextmanager
     def hidden_states_only(self):
@@ -120,23 +128,21 @@ class CausalTrainer(StepTrainer):
         finally:
             self.head.forward = forward
 
-    def scores_in_chunks(self, hidden, labels, chunk):
-        """Return token_scores from hidden states (N, D), `chunk` positions' logits at a time.
+    def scores_in_chunks(self, score, hidden, labels, chunk):
+        """Return score(logits, labels) from hidden states (N, D), `chunk` positions at a time.
 
-        The backward pass computes them again: logits of all positions at once are what memory is
-        short of, at a vocabulary of 150,000.
+        The backward pass computes their logits again: those of all positions at once are what
+        memory is short of, at a vocabulary of 150,000.
         """
 
-        def score(hidden, labels):
+        def score_chunk(hidden, labels):
             with self.accelerator.autocast():  # once more, as the backward pass calls it outside
-                return token_scores(self.head(hidden), labels)
+                return score(self.head(hidden), labels)
 
-        losses, hits = [], []
+        scores = []
         for part in zip(hidden.split(chunk), labels.split(chunk), strict=True):
-            loss, hit = recomputed(score, *part, use_reentrant=False)
-            losses.append(loss)
-            hits.append(hit)
-        return torch.cat(losses), torch.cat(hits)
+            scores.append(recomputed(score_chunk, *part, use_reentrant=False))
+        return torch.cat(scores, -1)
 
     def counted_rows(self, model, step):
         """Return which rows of a step carry loss (rows,).

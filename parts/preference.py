@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from statistics import fmean as mean
 
-from parts.causal import CausalTrainer
+from parts.causal import CausalTrainer, token_losses
 from parts.samples import first_answer, longest_side
 from utils import InputError, say
 
@@ -180,7 +180,7 @@ class PreferenceTrainer(CausalTrainer):
         """Return summed log-probabilities of answers, and their lengths in tokens: both (P, 2)."""
         lay_out = self.lay_out_shared if step["shares"] else self.lay_out_apart
         input_ids, answer, lengths, inputs = lay_out(step, piece)
-        losses, _ = self.token_scores(model, input_ids, answer, **inputs)  # (N,)
+        losses = self.token_scores(model, token_losses, input_ids, answer, **inputs)  # (N,)
         # tokens come answer by answer in either layout: chosen, rejected, chosen of the next pair
         sides = torch.arange(lengths.numel(), device=lengths.device)
         side = sides.repeat_interleave(lengths.flatten()).to(losses.device)  # (N,)

@@ -1,5 +1,6 @@
 """A step's loss and gradient are those of plain full logits, whatever it is cut into."""
 
+import train_sft_lora
 import utils
 from conftest import gradient, gradients_of_two_processes, randomise_adapters, relative
 from parts import causal
@@ -7,6 +8,7 @@ from parts import causal
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
 
@@ -58,13 +60,38 @@ def test_logits_in_chunks_change_nothing(sft_trainer, flags, monkeypatch):
     trainer = sft_trainer("--batch_size", 8, *flags)
     rows = trainer.train_dataset[:8]
     loss, expected = naive_gradient(trainer, rows)
-    sizes, scores = [], causal.token_scores
+    sizes, losses = [], causal.token_losses
     monkeypatch.setattr(causal, "LOGITS_AT_ONCE", 7 * 640)
-    monkeypatch.setattr(causal, "token_scores", lambda x, y: sizes.append(len(y)) or scores(x, y))
+    monkeypatch.setattr(
+        train_sft_lora, "token_losses", lambda x, y: sizes.append(len(y)) or losses(x, y)
+    )
     found_loss, found = gradient(trainer, trainer.data_collator(rows))
     assert trainer.plain_head and max(sizes) == 7
     assert found_loss.item() == pytest.approx(loss.item(), rel=1e-5)
     assert relative(found, expected) < 1e-5
+
+
+class Seen(TorchDispatchMode):
+    """A block that keeps the names of all operations within, those of backward passes too."""
+
+    def __enter__(self):
+        self.names = set()
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_likeliest_token_is_looked_for_in_evaluations_alone(sft_trainer):
+    trainer = sft_trainer("--batch_size", 4)
+    rows = trainer.train_dataset[:8]
+    with Seen() as of_step:
+        gradient(trainer, trainer.data_collator(rows))
+    with Seen() as of_evaluation:
+        trainer.score(rows)
+    assert "argmax" not in of_step.names and "_log_softmax" in of_step.names
+    assert "argmax" in of_evaluation.names
 
 
 def test_a_head_with_softcapping_is_left_to_the_model(
