@@ -42,7 +42,6 @@ from transformers import (
     set_seed,
 )
 
-OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit", "sgd": "sgd"}
 SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
@@ -226,6 +225,13 @@ def logger_of(report_to):
     return [report_to]
 
 
+def optimizer_of(name, precision):
+    """Return Trainer's name of --optimizer."""
+    # fused, AdamW hides from accelerate that a loss scaler has skipped a step
+    adamw = "adamw_torch" if precision == "fp16" else "adamw_torch_fused"
+    return {"adamw": adamw, "adamw_8bit": "adamw_bnb_8bit", "sgd": "sgd"}[name]
+
+
 def training_arguments(plan, output_dir, precision, *, seed, workers, report_to, full_determinism):
     """Translate a plan into Trainer's arguments; a batch of Trainer's is a whole step of ours."""
     arguments = TrainingArguments(
@@ -235,7 +241,7 @@ def training_arguments(plan, output_dir, precision, *, seed, workers, report_to,
         learning_rate=plan.lr,
         lr_scheduler_type=SCHEDULERS[plan.lr_scheduler],
         warmup_steps=plan.warmup_steps,
-        optim=OPTIMIZERS[plan.optimizer],
+        optim=optimizer_of(plan.optimizer, precision),
         weight_decay=plan.weight_decay,
         max_grad_norm=plan.max_grad_norm,
         bf16=precision == "bf16",
