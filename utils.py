@@ -1,6 +1,6 @@
 """What every script and room needs first: a word to the user, errors, JSON files, the process.
 
-Import it before torch and transformers: it quiets two libraries, and imports neither by itself, so
+Import it before torch and transformers: it sets up three libraries, and imports none by itself, so
 that --help and a wrong flag are answered at once.
 """
 
@@ -12,6 +12,12 @@ import warnings
 from errno import EDQUOT, EFBIG, ENOSPC
 from pathlib import Path
 
+# a step's pieces are of many sizes, and memory that is free between them is lost to larger ones.
+# torch reads this as it is imported: what a notebook has imported keeps what it has
+ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+is_asked_for = {"PYTORCH_ALLOC_CONF", *ALLOCATOR} & os.environ.keys()
+if sys.platform == "linux" and "torch" not in sys.modules and not is_asked_for:
+    os.environ.update(ALLOCATOR)
 # bitsandbytes names an optional CPU kernel at every import
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 # what these libraries will drop is theirs to mend, or ours: no user can
