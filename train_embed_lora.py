@@ -96,7 +96,7 @@ from parts.sentence_files import (
     write_sentence_files,
 )
 from parts.splits import Sizes, Source
-from parts.step import StepTrainer, cut, get_rng_state, replayed
+from parts.step import StepTrainer, cut, get_rng_state, moved, replayed
 from parts.texts import TextRules, Texts, encode_texts, note_cut_texts, note_unknown
 from parts.tokenizer import append_eos, check_vocabulary, load_tokenizer, within_limit
 from utils import InputError, note, say
@@ -353,15 +353,15 @@ class EmbedTrainer(StepTrainer):
         # processes whose documents are contrasted; else each has its own, and DDP the mean
         self.world = self.accelerator.num_processes if cross_device else 1
 
-    def encode(self, model, step, piece):
+    def encode(self, model, inputs):
         """Embed a piece's sequences: unit vectors (B, D) in float32."""
-        input_ids, lengths = self.pad(step, piece)
-        inputs = {"input_ids": input_ids}
+        input_ids, lengths = inputs["input_ids"], inputs["lengths"]
+        more = {}
         if not self.causal:  # a causal model never sees the padding on its right
             positions = torch.arange(input_ids.shape[1], device=lengths.device)
-            inputs["attention_mask"] = (positions < lengths[:, None]).long()  # (B, T)
+            more["attention_mask"] = (positions < lengths[:, None]).long()  # (B, T)
         with self.accelerator.autocast():
-            hidden = model(**inputs).last_hidden_state  # (B, T, D)
+            hidden = model(input_ids=input_ids, **more).last_hidden_state  # (B, T, D)
         return pool(hidden, lengths, self.pooling)
 
     def loss(self, vectors, step):
@@ -424,15 +424,16 @@ class EmbedTrainer(StepTrainer):
             again       g b, g b, g b   one early piece after the other
         """
         early = count_early(pieces, step, tokens_at_once)
-        vectors, states = self.embed_pieces(model, step, pieces, early)
+        inputs = self.inputs_of(step, pieces)
+        vectors, states = self.embed_pieces(model, inputs, early)
         loss, gradients = self.loss_and_gradients(vectors, step, pieces)
         # the kept graphs first, so that they are gone before others are made
         self.backward_kept(model, vectors[early:], gradients[early:], more=early > 0)
         del vectors
-        self.backward_early(model, step, pieces[:early], gradients[:early], states)
+        self.backward_early(model, inputs[:early], gradients[:early], states)
         return loss
 
-    def embed_pieces(self, model, step, pieces, early):
+    def embed_pieces(self, model, inputs, early):
         """Return the vectors (B, D) of each piece, the first `early` ones without a graph.
 
         Also returns the random state before each.
@@ -440,10 +441,10 @@ class EmbedTrainer(StepTrainer):
         vectors = []
         states = []
         with self.unsynced(model, early > 0):
-            for i, piece in enumerate(pieces):
+            for i, piece in enumerate(inputs):
                 states.append(get_rng_state())  # its dropout is to be drawn again
                 with torch.set_grad_enabled(i >= early):
-                    vectors.append(self.encode(model, step, piece))
+                    vectors.append(self.encode(model, piece))
         return vectors, states
 
     def loss_and_gradients(self, vectors, step, pieces):
@@ -452,7 +453,7 @@ class EmbedTrainer(StepTrainer):
         leaves = [vector.detach().requires_grad_() for vector in vectors]
         places = list(itertools.chain.from_iterable(pieces))
         # pieces are sorted by length, the step's indices are not
-        order = torch.tensor(places, device=self.args.device).argsort()
+        [order] = moved([torch.tensor(places).argsort()], self.args.device)
         loss = self.loss(torch.cat(leaves)[order], step)
         # DDP averages the gradients, whose sum is wanted. No loss scale: float32 needs none, and
         # accelerator.backward scales what follows
@@ -469,12 +470,12 @@ class EmbedTrainer(StepTrainer):
             ]
             self.accelerator.backward(sum(products))
 
-    def backward_early(self, model, step, pieces, gradients, states):
+    def backward_early(self, model, inputs, gradients, states):
         """Embed the early pieces again, with the dropout of the first time, and run backward."""
-        for i, piece in enumerate(pieces):
-            more = i < len(pieces) - 1
+        for i, piece in enumerate(inputs):
+            more = i < len(inputs) - 1
             with self.unsynced(model, more), replayed(states[i]):
-                vector = self.encode(model, step, piece)
+                vector = self.encode(model, piece)
                 self.accelerator.backward((vector * gradients[i]).sum())
 
     def embed(self, sequences):
@@ -496,11 +497,14 @@ class EmbedTrainer(StepTrainer):
         def encode_own():
             pieces = cut(lengths, limit // 2**self.halvings)
             places = [[own[i] for i in piece] for piece in pieces]
-            vectors = [self.encode(self.model, step, piece) for piece in places]
+            vectors = []
+            for piece in places:
+                [inputs] = self.inputs_of(step, [piece])
+                vectors.append(self.encode(self.model, inputs))
             return list(itertools.chain.from_iterable(places)), torch.cat(vectors)
 
         places, vectors = self.evaluated(encode_own)
-        order = torch.tensor(places, device=self.args.device)
+        [order] = moved([torch.tensor(places)], self.args.device)
         if world > 1:
             order = torch.cat(self.gather(order))
             vectors = torch.cat(self.gather(vectors))
@@ -761,6 +765,8 @@ def make_trainer(args, output_dir, data, dev_sets, plan, embedder):
         report_to=args.report_to,
         full_determinism=args.full_determinism,
     )
+    # the step's index tensors; from memory that is pinned, no copy waits for the device
+    arguments.accelerator_config.non_blocking = arguments.dataloader_pin_memory
     dropout = embedder.dropout or args.model_dropout
     half = embedder.precision != "none"
     note_inexact(dropout=dropout, half=half)

@@ -161,7 +161,7 @@ from parts.base import (
     position_limit,
 )
 from parts.behaviour import middle_logits, what_a_language_model_does
-from parts.causal import CausalTrainer, token_losses, token_scores
+from parts.causal import CausalTrainer, predicted, token_losses, token_scores
 from parts.chats import TAG_RESIDUE, has_reasoning, read_data
 from parts.checkpoints import stored_cut
 from parts.endpoint import Endpoint, measure_endpoint
@@ -253,13 +253,13 @@ def check_overfit(after, train_set):
 class SftTrainer(CausalTrainer):
     """Minimises the mean loss of a step's supervised tokens, however many pieces it is cut into."""
 
-    def supervised_scores(self, model, score, step, piece):
-        """Return score(logits, labels) of a piece's supervised tokens."""
+    def lay_out(self, step, piece):
+        """Return a piece's input_ids (B, T), and positions and labels (N,) of supervised tokens."""
         # padded with False, as ids are with 0: no token behind a row's end is learnt
         masks = [torch.tensor(step["supervised"][i]) for i in piece]
-        mask = nn.utils.rnn.pad_sequence(masks, batch_first=True).to(self.args.device)  # (B, T)
+        mask = nn.utils.rnn.pad_sequence(masks, batch_first=True)  # (B, T)
         input_ids, _ = self.pad(step, piece)
-        return self.token_scores(model, score, input_ids, mask)
+        return {"input_ids": input_ids} | predicted(input_ids, mask)
 
     def run_step(self, model, step, pieces, tokens_at_once):
         """Forward and backward of one step; its loss is a mean over the tokens of all processes."""
@@ -269,11 +269,11 @@ class SftTrainer(CausalTrainer):
         step["supervised"] = [mask & bool(counts) for mask, counts in pairs]
         # a mean over pieces, or processes, would weigh the tokens of a short answer more
         own_tokens = sum(int(mask.sum()) for mask in step["supervised"])
-        tokens = self.accelerator.reduce(torch.tensor(own_tokens, device=self.args.device))
+        tokens = self.over_all(own_tokens)
         total = 0
-        for i, piece in enumerate(pieces):
+        for i, inputs in enumerate(self.inputs_of(step, pieces)):
             with self.unsynced(model, i < len(pieces) - 1):  # added up once, with the last
-                losses = self.supervised_scores(model, token_losses, step, piece)
+                losses = self.token_scores(model, token_losses, inputs)
                 loss = share_of_loss(losses, tokens, self.accelerator.num_processes)
                 self.accelerator.backward(loss)
             total += loss.detach()
@@ -284,12 +284,14 @@ class SftTrainer(CausalTrainer):
         own = collate([samples[i] for i in self.own_share(len(samples))])
 
         def score_own():
+            scores = []
+            for piece in self.pieces_of(own):
+                [inputs] = self.inputs_of(own, [piece])
+                scores.append(self.token_scores(self.model, token_scores, inputs))
             # of losses, of hits, of tokens; float32 counts no further than 16 million
             sums = torch.zeros(3, dtype=torch.float64)
-            for piece in self.pieces_of(own):
-                losses, hits = self.supervised_scores(self.model, token_scores, own, piece)
-                count = torch.tensor(len(hits))
-                sums += torch.stack([losses.cpu().double().sum(), hits.cpu().double().sum(), count])
+            for losses, hits in (each.cpu().double() for each in scores):
+                sums += torch.stack([losses.sum(), hits.sum(), torch.tensor(len(hits))])
             return sums
 
         loss, hits, count = self.over_processes(self.evaluated(score_own)).tolist()
@@ -308,6 +310,7 @@ def first_logits(trainer, samples, ids):
         answer = samples[i]["supervised"][1:].nonzero()[0][:8]
         keep = torch.tensor(answer, device=trainer.args.device)
         input_ids, _ = trainer.pad(step, [i])
+        input_ids = input_ids.to(trainer.args.device)
         with trainer.accelerator.autocast():
             logits = trainer.model(input_ids=input_ids, logits_to_keep=keep).logits
         return logits[0].float()

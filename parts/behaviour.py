@@ -40,7 +40,7 @@ def hidden_states(model, precision, last):
 
 def middle_logits(model, precision, last):
     """Return the logits (1, 2, V) of a trial text's second and third token."""
-    # asked for as in training, by a mask; the last token may change its own logits
+    # by a mask, which code that is too old does not know; the last token may change its own logits
     keep = torch.tensor([[False, True, True, False]], device=model.device)
     return on_trial(model, precision, last, logits_to_keep=keep).logits
 

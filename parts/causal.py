@@ -67,9 +67,13 @@ def generate_greedily(model, prompts, stop_ids, max_new_tokens):
     return found
 
 
-def unchanged(hidden):
-    """Return what an output head is given."""
-    return hidden
+def predicted(input_ids, mask):
+    """Return {"positions", "labels"} (N,) of the tokens where `mask` (B, T) is, row by row.
+
+    positions: of the tokens before them, which predict them; they count on from row to row.
+    """
+    tokens = mask.flatten().nonzero()[:, 0]
+    return {"positions": tokens - 1, "labels": input_ids.flatten()[tokens]}
 
 
 class CausalTrainer(StepTrainer):
@@ -99,30 +103,37 @@ class CausalTrainer(StepTrainer):
         self.position_limit = position_limit
         self.head = self.model.get_output_embeddings()
 
-    def token_scores(self, model, score, input_ids, mask, **inputs):
-        """Return score(logits, labels) of the tokens where `mask` (B, T) is, row by row.
+    def token_scores(self, model, score, inputs, **more):
+        """Return score(logits, labels) of a piece's tokens, as `predicted` has chosen them.
 
-        score: token_losses or token_scores. Only the positions before those tokens, which predict
-        them, get logits. inputs: more of the model's.
+        score: token_losses or token_scores; more: inputs of the model's beside input_ids.
         """
-        keep = F.pad(mask[:, 1:], (0, 1))  # (B, T) one to the left
-        labels = input_ids[mask]  # (N,)
+        labels = inputs["labels"]
         chunk = max(1, LOGITS_AT_ONCE // self.model.config.get_text_config().vocab_size)
-        # no attention mask: a causal model never sees the padding on its right
-        inputs |= {"input_ids": input_ids, "logits_to_keep": keep}
+        # behind a head that is not plain stands code of the model's own
+        in_chunks = self.plain_head and len(labels) > chunk
         with self.accelerator.autocast():
-            # behind a head that is not plain stands code of the model's own
-            if len(labels) <= chunk or not self.plain_head:
-                return score(model(**inputs).logits, labels)
-            with self.hidden_states_only():
-                hidden = model(**inputs).logits  # (N, D)
-            return self.scores_in_chunks(score, hidden, labels, chunk)
+            with self.head_at(inputs["positions"], runs=not in_chunks):
+                # no attention mask: a causal model never sees the padding on its right
+                found = model(input_ids=inputs["input_ids"], **more).logits
+            if in_chunks:
+                return self.scores_in_chunks(score, found, labels, chunk)
+            return score(found, labels)
 
     @contextlib.contextmanager
-    def hidden_states_only(self):
-        """Context in which the model returns what its head would be given, in place of logits."""
+    def head_at(self, positions, runs):
+        """Context in which the model's head is given the hidden states (N, D) at `positions` alone.
+
+        positions (N,) count the tokens of all rows; a mask as logits_to_keep would wait for the
+        device to count them. Where the head does not run, its input takes the logits' place.
+        """
         forward = self.head.forward
-        self.head.forward = unchanged
+
+        def forward_at(hidden):
+            chosen = hidden.flatten(0, 1).index_select(0, positions)
+            return forward(chosen) if runs else chosen
+
+        self.head.forward = forward_at
         try:
             yield
         finally:
@@ -158,6 +169,11 @@ class CausalTrainer(StepTrainer):
         steps_per_epoch = math.ceil(count / rows / world)
         share = self.state.global_step % steps_per_epoch * world + self.accelerator.process_index
         return share * rows + torch.arange(step["rows"]) < count
+
+    def over_all(self, count):
+        """Return the sum of all processes' counts, as a tensor on the device."""
+        # written by the device: torch.tensor(count) would be copied, and wait for its queue
+        return self.accelerator.reduce(torch.full((), count, device=self.args.device))
 
     def own_share(self, count):
         """Return which of `count` rows this process measures."""

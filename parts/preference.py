@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from functools import partial
 from statistics import fmean as mean
 
-from parts.causal import CausalTrainer, token_losses
+from parts.causal import CausalTrainer, predicted, token_losses
 from parts.samples import first_answer, longest_side
+from parts.step import moved
 from utils import InputError, say
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
@@ -39,8 +41,11 @@ def gains(kind, logps, reference, lengths):
     """Return how much likelier answers have become (P, 2); times beta these are the rewards.
 
     logps, reference: summed log-probabilities (P, 2) of the answers, lengths: their tokens. ipo,
-    orpo and simpo take means over tokens; orpo and simpo have no reference.
+    orpo and simpo take means over tokens; orpo and simpo have no reference. None: not computed yet,
+    as in a rehearsal; the model is its own.
     """
+    if reference is None:
+        reference = logps.detach()
     gained = logps if kind in WITHOUT_REFERENCE else logps - reference
     return gained / lengths if kind in PER_TOKEN else gained
 
@@ -93,6 +98,7 @@ def collate_pairs(shares, samples):
         "prompts": [],  # tokens
         "chosen": [],  # where the rejected answer's part begins
         "reference": [],
+        "counted": [1] * len(samples),  # 0: the row only fills the step up
     }
     for sample in samples:
         chosen, rejected = sample["sides"]
@@ -100,11 +106,16 @@ def collate_pairs(shares, samples):
         first, second = chosen["input_ids"], rejected["input_ids"]
         if shares:
             second = second[prompt - 1 :]
-        step["sequences"].append([*first, *second])
+        step["sequences"].append(np.concatenate([first, second]))
         step["prompts"].append(prompt)
         step["chosen"].append(len(first))
         step["reference"].append(sample.get("reference"))
     return step
+
+
+def column(numbers, piece):
+    """Return a piece's numbers (P, 1)."""
+    return torch.tensor([numbers[i] for i in piece])[:, None]
 
 
 def as_share(sign):
@@ -174,23 +185,35 @@ class PreferenceTrainer(CausalTrainer):
     def trial_logps(self, pair, shares):
         """Return the log-probabilities (1, 2) of one pair in one of the two layouts."""
         step = collate_pairs(shares, [pair])
-        return self.evaluated(lambda: self.pair_logps(self.model, step, [0])[0])
+        return self.evaluated(lambda: self.pair_logps(self.model, *self.inputs_of(step, [[0]])))
 
-    def pair_logps(self, model, step, piece):
-        """Return summed log-probabilities of answers, and their lengths in tokens: both (P, 2)."""
+    def pair_logps(self, model, inputs):
+        """Return summed log-probabilities (P, 2) of a piece's answers."""
+        more = self.shared_inputs(inputs) if "middle" in inputs else {}
+        losses = self.token_scores(model, token_losses, inputs, **more)  # (N,)
+        lengths = inputs["lengths"]
+        logps = -losses.new_zeros(lengths.numel()).index_add(0, inputs["side"], losses)
+        return logps.view(-1, 2)
+
+    def lay_out(self, step, piece):
+        """Return all that a piece's passes and losses need, on the CPU.
+
+        input_ids (B, T); of the answers' tokens positions, labels and side (N,), which counts the
+        answers; lengths (P, 2) of these, in tokens; counted (P,). Of pairs with one prompt more.
+        """
         lay_out = self.lay_out_shared if step["shares"] else self.lay_out_apart
-        input_ids, answer, lengths, inputs = lay_out(step, piece)
-        losses = self.token_scores(model, token_losses, input_ids, answer, **inputs)  # (N,)
+        input_ids, answer, lengths, more = lay_out(step, piece)
         # tokens come answer by answer in either layout: chosen, rejected, chosen of the next pair
-        sides = torch.arange(lengths.numel(), device=lengths.device)
-        side = sides.repeat_interleave(lengths.flatten()).to(losses.device)  # (N,)
-        logps = -losses.new_zeros(lengths.numel()).index_add(0, side, losses)
-        return logps.view(-1, 2), lengths.to(losses.device)
+        side = torch.arange(lengths.numel()).repeat_interleave(lengths.flatten())
+        inputs = {"input_ids": input_ids, "lengths": lengths, "side": side}
+        inputs["counted"] = torch.tensor([step["counted"][i] for i in piece])
+        return inputs | predicted(input_ids, answer) | more
 
     def lay_out_shared(self, step, piece):
         """Lay each pair of a piece out as one sequence, its prompt once.
 
-        Returns input_ids (P, T), which tokens are answers (P, T), lengths (P, 2), model inputs.
+        Returns input_ids (P, T), which tokens are answers (P, T), lengths (P, 2), and prompt and
+        middle (P, 1), from which the device makes the rest.
 
             token      p0 p1 p2 | c0 c1 c2 | p2 r0 r1     prompt 3, middle 6, end 9
             position    0  1  2    3  4  5    2  3  4
@@ -200,22 +223,28 @@ class PreferenceTrainer(CausalTrainer):
         From there on a token sees the prompt before it and its own part, never the chosen answer.
         """
         input_ids, ends = self.pad(step, piece)
-        prompt = self.column(step["prompts"], piece)  # (P, 1)
-        middle = self.column(step["chosen"], piece)
+        prompt = column(step["prompts"], piece)  # (P, 1)
+        middle = column(step["chosen"], piece)
         end = ends[:, None]
+        t = torch.arange(input_ids.shape[1])[None]  # (1, T)
+        answer = (t >= prompt) & (t < end) & (t != middle)
+        lengths = torch.cat([middle - prompt, end - middle - 1], 1)
+        return input_ids, answer, lengths, {"prompt": prompt, "middle": middle}
+
+    def shared_inputs(self, inputs):
+        """Return the positions and the mask of a piece whose pairs have one prompt each."""
+        input_ids, prompt, middle = inputs["input_ids"], inputs["prompt"], inputs["middle"]
         t = torch.arange(input_ids.shape[1], device=input_ids.device)[None]  # (1, T)
         is_second = t >= middle  # (P, T)
-        answer = (t >= prompt) & (t < end) & (t != middle)
         same_part = is_second[:, :, None] == is_second[:, None]  # (P, query, key)
         in_prompt = (t < prompt - 1)[:, None]
         is_causal = t[:, :, None] >= t[:, None]
         # padding belongs to the second part, whose tokens before it never see it
         seen = (same_part | in_prompt) & is_causal
-        inputs = {
+        return {
             "position_ids": torch.where(is_second, t - middle + prompt - 1, t),
             "attention_mask": self.as_mask(seen[:, None]),
         }
-        return input_ids, answer, torch.cat([middle - prompt, end - middle - 1], 1), inputs
 
     def as_mask(self, seen):
         """Return seen (P, 1, T, T) as attention takes it: of eager, which adds it, as numbers."""
@@ -228,21 +257,17 @@ class PreferenceTrainer(CausalTrainer):
     def lay_out_apart(self, step, piece):
         """Lay each pair of a piece out as two sequences, each with the prompt.
 
-        Returns input_ids (2 P, T), which tokens are answers (2 P, T), lengths (P, 2), no inputs.
+        Returns input_ids (2 P, T), which tokens are answers (2 P, T), lengths (P, 2), no more.
         """
         sides = []
         for i in piece:
             sequence, middle = step["sequences"][i], step["chosen"][i]
             sides += [sequence[:middle], sequence[middle:]]
         input_ids, sizes = self.pad({"sequences": sides}, range(len(sides)))
-        prompt = self.column(step["prompts"], piece)  # (P, 1)
-        t = torch.arange(input_ids.shape[1], device=input_ids.device)[None]  # (1, T)
+        prompt = column(step["prompts"], piece)  # (P, 1)
+        t = torch.arange(input_ids.shape[1])[None]  # (1, T)
         answer = (t >= prompt.repeat_interleave(2, 0)) & (t < sizes[:, None])
         return input_ids, answer, sizes.view(-1, 2) - prompt, {}
-
-    def column(self, numbers, piece):
-        """Return a piece's numbers (P, 1) on the device."""
-        return torch.tensor([numbers[i] for i in piece], device=self.args.device)[:, None]
 
     def lengths_of(self, step):
         """Return how many tokens each pair takes in a piece."""
@@ -287,49 +312,50 @@ class PreferenceTrainer(CausalTrainer):
             found = gather_object(found)
         return dict(found)
 
-    def reference(self, step, piece, logps):
-        """Return reference log-probabilities (P, 2) of a piece."""
-        known = [step["reference"][i] for i in piece]
-        if None in known:  # not computed yet, as in a rehearsal: the model is its own reference
-            return logps.detach()
-        return torch.tensor(known, device=logps.device)
+    def references(self, step, pieces):
+        """Return the reference log-probabilities (P, 2) of each piece, None where not computed."""
+        if None in step["reference"]:
+            return [None] * len(pieces)
+        known = torch.tensor(step["reference"])
+        return moved([known[list(piece)] for piece in pieces], self.args.device)
 
     # ------------------------------------------------------------ the step and its figures
 
     def run_step(self, model, step, pieces, tokens_at_once):
         """Forward and backward of one step; its loss is a mean over the pairs of all processes."""
-        counted = self.counted_rows(model, step).to(self.args.device)  # (rows,) bool
-        pairs = self.accelerator.reduce(counted.sum())
+        step["counted"] = self.counted_rows(model, step).int().tolist()
+        pairs = self.over_all(sum(step["counted"]))
+        inputs = self.inputs_of(step, pieces)
+        references = self.references(step, pieces)
         kl = (0.0, 0.0)
         if self.preference.kind == "kto_pair":  # of the whole step, before any of its pieces
-            kl = self.sum_of_gains(model, step, pieces, counted) / pairs
+            kl = self.sum_of_gains(model, inputs, references) / pairs
             kl = kl.clamp(min=0)  # an estimate may be below the 0 that a divergence is at least
         total = 0
         seen = torch.zeros(9, device=self.args.device, dtype=torch.float64)
-        for i, piece in enumerate(pieces):
+        for i, (piece, reference) in enumerate(zip(inputs, references, strict=True)):
+            lengths, counted = piece["lengths"], piece["counted"]
             with self.unsynced(model, i < len(pieces) - 1):
-                logps, lengths = self.pair_logps(model, step, piece)
-                reference = self.reference(step, piece, logps)
+                logps = self.pair_logps(model, piece)
                 losses = preference_losses(self.preference, logps, reference, lengths, kl)
-                losses = losses * counted[piece]  # 0 where a row only fills the step up
+                losses = losses * counted
                 # DDP averages the gradients, whose sum is wanted
                 loss = losses.sum() / pairs * self.accelerator.num_processes
                 self.accelerator.backward(loss)
             total += loss.detach()
             logps, losses = logps.detach(), losses.detach()
-            seen += self.pair_sums(logps, reference, lengths, losses, counted[piece])
+            seen += self.pair_sums(logps, reference, lengths, losses, counted)
         self.seen = seen
         return total
 
-    def sum_of_gains(self, model, step, pieces, counted):
+    def sum_of_gains(self, model, inputs, references):
         """Return the sums (2,) over a step's pairs, of all processes, of what answers gained."""
         sums = torch.zeros(2, device=self.args.device)
-        for piece in pieces:
+        for piece, reference in zip(inputs, references, strict=True):
             with torch.no_grad():
-                logps, lengths = self.pair_logps(model, step, piece)
-            reference = self.reference(step, piece, logps)
-            gained = gains(self.preference.kind, logps, reference, lengths)
-            sums += (gained * counted[piece][:, None]).sum(0)
+                logps = self.pair_logps(model, piece)
+            gained = gains(self.preference.kind, logps, reference, piece["lengths"])
+            sums += (gained * piece["counted"][:, None]).sum(0)
         return self.accelerator.reduce(sums)
 
     def figures_of_step(self, loss):
@@ -361,8 +387,10 @@ class PreferenceTrainer(CausalTrainer):
         own = self.own_share(len(samples))
         step = collate_pairs(self.shares, [samples[i] for i in own])
         for piece in self.pieces_of(step):
-            logps, lengths = self.pair_logps(self.model, step, piece)
-            yield [own[i] for i in piece], logps, lengths, self.reference(step, piece, logps)
+            [inputs] = self.inputs_of(step, [piece])
+            [reference] = self.references(step, [piece])
+            logps = self.pair_logps(self.model, inputs)
+            yield [own[i] for i in piece], logps, inputs["lengths"], reference
 
     def score(self, samples):
         """Return pair_means of a dev set, and its length_accuracy.

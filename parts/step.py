@@ -4,6 +4,7 @@ Shapes: B sequences of a piece, T tokens.
 """
 
 import gc
+import itertools
 import math
 import time
 from contextlib import contextmanager, nullcontext
@@ -57,6 +58,20 @@ def broken_weight(model, untrained):
         if unchanged and not parameter.isfinite().all():
             return name.removeprefix("base_model.model.").replace(".base_layer", "")  # peft's
     return None
+
+
+def moved(tensors, device):
+    """Return tensors (of one dtype, on the CPU) as views of one copy on the device.
+
+    The CPU goes on at once. A copy from memory that is not pinned would wait until the device has
+    done all that is queued, and so would anything that asks the device for a number or a size.
+    """
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    on_cuda = device.type == "cuda"
+    if on_cuda:
+        flat = flat.pin_memory()
+    parts = flat.to(device, non_blocking=on_cuda).split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 class StepTrainer(Trainer):
@@ -252,8 +267,19 @@ class StepTrainer(Trainer):
         rows = [torch.tensor(step["sequences"][i]) for i in piece]
         lengths = torch.tensor([len(row) for row in rows])
         # any id would do: nobody looks behind a sequence's length
-        input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).long()
-        return input_ids.to(self.args.device), lengths.to(self.args.device)
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True).long(), lengths
+
+    def lay_out(self, step, piece):
+        """Return {name: int64 tensor} of a piece, on the CPU: all that its forward pass needs."""
+        input_ids, lengths = self.pad(step, piece)
+        return {"input_ids": input_ids, "lengths": lengths}
+
+    def inputs_of(self, step, pieces):
+        """Return lay_out of each piece, on the device, to which one copy takes them all."""
+        laid_out = [self.lay_out(step, piece) for piece in pieces]
+        tensors = itertools.chain.from_iterable(inputs.values() for inputs in laid_out)
+        on_device = iter(moved(list(tensors), self.args.device))
+        return [{name: next(on_device) for name in inputs} for inputs in laid_out]
 
     def unsynced(self, model, more):
         """Context in which processes do not add up gradients yet: there is `more` to come."""

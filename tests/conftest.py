@@ -90,6 +90,18 @@ def make_chats(count):
     return rows
 
 
+def make_pairs(count):
+    """Pairs of prompts of differing lengths; in half of them the chosen answer is the longer."""
+    rows = []
+    for i in range(count):
+        a, b = TOPICS[i % 16], TOPICS[(i // 16 + 3 * i) % 16]
+        long = " and the ".join(TOPICS[: 1 + i % 7])
+        row = {"chosen": f"the {a}", "rejected": f"no {b}"}
+        row["rejected" if i % 2 else "chosen"] += f" with a {long}"
+        rows.append({"prompt": f"{i}: where is the {a} behind the {long}"} | row)
+    return rows
+
+
 def train_tokenizer(special, template):
     tokenizer = Tokenizer(models.BPE(unk_token=special["unk_token"]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import utils
 from conftest import (
-    TOPICS,
     chat_tokenizer,
     gradient,
     gradients_of_two_processes,
+    make_pairs,
     relative,
     write_jsonl,
 )
@@ -29,18 +29,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from transformers import MistralConfig, MistralForCausalLM
-
-
-def make_pairs(count):
-    """Pairs of prompts of differing lengths; in half of them the chosen answer is the longer."""
-    rows = []
-    for i in range(count):
-        a, b = TOPICS[i % 16], TOPICS[(i // 16 + 3 * i) % 16]
-        long = " and the ".join(TOPICS[: 1 + i % 7])
-        row = {"chosen": f"the {a}", "rejected": f"no {b}"}
-        row["rejected" if i % 2 else "chosen"] += f" with a {long}"
-        rows.append({"prompt": f"{i}: where is the {a} behind the {long}"} | row)
-    return rows
 
 
 @pytest.fixture
@@ -291,7 +279,8 @@ def test_kto_counts_no_negative_kl(trainer_of):
         row | {"reference": [x + 5 for x in row["reference"]]} for row in trainer.train_dataset[:8]
     ]
     step = trainer.data_collator(rows)
-    logps, lengths = trainer.pair_logps(trainer.model, step, range(8))
+    [inputs] = trainer.inputs_of(step, [range(8)])
+    logps, lengths = trainer.pair_logps(trainer.model, inputs), inputs["lengths"]
     reference = torch.tensor(step["reference"])
     assert (gains("kto_pair", logps, reference, lengths).mean(0) < 0).all()
     expected = preference_losses(trainer.preference, logps, reference, lengths).mean()
@@ -338,8 +327,9 @@ def test_reference_is_the_base_computed_once(trainer_of):
     calls, logps = [], trainer.pair_logps
     trainer.pair_logps = lambda *args: calls.append(1) or logps(*args)
     step = trainer.data_collator(trainer.train_dataset[:4])
+    inputs = trainer.inputs_of(step, [range(4)])
     with trainer.model.disable_adapter(), torch.no_grad():
-        base = logps(trainer.model, step, range(4))[0]
+        base = logps(trainer.model, *inputs)
     assert torch.allclose(torch.tensor(step["reference"]), base, atol=1e-4)
     gradient(trainer, step)
     assert len(calls) == len(trainer.cut_step(step)[0])  # no second pass
@@ -349,14 +339,15 @@ def test_a_continued_adapter_is_its_own_reference(run_sft, trainer_of, tmp_path)
     run_sft("--max_steps", 3, "--lr", 1e-2, out=tmp_path / "first")
     trainer = trainer_of("--init_adapter", tmp_path / "first/final", model="")
     step = trainer.data_collator(trainer.train_dataset[:4])
+    inputs = trainer.inputs_of(step, [range(4)])
     with trainer.model.disable_adapter(), torch.no_grad():
-        base = trainer.pair_logps(trainer.model, step, range(4))[0]
+        base = trainer.pair_logps(trainer.model, *inputs)
     assert not torch.allclose(torch.tensor(step["reference"]), base, atol=1e-3)
     stored = utils.read_json(tmp_path / "first/final/adapter_config.json")
     trainer.model.load_adapter(tmp_path / "first/final", "again")
     trainer.model.set_adapter("again")
     with torch.no_grad():
-        again = trainer.pair_logps(trainer.model, step, range(4))[0]
+        again = trainer.pair_logps(trainer.model, *inputs)
     assert stored and torch.allclose(torch.tensor(step["reference"]), again, atol=1e-4)
 
 
