@@ -65,6 +65,8 @@ def add_embedding_flags(parser):
         help="contrast with the documents of all processes [on]")
     add("--matryoshka_dims", type=integer(1), nargs="+", metavar="D",
         help="train these prefixes of the vector too")
+    add("--dev_corpus", nargs="+", metavar="FILE",
+        help="documents that dev queries are searched in too [the training's]")
     add("--query_column", metavar="NAME", help="where its name is not recognised")
     add("--positive_column", metavar="NAME", help="where its name is not recognised")
     add("--negative_column", metavar="NAME", help="where its name is not recognised")
@@ -79,6 +81,7 @@ from parts.adapters import Lora
 from parts.base import Origin, check_loaded, choose_precision, load, load_config, position_limit
 from parts.behaviour import hidden_states, what_an_embedder_does
 from parts.checkpoints import stored_cut
+from parts.corpus import read_corpus
 from parts.dev_sets import HELD_OUT, dev_indices, dev_sizes, fill_pools, read_data
 from parts.pairs import Columns
 from parts.plan import advice, chosen_metric, make_plan, named
@@ -592,7 +595,8 @@ def read_rows(args):
         evaluates=args.eval_strategy != "no",
     )
     columns = Columns(args.query_column, args.positive_column, args.negative_column)
-    return read_data(source, sizes, columns, args.query_prefix, args.max_negs)
+    corpus = read_corpus(args.dev_corpus) if args.dev_corpus else None
+    return read_data(source, sizes, columns, args.query_prefix, args.max_negs, corpus)
 
 
 @dataclass
