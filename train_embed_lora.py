@@ -37,7 +37,23 @@ def parse_args(argv=None):
     flags.add_training_flags(parser, batch=32, step=32, epochs=2, checkpointing="off")
     flags.add_output_flags(parser, metric="ndcg@10")
     add_embedding_flags(parser)
-    return flags.finish(parser, parser.parse_args(argv), BASE, step=32)
+    args = parser.parse_args(argv)
+    flags.refuse(
+        parser,
+        (
+            (
+                args.mine_negatives and args.max_negs == 0,
+                "--mine_negatives finds what --max_negs 0 leaves out: drop one",
+            ),
+            (
+                args.mine_corpus and not args.mine_negatives,
+                "--mine_corpus is where --mine_negatives N looks: add that",
+            ),
+        ),
+    )
+    if args.max_negs is None:
+        args.max_negs = args.mine_negatives or 1
+    return flags.finish(parser, args, BASE, step=32)
 
 
 # fmt: off
@@ -51,8 +67,16 @@ def add_embedding_flags(parser):
         help="tokens of a document [--max_length]")
     add("--query_prefix", metavar="TEXT", help="put before every query [the base's own prompt]")
     add("--doc_prefix", metavar="TEXT", help="put before every document [the base's own prompt]")
-    add("--max_negs", "--neg_nums", type=integer(0), default=1, metavar="N",
-        help="mined negatives per query [1]")
+    add("--max_negs", "--neg_nums", type=integer(0), metavar="N",
+        help="negatives of its own that a query shows in a step [1, or --mine_negatives]")
+    add("--mine_negatives", type=integer(0), default=0, metavar="N",
+        help="hard negatives to find for each query, with the model as it is [0]")
+    add("--mine_corpus", nargs="+", metavar="FILE",
+        help="more documents to find them in: .jsonl with text, or a BEIR corpus.jsonl")
+    add("--mine_margin", type=real(0), default=0.95, metavar="X",
+        help="a negative's cosine is at most this share of the positive's [0.95]")
+    add("--mine_every", default="run", **one_of("run", "epoch"),
+        help="mine before the first step alone, or each epoch anew [run]")
     add("--temperature", type=real(0, 10, {0}), default=0.05, metavar="X",
         help="divides the cosines [0.05]")
     add("--pooling", default="auto", **one_of("auto", "mean", "cls", "last"),
@@ -65,8 +89,6 @@ def add_embedding_flags(parser):
         help="contrast with the documents of all processes [on]")
     add("--matryoshka_dims", type=integer(1), nargs="+", metavar="D",
         help="train these prefixes of the vector too")
-    add("--dev_corpus", nargs="+", metavar="FILE",
-        help="documents that dev queries are searched in too [the training's]")
     add("--query_column", metavar="NAME", help="where its name is not recognised")
     add("--positive_column", metavar="NAME", help="where its name is not recognised")
     add("--negative_column", metavar="NAME", help="where its name is not recognised")
@@ -83,12 +105,13 @@ from parts.behaviour import hidden_states, what_an_embedder_does
 from parts.checkpoints import stored_cut
 from parts.corpus import read_corpus
 from parts.dev_sets import HELD_OUT, dev_indices, dev_sizes, fill_pools, read_data
+from parts.mining import Miner, MiningRules, Pool, mined_file, show_pool
 from parts.pairs import Columns
 from parts.plan import advice, chosen_metric, make_plan, named
 from parts.proof import check_saved_tokenizer, prove, save_final
 from parts.rehearsal import note_inexact, rehearse
 from parts.report import Results, write_report
-from parts.retrieval import METRICS, retrieval_metrics
+from parts.retrieval import METRICS, Vectors, retrieval_metrics
 from parts.rows import HubSet, text_id
 from parts.sentence_files import (
     Prompts,
@@ -111,6 +134,8 @@ from datasets.fingerprint import Hasher
 from torch import nn
 from transformers import AutoModel, PreTrainedTokenizerBase
 
+TRIED = 1000  # queries that --dry_run mines for
+
 # ---------------------------------------------------------------- data
 
 
@@ -121,7 +146,8 @@ class Row:
     query: int
     pos: list
     neg: list
-    known: list  # text_ids that are no negatives of the query: itself, and all its positives
+    listed: list  # text_ids of all positives that any row lists for the query
+    known: list  # text_ids that are no negatives of the query: itself, and these
 
 
 def add_documents(texts, prefix, documents):
@@ -133,7 +159,7 @@ class TrainSet(torch.utils.data.Dataset):
     """Rows of text indices.
 
     Which positive and negatives a row shows depends on seed, epoch and row alone; `epoch` is set
-    by the training loop.
+    by the training loop. `negatives` are those that a row draws from: its own and what was mined.
     """
 
     def __init__(self, examples, texts, rules, max_negs, seed):
@@ -153,8 +179,18 @@ class TrainSet(torch.utils.data.Dataset):
             # a row's own prompt beats the flag's, also where it is empty
             prefix = rules.query_prefix if example.prompt is None else example.prompt
             query = texts.add(prefix, example.query, True)
-            known = sorted({query_id, *positives[query_id]})
-            self.rows.append(Row(query, pos, neg, known))
+            listed = sorted(positives[query_id])
+            known = sorted({query_id, *listed})
+            self.rows.append(Row(query, pos, neg, listed, known))
+        self.negatives = [row.neg for row in self.rows]
+
+    def take_mined(self, mined):
+        """Let rows draw from `mined`, documents for each row, too, in place of earlier ones."""
+        self.negatives = []
+        for row, documents in zip(self.rows, mined, strict=True):
+            own = {hashed for _, hashed in row.neg}
+            new = [document for document in documents if document[1] not in own]
+            self.negatives.append(row.neg + new)
 
     def __len__(self):
         return len(self.rows)
@@ -165,7 +201,8 @@ class TrainSet(torch.utils.data.Dataset):
         # no generator of a worker's: a resumed run, or one with more workers, draws the same
         rng = random.Random(f"{self.seed} {self.epoch} {i}")
         positive = rng.choice(row.pos)
-        negatives = rng.sample(row.neg, min(self.max_negs, len(row.neg)))
+        negatives = self.negatives[i]
+        negatives = rng.sample(negatives, min(self.max_negs, len(negatives)))
         return row.query, positive, negatives, row.known
 
 
@@ -338,15 +375,34 @@ class EmbedTrainer(StepTrainer):
     """Contrasts all queries of a step with all its documents, however many pieces it is cut into.
 
     max_length: tokens of the longest document; cross_device: contrast with the documents of all
-    processes.
+    processes. miner: finds negatives, or None; earlier_run: the folder of the one that is resumed.
     """
 
     keeps_graphs = True  # of as many pieces as fit: the others run twice
 
     def __init__(
-        self, *, temperature, margin, dims, pooling, causal, cross_device, max_length, **kwargs
+        self,
+        *,
+        texts,
+        miner,
+        earlier_run,
+        temperature,
+        margin,
+        dims,
+        pooling,
+        causal,
+        cross_device,
+        max_length,
+        **kwargs,
     ):
         super().__init__(**kwargs)
+        self.texts = texts
+        self.vectors = Vectors(self.embed_texts)
+        self.miner = miner
+        self.earlier_run = earlier_run
+        self.mined_epoch = None  # that the negatives of now were mined for
+        if miner:
+            self.seconds_aside["mining"] = 0
         self.temperature = temperature
         self.margin = margin
         self.dims = dims
@@ -513,6 +569,58 @@ class EmbedTrainer(StepTrainer):
             vectors = torch.cat(self.gather(vectors))
         return vectors[order.argsort()]
 
+    def embed_texts(self, indices):
+        """Embed texts of the run by index; returns vectors (len(indices), D)."""
+        return self.embed([self.texts[i] for i in indices])
+
+    def training_step(self, *args, **kwargs):
+        self.vectors.forget()  # they are the model's before this step
+        return super().training_step(*args, **kwargs)
+
+    # ------------------------------------------------------------ mined negatives
+
+    def before_training(self):
+        """Mine with the model as it is before the first step; a resumed run has a file of that."""
+        if self.miner and not self.earlier_run:
+            self.mine(epoch=0)
+
+    def begin_epoch(self, epoch, steps_in):
+        """Mine for an epoch, or read what was mined for it; steps_in: see StepTrainer."""
+        super().begin_epoch(epoch, steps_in)
+        if not self.miner:
+            return
+        due = epoch if self.miner.rules.each_epoch else 0
+        if self.mined_epoch == due:
+            return
+        if epoch > due or steps_in:  # the model is no longer the one that mined
+            self.train_dataset.take_mined(self.miner.read(mined_file(self.earlier_run, due)))
+            self.mined_epoch = due
+        else:
+            self.mine(due)
+
+    def mine(self, epoch):
+        """Let the rows draw from what is mined with the model as it is, and write it down."""
+        started = time.perf_counter()
+        self.vectors.forget()
+        found = self.miner.mine(self)
+        self.train_dataset.take_mined(self.miner.of_rows(found))
+        self.mined_epoch = epoch
+        seconds = time.perf_counter() - started
+        self.seconds_aside["mining"] += seconds
+        self.miner.show(found, seconds)
+        if epoch == 0:
+            self.miner.show_examples(found)
+        if self.is_world_process_zero():
+            self.miner.write(mined_file(self.args.output_dir, epoch), found, self)
+
+    def try_mining(self):
+        """Show what would be mined for the first queries, for --dry_run."""
+        if self.miner:
+            started = time.perf_counter()
+            found = self.miner.mine(self, TRIED)
+            self.miner.show(found, time.perf_counter() - started)
+            self.miner.show_examples(found)
+
 
 def count_early(pieces, step, tokens_at_once):
     """Return how many pieces cannot keep their graphs: as many of the last as fit in memory do."""
@@ -545,8 +653,8 @@ def make_measure(dev_sets, texts, rules, dims):
         metrics = {}
         for name, (queries, documents, relevant, own) in prepared.items():
             # all at once: 10,000 documents of 1,024 dimensions are 40 MB
-            query_emb = trainer.embed([texts[i] for i in queries])
-            corpus_emb = trainer.embed([texts[i] for i in documents])
+            query_emb = trainer.vectors.of(queries)
+            corpus_emb = trainer.vectors.of(documents)
             found = retrieval_metrics(query_emb, corpus_emb, relevant, own)
             for dim in dims or []:
                 part = retrieval_metrics(query_emb[:, :dim], corpus_emb[:, :dim], relevant, own)
@@ -567,8 +675,11 @@ def show_examples(train_set, texts, tokenizer):
     Note if it cannot read them.
     """
     for i in range(min(3, len(train_set))):
-        indices = text_indices(train_set[i])
-        # strict=False: a row may have no negative, or several, of which one is shown
+        indices = text_indices(train_set[i])[:2]
+        indices += [
+            index for index, _ in train_set.rows[i].neg[:1]
+        ]  # what it may mine is not known
+        # strict=False: a row may have no negative
         for name, j in zip(("query", "positive", "negative"), indices, strict=False):
             text = tokenizer.decode(texts[j])
             if len(text) >= 160:
@@ -595,8 +706,7 @@ def read_rows(args):
         evaluates=args.eval_strategy != "no",
     )
     columns = Columns(args.query_column, args.positive_column, args.negative_column)
-    corpus = read_corpus(args.dev_corpus) if args.dev_corpus else None
-    return read_data(source, sizes, columns, args.query_prefix, args.max_negs, corpus)
+    return read_data(source, sizes, columns, args.query_prefix, args.max_negs)
 
 
 @dataclass
@@ -609,9 +719,10 @@ class Data:
     rules: TextRules
     texts: Texts
     train_set: TrainSet
+    miner: Miner | None
 
 
-def tokenise_rows(args, state, origin, config, examples, dev_sets):
+def tokenise_rows(args, state, origin, config, examples, dev_sets, corpus):
     """Settle how texts become tokens, and tokenise those of all sets; returns Data."""
     tokenizer = load_text_tokenizer(origin, args.append_eos)
     limit = position_limit(config, tokenizer)
@@ -626,12 +737,19 @@ def tokenise_rows(args, state, origin, config, examples, dev_sets):
     # all texts are collected before any is tokenised: one pass, and one entry in the cache
     texts = Texts()
     train_set = TrainSet(examples, texts, rules, args.max_negs, args.seed)
+    miner = None
+    if args.mine_negatives:
+        pool = Pool(examples, corpus, texts, rules.doc_prefix)
+        mining = MiningRules(args.mine_negatives, args.mine_margin, args.mine_every == "epoch")
+        miner = Miner(examples, train_set.rows, pool, mining)
+        show_pool(pool, dev_sets)
+        train_set.take_mined(miner.typical(args.seed))  # to count tokens by, until it has mined
     for dev in dev_sets.values():
         dev_indices(dev, texts, rules.query_prefix, rules.doc_prefix)  # adds its texts
     with state.main_process_first():
         texts.tokenise(tokenizer, rules, args.num_workers)
     note_cut_texts(texts, rules, tokenizer)
-    return Data(tokenizer, stored, prompts, rules, texts, train_set)
+    return Data(tokenizer, stored, prompts, rules, texts, train_set, miner)
 
 
 def load_text_tokenizer(origin, ends_in_eos):
@@ -671,22 +789,34 @@ def plan_run(args, train_set, dev_sets, processes):
 
 def count_negatives(args, train_set, plan):
     """Return how many documents of a step are no positive of a query's, on average; say it, too."""
-    mined = sum(min(args.max_negs, len(row.neg)) for row in train_set.rows) / len(train_set)
+    shown = sum(min(args.max_negs, len(found)) for found in train_set.negatives) / len(train_set)
     queries = plan.examples_per_step if args.negatives_cross_device else plan.step_rows
-    negatives = round(queries * (1 + mined) - 1, 1)  # each brings a positive; one is its own
-    say(f"negatives {negatives:g} per query: the other documents of a step")
+    negatives = round(queries * (1 + shown) - 1, 1)  # each brings a positive; one is its own
+    cost = ""
+    if args.mine_negatives:
+        texts = plan.examples_per_step * (2 + shown)
+        cost = f", up to {shown:g} of them its own: a step has {texts:g} texts"
+    say(f"negatives {negatives:g} per query: the other documents of a step{cost}")
     return negatives
 
 
-def with_full_pools(plan, data, dev_sets, row_tokens, seed):
+def with_full_pools(plan, data, dev_sets, seed):
     """Fill the pools that held-out queries are searched in, as far as the plan's steps pay for it.
 
     Returns (the plan with its evaluation_share, {name: DevSet}).
     """
+    row_tokens = tokens_of_rows(data.train_set, data.texts)
     training = tokens_of_steps(data.train_set, data.texts, row_tokens, plan, seed)
     prefixes = data.rules.query_prefix, data.rules.doc_prefix
     dev_sets, share = fill_pools(dev_sets, data.texts, *prefixes, plan, training, seed)
     return replace(plan, evaluation_share=share), dev_sets
+
+
+def tokens_to_rehearse(data, plan):
+    """Return the tokens of each training row; until it has mined, with the longest it may find."""
+    if data.miner:
+        data.train_set.negatives = data.miner.longest(data.texts, plan.step_rows)
+    return tokens_of_rows(data.train_set, data.texts)
 
 
 @dataclass
@@ -757,7 +887,7 @@ def choose_pooling(asked, stored, causal, texts, config):
     return pooling
 
 
-def make_trainer(args, output_dir, data, dev_sets, plan, embedder):
+def make_trainer(args, output_dir, checkpoint, data, dev_sets, plan, embedder):
     """Return the EmbedTrainer of a run, its model and data checked against one another."""
     check_vocabulary(embedder.model, data.tokenizer, data.texts.values.max(), args.model_name)
     arguments = runs.training_arguments(
@@ -787,6 +917,9 @@ def make_trainer(args, output_dir, data, dev_sets, plan, embedder):
         dims=args.matryoshka_dims,
         pooling=embedder.pooling,
         causal=embedder.causal,
+        texts=data.texts,
+        miner=data.miner,
+        earlier_run=checkpoint and checkpoint.parent,
         cross_device=args.negatives_cross_device,
         max_length=data.rules.passage_max_len,  # as documents are what evaluations embed most
         **flags.asked_cut(args),
@@ -806,11 +939,12 @@ def settled_of(data, embedder):
     }
 
 
-def fingerprint_of(examples, dev_sets):
+def fingerprint_of(examples, dev_sets, corpus):
     """Return a hash of the rows; of their contents alone, so that code may change around them."""
     rows = [vars(example) for example in examples]
     sets = {name: vars(dev) for name, dev in dev_sets.items()}
-    return f"rows:{Hasher.hash([rows, sets])}"
+    parts = [rows, sets, corpus] if corpus else [rows, sets]
+    return f"rows:{Hasher.hash(parts)}"
 
 
 def files_writer(data, embedder):
@@ -844,16 +978,18 @@ def prepare(argv=None):
     )
     with state.main_process_first():  # data first: a mistake in them shows in seconds
         examples, dev_sets, counts = read_rows(args)
-    fingerprint = fingerprint_of(examples, dev_sets)  # their pools depend on the steps of the run
+        corpus = read_corpus(args.mine_corpus) if args.mine_corpus else []
+    # their pools depend on the steps of the run
+    fingerprint = fingerprint_of(examples, dev_sets, corpus)
     origin = Origin(args.model_name, args.model_revision, args.trust_remote_code, args.init_adapter)
     config = load_config(origin)
-    data = tokenise_rows(args, state, origin, config, examples, dev_sets)
+    data = tokenise_rows(args, state, origin, config, examples, dev_sets, corpus)
     plan = plan_run(args, data.train_set, dev_sets, state.num_processes)
-    row_tokens = tokens_of_rows(data.train_set, data.texts)
-    plan, dev_sets = with_full_pools(plan, data, dev_sets, row_tokens, args.seed)
+    plan, dev_sets = with_full_pools(plan, data, dev_sets, args.seed)
+    row_tokens = tokens_to_rehearse(data, plan)
     counts["dev"] = dev_sizes(dev_sets)
     embedder = load_model(args, origin, config, data)
-    trainer = make_trainer(args, output_dir, data, dev_sets, plan, embedder)
+    trainer = make_trainer(args, output_dir, checkpoint, data, dev_sets, plan, embedder)
     settled = settled_of(data, embedder)
     record = runs.record_of(
         origin, checkpoint, vars(args), settled, embedder.precision, fingerprint
@@ -888,6 +1024,7 @@ def train_and_prove(prepared):
     )
     prepared.record["settled"] |= settled
     if prepared.dry_run:
+        prepared.trainer.try_mining()
         return runs.dry_report(prepared)
     started = time.perf_counter()
     resumed_after = runs.resumed_after(prepared.checkpoint)

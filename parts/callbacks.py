@@ -49,8 +49,7 @@ class RunCallback(ProgressCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         # from the step, since a resumed run begins within an epoch: rows show what they would have
-        epoch = state.global_step // self.plan.steps_per_epoch
-        self.trainer.train_dataset.epoch = epoch
+        self.trainer.begin_epoch(*divmod(state.global_step, self.plan.steps_per_epoch))
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
         # now, as the step is taken with it: behind it the scheduler has moved on

@@ -219,7 +219,8 @@ def delete_run(folder):
     folders = [*folder.glob("checkpoint-*"), folder / "final", folder / "merged", folder / "runs"]
     for path in folders:
         shutil.rmtree(path, ignore_errors=True)
-    files = [*folder.glob("training_*"), *folder.glob("predictions-*")]
+    names = ("training_*", "predictions-*", "mined_negatives-*")
+    files = [path for name in names for path in folder.glob(name)]
     for path in [*files, folder / "detailed_training_logs.json"]:
         path.unlink(missing_ok=True)
 
@@ -260,9 +261,9 @@ def refuse_changes(checkpoint, stored, record):
     """
     old = recorded_flags(stored)
     new = recorded_flags(record)
-    if "settled" not in stored:  # an older run's: it lacks the flags that came later
-        old.setdefault("bits", None)  # its base was not quantised
-        new = {name: value for name, value in new.items() if name in old}
+    old.setdefault("bits", None)  # described only where the base is quantised
+    new.setdefault("bits", None)
+    new = {name: value for name, value in new.items() if name in old}  # others came later
     for name in COMPARED:
         old[name] = stored.get(name)
         new[name] = record[name]

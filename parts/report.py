@@ -140,7 +140,7 @@ def write_report(trainer, output_dir, record, plan, results):
         write_logs(folder, log, plan.steps_per_epoch)
         draw_curves(folder / "training_curves.png", log, plan.shown, report["best_step"])
         write_json(folder / "training_summary_report.json", report)
-    say_results(report, plan.shown, trainer.evaluation_seconds, results)
+    say_results(report, plan.shown, trainer.seconds_aside, results)
     return report
 
 
@@ -148,7 +148,7 @@ def summary(trainer, plan, results):
     """Return what training_summary_report.json has beside the record of the run."""
     state = trainer.state
     losses = [entry["loss"] for entry in entries_with(state.log_history, "loss")]
-    seconds = results.seconds - trainer.evaluation_seconds
+    seconds = results.seconds - sum(trainer.seconds_aside.values())
     real_tokens, padded_tokens = tokens_of_all_processes(trainer)
     return {
         "plan": dataclasses.asdict(plan) | {"notes": list(utils.NOTES)},
@@ -156,6 +156,7 @@ def summary(trainer, plan, results):
         "proof": results.proof,
         "warnings": results.warnings,
         "seconds": results.seconds,
+        "seconds_aside": trainer.seconds_aside,
         "resumed_after": results.resumed_after,
         "steps": state.global_step,
         "best_step": state.best_global_step if plan.save_best else None,
@@ -178,7 +179,7 @@ def tokens_of_all_processes(trainer):
     return trainer.accelerator.reduce(torch.tensor(own, device=trainer.args.device)).tolist()
 
 
-def say_results(report, shown, evaluation_seconds, results):
+def say_results(report, shown, seconds_aside, results):
     """Print the metrics before and after, what the steps took, and how fast they were."""
     before = report["metrics"]["before"]
     after = report["metrics"]["after"]
@@ -188,9 +189,10 @@ def say_results(report, shown, evaluation_seconds, results):
     steps = f"{report['steps'] - results.resumed_after} steps"
     if results.resumed_after:  # seconds and tokens are those of the steps behind it
         steps += f" after step {results.resumed_after}"
-    seconds = results.seconds - evaluation_seconds
+    seconds = results.seconds - sum(seconds_aside.values())
+    aside = " and ".join(f"{value:.0f} s of {name}" for name, value in seconds_aside.items())
     say(
-        f"          {steps} in {seconds:.0f} s and {evaluation_seconds:.0f} s of evaluation, "
+        f"          {steps} in {seconds:.0f} s and {aside}, "
         f"{report['tokens_per_second']:,.0f} tokens/s, "
         f"{report['padded_per_real_token']:.2f} padded per real token, "
         f"{report['peak_gib']:.1f} GiB"

@@ -14,6 +14,29 @@ METRICS += ["mrr@10", "ndcg@10", "map@100"]
 DEEPEST = 100  # rank that a metric looks at
 
 
+class Vectors:
+    """Vectors of texts by index, each made once until `forget`, when the model has changed."""
+
+    def __init__(self, embed):
+        """embed: makes vectors (n, D) of a list of n indices."""
+        self.embed = embed
+        self.forget()
+
+    def forget(self):
+        self.place = {}  # text index -> row in `known`
+        self.known = None  # (n, D)
+
+    def of(self, indices):
+        """Return the vectors (n, D) of texts, whose indices may repeat."""
+        new = [i for i in dict.fromkeys(indices) if i not in self.place]
+        if new:
+            made = self.embed(new)
+            for i in new:
+                self.place[i] = len(self.place)
+            self.known = made if self.known is None else torch.cat([self.known, made])
+        return self.known[[self.place[i] for i in indices]]
+
+
 def best_columns(scores, count):
     """Return the columns of the `count` highest scores (Q, C) of each row, best first.
 

@@ -106,7 +106,7 @@ class StepTrainer(Trainer):
         self.evaluation_halvings = 0
         self.real_tokens = 0
         self.padded_tokens = 0
-        self.evaluation_seconds = 0
+        self.seconds_aside = {"evaluation": 0}  # that are not those of steps
 
     def training_step(self, model, step, num_items_in_batch=None):
         """Run forward and backward of one step; return its loss."""
@@ -288,6 +288,10 @@ class StepTrainer(Trainer):
     def before_training(self):
         """Do what needs the model of before the first step, on which a resumed run starts too."""
 
+    def begin_epoch(self, epoch, steps_in):
+        """Begin an epoch, from 0; steps_in: its steps that a resumed run has behind it."""
+        self.train_dataset.epoch = epoch
+
     def warnings_about(self, after):
         """Return what the last metrics should warn a user of, in words."""
         return []
@@ -296,7 +300,7 @@ class StepTrainer(Trainer):
         """Return {"eval_<metric>": value} over all dev sets."""
         started = time.perf_counter()
         metrics = {f"eval_{name}": value for name, value in self.measure(self).items()}
-        self.evaluation_seconds += time.perf_counter() - started
+        self.seconds_aside["evaluation"] += time.perf_counter() - started
         return metrics
 
     def evaluate(self, *args, **kwargs):

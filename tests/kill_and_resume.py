@@ -1,6 +1,6 @@
 """Kill a short run at random moments with kill -9, resume it, and compare with the run that nobody killed.
 
-python tests/kill_and_resume.py train_embed_lora.py|train_sft_lora.py MODEL_FOLDER WORK_FOLDER KILLS
+python tests/kill_and_resume.py train_embed_lora.py|train_sft_lora.py MODEL_FOLDER WORK_FOLDER KILLS [FLAGS]
 """
 
 import os
@@ -21,10 +21,13 @@ from utils import read_json  # noqa: E402
 script, model, folder, kills = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
 is_sft = script == "train_sft_lora.py"
 data = write_jsonl(folder / "rows.jsonl", make_chats(60) if is_sft else make_rows(96))
-flags = shlex.split(
-    f"--model_name {model} --train_file {data} --batch_size 4 --gradient_accumulation 2 --epochs 4.5 --lr 1e-3 "
-    "--lora_dropout 0.1 --eval_every 3 --logging_steps 4 --report_to none"
-    f"{' --eval_generate 3 --max_new_tokens 8' if is_sft else ''}"
+flags = (
+    shlex.split(
+        f"--model_name {model} --train_file {data} --batch_size 4 --gradient_accumulation 2 --epochs 4.5 --lr 1e-3 "
+        "--lora_dropout 0.1 --eval_every 3 --logging_steps 4 --report_to none"
+        f"{' --eval_generate 3 --max_new_tokens 8' if is_sft else ''}"
+    )
+    + sys.argv[5:]
 )
 rng, done = random.Random(0), 0
 

@@ -172,7 +172,6 @@ OF_CHATS = ["messages", "formats", "chats", "trials", "template", "pieces", "mas
 OF_FILES = [
     "rows",
     "corpus",
-    "beir",
     "splits",
     "token_cache",
     "pairs",
