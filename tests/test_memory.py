@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from types import SimpleNamespace
 
 import train_embed_lora
 import train_sft_lora
@@ -296,3 +297,40 @@ def test_what_is_asked_for_beats_what_was_settled(sft_run):
     flags = ["--gradient_checkpointing", "on", "--no-grow_pieces"]
     _, settled = sft_run(*flags, stored=stored)
     assert settled == {"gradient_checkpointing": "on", "piece_tokens": None, "halvings": 0}
+
+
+# ---------------------------------------------------------------- a GPU's memory, by its numbers
+
+
+@pytest.fixture
+def gpu_numbers(monkeypatch):
+    """A GPU of 1000 bytes: 600 free, 250 reserved by this process, 150 of those in tensors."""
+    numbers = {"memory_allocated": 150, "memory_reserved": 250, "max_memory_allocated": 420}
+    numbers |= {"mem_get_info": (600, 1000), "get_per_process_memory_fraction": 1.0}
+    numbers |= {"reset_peak_memory_stats": None}
+    for name in numbers:
+        monkeypatch.setattr(torch.cuda, name, lambda device, name=name: numbers[name])
+    return numbers
+
+
+def test_free_memory_is_what_the_gpu_and_the_allocator_have_to_give(gpu_numbers):
+    assert memory.GpuMemory("cuda:0").free() == 600 + 100
+    gpu_numbers["get_per_process_memory_fraction"] = 0.5  # another program has asked for the rest
+    assert memory.GpuMemory("cuda:0").free() == 500 - 150
+
+
+def test_a_pass_is_charged_with_what_it_took_above_what_was_there(gpu_numbers):
+    calls = []
+    assert memory.GpuMemory("cuda:0").peak_of(lambda: calls.append(1)) == 420 - 150
+    assert calls == [1]
+
+
+@pytest.mark.parametrize("device, processes, is_asked", [("cuda", 1, True), ("cuda", 2, False)])
+def test_one_process_on_a_gpu_asks_for_its_memory(device, processes, is_asked):
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(device=torch.device(device)),
+        accelerator=SimpleNamespace(num_processes=processes),
+    )
+    assert (memory.gpu_memory(trainer) is not None) == is_asked
+    trainer.args.device = torch.device("cpu")
+    assert memory.gpu_memory(trainer) is None
