@@ -24,10 +24,9 @@ test: .venv/ready  ## all tests, on a CPU and without a network
 	$(BIN)/python -m pytest --numprocesses 2
 
 gpu: .venv/ready  ## everything that is measured on a GPU, in four calls of nine minutes at most
-	$(BIN)/python benchmarks/gpu.py exact
-	$(BIN)/python benchmarks/gpu.py bench
-	$(BIN)/python benchmarks/gpu.py t4
-	$(BIN)/python benchmarks/gpu.py ideas
+	failed=; for part in exact bench t4 ideas; do \
+	  $(BIN)/python benchmarks/gpu.py $$part || failed="$$failed $$part"; \
+	done; test -z "$$failed"
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train_embed_lora
 import train_sft_lora
+from gpu_models import make_model
 from parts.base import DTYPES, choose_precision
 from parts.report import peak_gib
 
@@ -41,7 +42,7 @@ class Job:
     """A training to be measured, the same on both sides."""
 
     kind: str  # a key of SCRIPTS
-    model: str  # a folder
+    shape: str  # of gpu_models
     rows_file: str
     batch: int  # examples in memory at once
     accumulation: int
@@ -57,12 +58,16 @@ class Job:
     def total_steps(self):
         return 2 * self.epoch_steps + 1  # the last is profiled
 
+    def model(self, folder):
+        """Return the path of the random model, which is made where `folder` does not have it."""
+        return make_model(folder, self.shape, DEVICE)
+
     def command_line(self, folder):
-        """Return the flags of our script."""
+        """Return the flags of our script, whose output goes to a folder in `folder`."""
         words = (
-            f"--model_name {self.model} --train_file {self.rows_file} --output_dir {folder} "
-            f"--overwrite --batch_size {self.batch} --gradient_accumulation {self.accumulation} "
-            f"--max_length {self.length} --max_steps {self.total_steps} --lora_r {sft.RANK} "
+            f"--model_name {self.model(folder)} --train_file {self.rows_file} "
+            f"--output_dir {folder}/ours --overwrite --batch_size {self.batch} "
+            f"--gradient_accumulation {self.accumulation} --max_length {self.length} --max_steps {self.total_steps} --lora_r {sft.RANK} "
             f"--lora_alpha {sft.ALPHA} --dev_size 0 --checkpoint_strategy no --report_to none "
         )
         if self.kind == "preference":
@@ -137,11 +142,14 @@ def profile_of(profiler):
     """Return how often a step stopped the queue, and its three largest kernels by their time."""
     events = profiler.key_averages()
     stops = {event.key: event.count for event in events if event.key in STOPS}
+    device = torch.autograd.DeviceType.CUDA if CUDA else torch.autograd.DeviceType.CPU
     kernels = []
     for event in events:
+        # what launched a kernel has its time, too
+        if event.device_type != device or event.is_user_annotation:
+            continue
         micros = event.self_device_time_total if CUDA else event.self_cpu_time_total
-        if micros > 0:
-            kernels.append((micros, event.count, event.key))
+        kernels.append((micros, event.count, event.key))
     kernels.sort(reverse=True)
     total = sum(micros for micros, *_ in kernels)
     largest = []
@@ -183,7 +191,8 @@ def train_ours(job, folder):
     """Train with our script, rehearsal and proof included; return the figures."""
     left_over = start_clean()
     script = SCRIPTS[job.kind]
-    prepared = script.prepare(job.command_line(f"{folder}/ours"))
+    argv = job.command_line(folder)
+    prepared = script.prepare(argv)
     trainer = prepared.trainer
     watch = Watch(job.epoch_steps)
     trainer.add_callback(watch)
@@ -193,7 +202,7 @@ def train_ours(job, folder):
     finally:
         shutil.rmtree(f"{folder}/ours", ignore_errors=True)
     return {
-        "flags": " ".join(job.command_line("OUT")),
+        "flags": shlex.join(argv).replace(str(folder), "TMP"),
         **watch.figures(),
         "precision": trainer.accelerator.mixed_precision,
         **trainer.settled(),
@@ -242,7 +251,7 @@ def train_trl(job, folder):
     watch = Watch(job.epoch_steps)
     data = sft.their_data(job.rows_file)
     dtype = DTYPES[choose_precision(None)[0]]
-    sft.their_training(SFTTrainer, job.model, settings, data, watch, dtype)
+    sft.their_training(SFTTrainer, job.model(folder), settings, data, watch, dtype)
     return watch.figures() | {"left_over_gib": left_over}
 
 
@@ -257,7 +266,7 @@ def train_sentence_transformers(job, folder):
 
     left_over = start_clean()
     dtype = DTYPES[choose_precision(None)[0]]
-    model = embed.their_model(job.model, job.length, False, DEVICE, dtype)
+    model = embed.their_model(job.model(folder), job.length, False, DEVICE, dtype)
     for weight in model.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()  # as ours: an update in bf16 would be rounded away

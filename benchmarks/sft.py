@@ -84,7 +84,7 @@ def make_model(folder, texts, device, shape=None, vocabulary=151936):
     shape: as in SHAPES, whose entry of the device it is if left out.
     """
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import AutoModelForCausalLM, Qwen3Config
 
     make_tokenizer(texts).save_pretrained(folder)
     hidden, layers, heads, kv_heads, head_dim, intermediate = shape or SHAPES[device]
@@ -104,8 +104,8 @@ def make_model(folder, texts, device, shape=None, vocabulary=151936):
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     with torch.device(device):  # on a GPU drawing 1.7 billion numbers takes no time
-        model = Qwen3ForCausalLM(config)
-    model.to(dtype).save_pretrained(folder)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.save_pretrained(folder)
 
 
 def timer():
