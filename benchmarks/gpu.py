@@ -25,6 +25,7 @@ import argparse
 import contextlib
 import importlib.metadata
 import json
+import os
 import signal
 import statistics
 import sys
@@ -101,6 +102,9 @@ IDEAS = {  # a key of gpu_toggles.TOGGLES: kind, shape, flags, words
     "repeated keys": ("sft", "Qwen3-0.6B", "--fp16", 400),
     "pieces that grow": ("sft", "Qwen3-0.6B", "", 200),
     "room for the optimizer": ("sft", "Qwen3-0.6B", "", 200),
+    "fused AdamW": ("sft", "Qwen3-0.6B", "--optimizer adamw", 200),
+    "one copy a step": ("sft", "Qwen3-0.6B", "--no-grow_pieces", 200),
+    "no argmax": ("sft", "Qwen3-0.6B", "", 200),
     "shared prompts": ("preference", "Qwen3-0.6B", "", 400),
 }
 LIBRARIES = "torch transformers peft accelerate bitsandbytes datasets trl sentence-transformers"
@@ -192,7 +196,8 @@ def versions():
     for name in LIBRARIES.split():
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-    return found | {"cuda": torch.version.cuda}
+    allocator = os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
+    return found | {"cuda": torch.version.cuda, "allocator": allocator}
 
 
 @contextlib.contextmanager

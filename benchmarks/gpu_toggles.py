@@ -12,7 +12,9 @@ from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from parts import attention, base, rehearsal
+import train_sft_lora
+from parts import attention, base, rehearsal, run, step
+from parts.causal import token_scores
 from parts.preference import PreferenceTrainer
 
 import torch
@@ -153,6 +155,30 @@ def no_room_held():
     return patched(rehearsal, "bytes_to_come", lambda optimizer, weights, processes: 0)
 
 
+def plain_adamw():
+    """Context in which AdamW is not the fused one, in any precision."""
+    optimizer_of = run.optimizer_of
+    return patched(run, "optimizer_of", lambda name, precision: optimizer_of(name, "fp16"))
+
+
+def copies_one_by_one():
+    """Context in which each tensor of a step is copied by itself, and waited for."""
+
+    def copied(tensors, device):
+        return [tensor.to(device) for tensor in tensors]
+
+    return patched(step, "moved", copied)
+
+
+def likeliest_tokens():
+    """Context in which SFT looks for the likeliest token of each position in training, too."""
+
+    def losses_alone(logits, labels):
+        return token_scores(logits, labels)[0]
+
+    return patched(train_sft_lora, "token_losses", losses_alone)
+
+
 def prompts_apart():
     """Context in which the prompt of a preference pair is computed with each answer."""
     return patched(PreferenceTrainer, "can_share", lambda trainer, pair: False)
@@ -164,5 +190,8 @@ TOGGLES = {  # idea: context manager in which it is off
     "repeated keys": stock_attention,
     "pieces that grow": pieces_of_batch_size,
     "room for the optimizer": no_room_held,
+    "fused AdamW": plain_adamw,
+    "one copy a step": copies_one_by_one,
+    "no argmax": likeliest_tokens,
     "shared prompts": prompts_apart,
 }
