@@ -89,6 +89,8 @@ def add_embedding_flags(parser):
         help="contrast with the documents of all processes [on]")
     add("--matryoshka_dims", type=integer(1), nargs="+", metavar="D",
         help="train these prefixes of the vector too")
+    add("--dev_corpus", nargs="+", metavar="FILE",
+        help="documents that dev queries are searched in too [the training's]")
     add("--query_column", metavar="NAME", help="where its name is not recognised")
     add("--positive_column", metavar="NAME", help="where its name is not recognised")
     add("--negative_column", metavar="NAME", help="where its name is not recognised")
@@ -706,7 +708,8 @@ def read_rows(args):
         evaluates=args.eval_strategy != "no",
     )
     columns = Columns(args.query_column, args.positive_column, args.negative_column)
-    return read_data(source, sizes, columns, args.query_prefix, args.max_negs)
+    corpus = read_corpus(args.dev_corpus) if args.dev_corpus else None
+    return read_data(source, sizes, columns, args.query_prefix, args.max_negs, corpus)
 
 
 @dataclass

@@ -1,14 +1,16 @@
 """Dev sets of the embedding trainer, and the pools of documents that queries are searched in."""
 
+import itertools
+import math
 import random
-from dataclasses import dataclass, field
+from bisect import bisect
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from parts.cells import number_of
-from parts.corpus import document_of
+from parts.beir import read_beir
 from parts.pairs import by_query, read_examples
-from parts.rows import read_rows, read_table, text_id
+from parts.rows import read_rows, text_id
 from parts.splits import hold_out, leave_out, read_enough, too_few
 from utils import InputError, note, say
 
@@ -38,13 +40,14 @@ class DevSet:
 # ---------------------------------------------------------------- training rows and dev sets
 
 
-def read_data(source, sizes, columns, query_prefix, max_negs):
+def read_data(source, sizes, columns, query_prefix, max_negs, corpus=None):
     """Read, check and split the data.
 
-    Returns (training Examples, {name: DevSet}, counts for the report).
+    corpus: the documents of --dev_corpus, or None. Returns (training Examples, {name: DevSet},
+    counts for the report).
     """
     as_examples = partial(read_examples, columns=columns, query_prefix=query_prefix)
-    split = partial(split_rows, sizes=sizes, as_examples=as_examples)
+    split = partial(split_rows, sizes=sizes, as_examples=as_examples, corpus=corpus)
     examples, dev_sets, dropped = read_enough(source, sizes, split)
     has_mined = max_negs and any(example.neg for example in examples)
     if len(examples) < 2 and not has_mined:
@@ -58,24 +61,16 @@ def read_data(source, sizes, columns, query_prefix, max_negs):
     return examples, dev_sets, {"train_rows": len(examples), "dropped": dropped, "dev": counted}
 
 
-def split_rows(rows, sources, sizes, as_examples):
+def split_rows(rows, sources, sizes, as_examples, corpus=None):
     """Turn training rows and dev sources into (training Examples, {name: DevSet}, {reason: count}).
 
-    sources: {name: path, or rows}; as_examples(rows) reads them.
+    sources: {name: path, or rows}; as_examples(rows) reads them; corpus: documents that join every
+    dev set of rows, or None.
     """
     examples, dropped = as_examples(rows)
     rng = random.Random(sizes.seed)
     rng.shuffle(examples)  # the first groups are held out, the first rows trained on
-    dev_sets = {}
-    for name, source in sources.items():
-        dev = read_dev_set(source, as_examples)
-        count = min(sizes.dev or len(dev.queries), len(dev.queries))
-        # sorted, so that the draw does not depend on the order of a file's lines
-        kept = rng.sample(sorted(dev.queries), count)
-        dev.queries = {key: dev.queries[key] for key in sorted(kept)}
-        if not dev.queries:
-            raise InputError(f"--dev_file {source} holds no query with a relevant document.")
-        dev_sets[name] = dev
+    dev_sets, dev_rows = read_dev_sets(sources, sizes.dev, as_examples, rng)
     held = {}
     if not dev_sets:
         groups = mirrored_groups(examples)
@@ -85,21 +80,36 @@ def split_rows(rows, sources, sizes, as_examples):
         dev_sets = {name: dev_from_examples(rows) for name, rows in held.items()}
     trained, leaks = without_leaks(examples, dev_sets)
     trained = trained[: sizes.train]
-    for name in held:
-        dev_sets[name].spare = spare_documents(dev_sets[name], trained, examples, sizes.seed)
+    if corpus is not None:
+        dev_sets = with_corpus(dev_sets, corpus, dev_rows | held, examples, sizes.seed)
+    else:
+        for name in held:
+            dev_sets[name].spare = spare_documents(dev_sets[name], trained, examples, sizes.seed)
     return trained, dev_sets, dropped | leaks
 
 
-def read_dev_set(source, as_examples):
-    """Return the DevSet of a BEIR folder, a file, or rows."""
-    if not isinstance(source, str):
-        rows = source
-    elif Path(source).is_dir():
-        return dev_from_beir(source)
-    else:
-        rows = read_rows(source)
-    examples, _ = as_examples(rows)
-    return dev_from_examples(examples)
+def read_dev_sets(sources, limit, as_examples, rng):
+    """Return ({name: DevSet}, {name: its Examples} of those that are rows) of the dev sources.
+
+    Of each, `limit` queries are drawn; None: all are taken.
+    """
+    dev_sets = {}
+    dev_rows = {}
+    for name, source in sources.items():
+        if isinstance(source, str) and Path(source).is_dir():
+            dev = dev_from_beir(source)
+        else:
+            rows = read_rows(source) if isinstance(source, str) else source
+            dev_rows[name], _ = as_examples(rows)
+            dev = dev_from_examples(dev_rows[name])
+        count = min(limit or len(dev.queries), len(dev.queries))
+        # sorted, so that the draw does not depend on the order of a file's lines
+        kept = rng.sample(sorted(dev.queries), count)
+        dev.queries = {key: dev.queries[key] for key in sorted(kept)}
+        if not dev.queries:
+            raise InputError(f"--dev_file {source} holds no query with a relevant document.")
+        dev_sets[name] = dev
+    return dev_sets, dev_rows
 
 
 def mirrored_groups(examples):
@@ -175,6 +185,19 @@ def dev_from_examples(examples):
 def spare_documents(dev, examples, rest, seed):
     """Draw at most MAX_POOL documents of `examples`, trained on, that are wrong for all of `dev`.
 
+    rest: the rows that tell which are not.
+    """
+    documents = {}  # a dict keeps their order, which the draw depends on
+    for example in examples:
+        documents |= dict.fromkeys(example.pos + example.neg)
+    documents = list(documents)
+    random.Random(seed).shuffle(documents)
+    return wrong_documents(dev, documents, rest, MAX_POOL)
+
+
+def wrong_documents(dev, documents, rest, most=math.inf):
+    """Return the first `most` of `documents` that are wrong for all of `dev`, each text once.
+
     Left aside are texts that `dev` has, as a document or as a query, and what any row of `rest`
     pairs with a query of `dev`, in either direction.
     """
@@ -186,85 +209,42 @@ def spare_documents(dev, examples, rest, seed):
             aside |= positives
         if not queries.isdisjoint(positives):
             aside.add(by_query(example))
-    documents = {}  # a dict keeps their order, which the draw depends on
-    for example in examples:
-        documents |= dict.fromkeys(example.pos + example.neg)
-    documents = list(documents)
-    random.Random(seed).shuffle(documents)
-    spare = []
+    wrong = []
     for text in documents:
-        if len(spare) < MAX_POOL and text_id(text) not in aside:
+        if len(wrong) < most and text_id(text) not in aside:
             aside.add(text_id(text))
-            spare.append(text)
-    return spare
+            wrong.append(text)
+    return wrong
+
+
+def with_corpus(dev_sets, corpus, dev_rows, rest, seed):
+    """Return the dev sets, those of rows with the documents of --dev_corpus in their pools.
+
+    dev_rows: {name: Examples} of the dev sets that are rows; `rest`: all other Examples.
+    """
+    if not dev_sets:
+        note("--dev_corpus is not used: no rows are held out, and no --dev_file is given")
+    known = [*rest, *itertools.chain.from_iterable(dev_rows.values())]
+    found = dict(dev_sets)
+    for name, dev in dev_sets.items():
+        if name not in dev_rows:
+            note(f"{name or 'dev'}: a BEIR folder keeps its own corpus, without --dev_corpus")
+            continue
+        wrong = wrong_documents(dev, corpus, known)
+        say(
+            f"corpus    {name or 'dev'}: {len(wrong)} of {len(corpus)} documents of --dev_corpus "
+            "stand in the way (the others are in the pool, or right for one of its queries)"
+        )
+        if not wrong:
+            note(f"{name or 'dev'}: --dev_corpus adds no document to the pool")
+        found[name] = replace(dev, corpus=mixed(dev.corpus, wrong, seed))
+    return found
 
 
 def dev_from_beir(folder):
-    """Read a BEIR folder: corpus.jsonl, queries.jsonl, qrels/*.tsv.
-
-    Of several qrels it takes dev.tsv, else test.tsv.
-    """
-    folder = Path(folder)
-    missing = [name for name in ("corpus.jsonl", "queries.jsonl") if not (folder / name).is_file()]
-    qrels = sorted(folder.glob("qrels/*.tsv"), key=order_of_qrels)
-    if missing or not qrels:
-        raise InputError(f"{folder} is no BEIR folder: no {', '.join(missing) or 'qrels/*.tsv'}.")
-    corpus = read_beir_texts(folder / "corpus.jsonl")
-    queries = read_beir_texts(folder / "queries.jsonl")
-    relevant = {}
-    for where, query, document, score in read_qrels(qrels[0], queries):
-        # a judgement of what is not there would make recall 1 unreachable
-        if query not in queries or document not in corpus:
-            unknown = query if query not in queries else document
-            raise InputError(f"{where}: {unknown} is in no file of {folder}.")
-        if score > 0:  # 0: looked at, and found irrelevant
-            relevant.setdefault(query, set()).add(document)
+    """Make a dev set of a BEIR folder, of the queries that have a relevant document."""
+    queries, corpus, relevant = read_beir(folder)
     return DevSet({name: (queries[name], None) for name in relevant}, corpus, relevant)
-
-
-def order_of_qrels(path):
-    """Return a key that puts dev.tsv first, test.tsv second."""
-    return path.stem not in ("dev", "test"), path.stem
-
-
-def read_beir_texts(path):
-    """Read corpus.jsonl or queries.jsonl into {id: text}."""
-    texts = {}
-    for where, row in read_rows(path):
-        if "_id" not in row or "text" not in row:
-            raise InputError(
-                f'{where}: no _id or no text. A line is {{"_id": "7", "text": "..."}}.'
-            )
-        text = document_of(row, where) or "-"  # an empty document counts too
-        if texts.setdefault(str(row["_id"]), text) != text:
-            raise InputError(
-                f"{where}: the _id {row['_id']} stood before another text. Delete one of the two."
-            )
-    return texts
-
-
-def read_qrels(path, queries):
-    """Read judgements into [(where, query id, document id, score)]; a first line may name them."""
-    lines = read_table(path)
-    width = len(lines[0][1]) if lines else 0
-    if width not in (2, 3):
-        raise InputError(
-            f"{path} has lines of {width} columns. Write query id, document id and score, "
-            "tab-separated."
-        )
-    first = lines[0][1]
-    has_no_score = width == 2 or number_of(first[2]) is None
-    if first[0] not in queries and has_no_score:  # column names
-        lines = lines[1:]
-    judgements = []
-    for where, cells in lines:
-        score = 1.0 if width == 2 else number_of(cells[-1])
-        if len(cells) != width or score is None:
-            raise InputError(
-                f"{where}: not the {width} columns of the first line, or a score that is no number."
-            )
-        judgements.append((where, cells[0], cells[1], score))
-    return judgements
 
 
 def dev_sizes(dev_sets):
@@ -300,14 +280,23 @@ def filled(dev, texts, doc_prefix, room, seed):
     spare = dev.spare[: max(0, MAX_POOL - len(dev.corpus))]
     tokens = np.cumsum([len(texts[texts.add(doc_prefix, text, False)]) for text in spare])
     count = int(np.searchsorted(tokens, room, side="right"))
-    # equal scores are ranked by id: ids behind all others would favour the held-out documents,
-    # so the new ones mix with them
+    return DevSet(dev.queries, mixed(dev.corpus, spare[:count], seed), dev.relevant, dev.own)
+
+
+def mixed(corpus, texts, seed):
+    """Return a corpus {id: text} with more texts, whose ids stand anywhere among its own.
+
+    Equal scores are ranked by id: were all the new ones behind the others, those would be favoured.
+    """
     rng = random.Random(seed)
-    own = list(dev.corpus)
+    own = sorted(corpus)
+    places = sorted(rng.random() for _ in own)  # of all documents, in [0, 1)
     more = {}
-    for i, text in enumerate(spare[:count]):
-        more[f"{rng.choice(own)}-{i:05d}"] = text
-    return DevSet(dev.queries, dev.corpus | more, dev.relevant, dev.own)
+    for i, text in enumerate(texts):
+        before = bisect(places, rng.random())  # how many of its own stand before it
+        # "-" sorts before digits, and "d7-" behind "d7": next to its neighbour on the left
+        more[f"{own[before - 1] if before else ''}-{i:07d}"] = text
+    return corpus | more
 
 
 def fill_pools(dev_sets, texts, query_prefix, doc_prefix, plan, training, seed):

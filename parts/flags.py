@@ -254,6 +254,7 @@ def refuse_contradictions(parser, args, bits):
     full = args.finetune_type == "full"
     patience = args.early_stopping_patience
     needs_best = args.save_best or patience
+    dev_corpus = getattr(args, "dev_corpus", None)
     resume = args.resume_from_checkpoint
     precisions = args.fp16 + args.bf16 + bool(args.mixed_precision)
     # fmt: off
@@ -270,6 +271,8 @@ def refuse_contradictions(parser, args, bits):
          "--finetune_type full trains no adapter: drop --merge_adapter"),
         (needs_best and no_eval,
          "--save_best and --early_stopping_patience need an evaluation"),
+        (dev_corpus and no_eval,
+         "--dev_corpus is searched in evaluations, and there are none: drop it"),
         (no_save and (needs_best or args.save_on_epoch_end),
          "--save_best, --early_stopping_patience, --save_on_epoch_end need checkpoints: "
          "drop --checkpoint_strategy no"),

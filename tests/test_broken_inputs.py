@@ -187,6 +187,9 @@ BROKEN_FOLDERS = {
     ),
     "no checkpoint": (["--resume_from_checkpoint", "nowhere"], "nowhere is no complete checkpoint"),
     "empty dev": (["--dev_file", "BLANK"], "holds no query with a relevant document"),
+    "missing corpus": (["--dev_corpus", "nowhere.jsonl"], "nowhere.jsonl is not there"),
+    "a folder as corpus": (["--dev_corpus", "EMPTY"], "is a folder, not a file of documents"),
+    "corpus of rows": (["--dev_corpus", "DATA"], 'no text (fields: "query", "pos", "neg")'),
     "full folder": (["--output_dir", "DATA_FOLDER"], "is not empty. Pass another, --overwrite"),
     "a file for a folder": (["--output_dir", "DATA"], "is a file. Name a folder"),
     "unknown metric": (

@@ -172,6 +172,7 @@ OF_CHATS = ["messages", "formats", "chats", "trials", "template", "pieces", "mas
 OF_FILES = [
     "rows",
     "corpus",
+    "beir",
     "splits",
     "token_cache",
     "pairs",

@@ -3,9 +3,9 @@
 import json
 
 from conftest import write_jsonl
+from parts.beir import read_beir_texts
 from parts.cells import texts_of
 from parts.corpus import read_corpus
-from parts.dev_sets import read_beir_texts
 from utils import InputError
 
 import pyarrow as pa

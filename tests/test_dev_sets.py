@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import train_embed_lora
-from conftest import make_rows, write_jsonl
+from conftest import TOPICS, make_rows, write_jsonl
 from parts import dev_sets as room
 from parts.dev_sets import (
     HELD_OUT,
@@ -12,6 +12,7 @@ from parts.dev_sets import (
     dev_from_examples,
     evaluations_of,
     filled,
+    mixed,
     read_data,
     spare_documents,
 )
@@ -25,12 +26,14 @@ from utils import InputError
 import pytest
 import torch
 from accelerate import Accelerator
+from sentence_transformers import SentenceTransformer
 
 
-def read(train_file, dev_file=None, seed=42, **sizes):
-    """Return what a training file, and a [NAME=]PATH of a dev set, make."""
+def read(train_file, dev_file=None, seed=42, corpus=None, **sizes):
+    """Return what a training file, a [NAME=]PATH of a dev set, and a corpus of texts make."""
     source = Source([str(train_file)], dev_file and [str(dev_file)])
-    return read_data(source, Sizes(seed, HELD_OUT, **sizes), Columns(), None, max_negs=1)
+    sizes = Sizes(seed, HELD_OUT, **sizes)
+    return read_data(source, sizes, Columns(), None, max_negs=1, corpus=corpus)
 
 
 def test_labels_are_read_from_tables_and_tell_dev_documents_apart(tmp_path):
@@ -246,6 +249,148 @@ def test_equal_scores_do_not_favour_the_held_out_documents():
     relevant = [{column[name]} for name in own]
     collapsed = retrieval_metrics(torch.ones(50, 4), torch.ones(500, 4), relevant)
     assert collapsed["recall@10"] < 0.1  # by chance 0.02; 0.2 if the 50 stood first
+
+
+def test_more_ids_stand_anywhere_among_its_own():
+    own = {"d000000000": "own", "d000000001": "other"}
+    places = []
+    for seed in range(400):
+        corpus = mixed(own, [f"more {i}" for i in range(8)], seed)
+        assert len(corpus) == 10 and corpus.items() >= own.items()
+        places += [sorted(corpus).index(name) for name in own]
+    counts = [places.count(place) for place in range(10)]
+    assert 40 < min(counts) and max(counts) < 130  # 80 each by chance
+    assert mixed({}, ["a", "b"], 0).keys() == {"-0000000", "-0000001"}
+
+
+# ---------------------------------------------------------------- --dev_corpus
+
+
+def test_documents_of_the_corpus_stand_in_the_way_where_no_row_makes_them_right(tmp_path, capsys):
+    train = [{"query": f"q{i}", "pos": [f"p{i}"]} for i in range(5)]
+    # leaks, which are left out of training, tell what is right all the same
+    train += [{"query": "WHO?", "pos": ["a friend"]}, {"query": "his wife", "pos": ["who?"]}]
+    train = write_jsonl(tmp_path / "train.jsonl", train)
+    rows = [{"query": "who?", "pos": ["him"], "neg": ["a chair"]}, {"query": "r", "pos": ["him"]}]
+    rows += [{"query": "s", "pos": ["a pen"]}]
+    dev = write_jsonl(tmp_path / "dev.jsonl", rows)
+    corpus = ["wrong", "A friend", "His wife", "Who?", "HIM", "a chair ", "p0", "q1", "Wrong"]
+    dev = read(train, dev, corpus=corpus)[1][""]
+    added = {text for name, text in dev.corpus.items() if not name.startswith("d") or "-" in name}
+    assert added == {"wrong", "p0", "q1"}
+    assert sorted(dev.corpus.values()) == ["a chair", "a pen", "him", "p0", "q1", "wrong"]
+    assert pairs_of(dev) == {("who?", "him"), ("r", "him"), ("s", "a pen")}
+    said = capsys.readouterr().out
+    assert "corpus    dev: 3 of 9 documents of --dev_corpus stand in the way (" in said
+
+
+def test_rows_of_another_dev_set_or_of_queries_not_drawn_tell_what_is_right(tmp_path):
+    train = write_jsonl(tmp_path / "train.jsonl", make_rows(8))
+    one = [{"query": f"q{i}", "pos": [f"p{i}"]} for i in range(9)]
+    one += [{"query": f"twin {i}", "pos": [f"q{i}"]} for i in range(9)]
+    files = [f"one={write_jsonl(tmp_path / 'one.jsonl', one)}"]
+    two = [{"query": f"Q{i}", "pos": [f"also {i}"]} for i in range(9)]
+    files.append(f"two={write_jsonl(tmp_path / 'two.jsonl', two)}")
+    corpus = [f"{kind} {i}" for kind in ("also", "twin", "wrong") for i in range(9)]
+    sizes = Sizes(42, HELD_OUT, dev=6)
+    source = Source([train], files)
+    dev_sets = read_data(source, sizes, Columns(), None, max_negs=1, corpus=corpus)[1]
+    right = 0
+    for dev in dev_sets.values():
+        texts = set(dev.corpus.values())
+        assert len(dev.queries) == 6 and texts >= {f"wrong {i}" for i in range(9)}
+        for i in range(9):
+            if f"q{i}" in {text.lower() for text, _ in dev.queries.values()}:
+                right += 1
+                assert f"twin {i}" not in texts
+                assert f"also {i}" not in texts or "two" in dev_sets and dev is dev_sets["two"]
+    assert right >= 6
+
+
+def test_the_corpus_joins_held_out_rows_in_place_of_the_trainings(run_embed, tmp_path, capsys):
+    files = [write_jsonl(tmp_path / "a.jsonl", [{"text": f"way {i}"} for i in range(70)])]
+    files.append(write_jsonl(tmp_path / "b.jsonl", [{"text": f"way {i}"} for i in range(60, 90)]))
+    flags = ["--dry_run", "--max_steps", 200, "--eval_every", 0]
+    run_embed(*flags, "--dev_corpus", *files)
+    said = capsys.readouterr().out
+    assert "corpus    dev: 90 of 90 documents" in said and "the training's" not in said
+    own = read(tmp_path / "pairs.jsonl")[1][""]
+    held = read(tmp_path / "pairs.jsonl", corpus=[f"way {i}" for i in range(90)])[1][""]
+    assert not held.spare and own.spare
+    assert held.corpus.items() >= own.corpus.items()
+    assert len(held.corpus) == len(own.corpus) + 90
+    assert f"pool      dev: {len(held.corpus)} documents; " in said
+
+
+def test_a_corpus_beyond_the_limit_is_taken_whole(run_embed, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(room, "MAX_POOL", 20)
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", [{"text": f"way {i}"} for i in range(200)])
+    report = run_embed("--dry_run", "--max_steps", 1, "--dev_corpus", corpus)
+    assert report["data"]["dev"]["dev"]["corpus"] > 200
+    said = capsys.readouterr().out
+    share = int(said.split("evaluations embed ")[1].partition("%")[0])
+    assert share > 100 and share == round(100 * report["plan"]["evaluation_share"])
+
+
+def test_metrics_are_those_of_a_naive_loop_over_the_larger_pool(run_embed, tmp_path, tiny_bert):
+    rows = [{"query": f"the {a} {i}", "pos": [f"look at {a} {i}"]} for i, a in enumerate(TOPICS)]
+    dev = write_jsonl(tmp_path / "dev.jsonl", rows)
+    corpus = [f"the {a} with a {b}" for a in TOPICS for b in TOPICS]
+    file = write_jsonl(tmp_path / "corpus.jsonl", [{"text": text} for text in corpus])
+    flags = ["--max_steps", 1, "--dev_file", dev]
+    alone = run_embed(*flags, out=tmp_path / "alone")
+    report = run_embed(*flags, "--dev_corpus", file)
+    base = SentenceTransformer(tiny_bert, device="cpu")
+    documents = [row["pos"][0] for row in rows] + corpus
+    scores = torch.tensor(base.encode([row["query"] for row in rows], normalize_embeddings=True))
+    scores = scores @ torch.tensor(base.encode(documents, normalize_embeddings=True)).T
+    ranks = torch.tensor([(row > row[i] + 1e-6).sum() for i, row in enumerate(scores)])
+    before = report["metrics"]["before"]
+    for k in (1, 3, 10):
+        assert before[f"recall@{k}"] == pytest.approx((ranks < k).double().mean().item())
+    reciprocal = torch.where(ranks < 100, 1 / (ranks + 1.0), 0).mean().item()  # one is relevant
+    assert before["map@100"] == pytest.approx(reciprocal, abs=1e-6)
+    assert 0.1 < before["recall@10"] < alone["metrics"]["before"]["recall@10"]
+
+
+def test_resume_refuses_another_corpus(run_embed, tmp_path):
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", [{"text": f"way {i}"} for i in range(20)])
+    flags = ["--max_steps", 2, "--save_best", 0, "--dev_corpus", corpus]
+    run_embed(*flags)
+    (tmp_path / "out/training_summary_report.json").unlink()
+    assert run_embed(*flags, "--resume_from_checkpoint")["steps"] == 2
+    (tmp_path / "out/training_summary_report.json").unlink()
+    write_jsonl(tmp_path / "corpus.jsonl", [{"text": f"way {i}"} for i in range(21)])
+    with pytest.raises(InputError, match="data_fingerprint was .* and is"):
+        run_embed(*flags, "--resume_from_checkpoint")
+
+
+def test_a_beir_folder_keeps_its_corpus(tmp_path, capsys):
+    train = write_jsonl(tmp_path / "train.jsonl", make_rows(8))
+    folder = beir(tmp_path / "beir")
+    dev = read(train, folder, corpus=["more"])[1][""]
+    assert dev == dev_from_beir(folder)
+    said = "note      dev: a BEIR folder keeps its own corpus, without --dev_corpus\n"
+    assert said in capsys.readouterr().out
+
+
+def test_a_corpus_that_changes_nothing_is_noted(tmp_path, capsys):
+    three = write_jsonl(tmp_path / "three.jsonl", make_rows(3))
+    assert read(three, corpus=["more"])[1] == {}
+    assert "note      --dev_corpus is not used: no rows are held out" in capsys.readouterr().out
+    train = write_jsonl(tmp_path / "train.jsonl", make_rows(8))
+    dev = write_jsonl(tmp_path / "dev.jsonl", [{"query": "q", "pos": ["p"]}])
+    read(train, dev, corpus=["P", "Q"])
+    assert "note      dev: --dev_corpus adds no document to the pool\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [["--eval_strategy", "no"], ["--dev_size", 0]])
+def test_a_corpus_without_evaluations_is_refused(embed_argv, flags, capsys):
+    with pytest.raises(SystemExit) as error:
+        train_embed_lora.main(embed_argv("--dev_corpus", "corpus.jsonl", *flags))
+    assert error.value.code == 2
+    said = "--dev_corpus is searched in evaluations, and there are none: drop it"
+    assert said in capsys.readouterr().err
 
 
 @pytest.fixture
