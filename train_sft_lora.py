@@ -175,6 +175,7 @@ from parts.rows import HubSet
 from parts.samples import TrainSet, first_ids, flat, make_samples, tokens_of, unknown_share
 from parts.scores import LOWER_IS_BETTER, WATCHED, metric_names, shown_of
 from parts.splits import Sizes, Source
+from parts.step import pad
 from parts.template import Chat, note_oddities, read_template, stored_stops
 from parts.tokenizer import check_vocabulary, load_tokenizer, within_limit
 from utils import InputError, note, say
@@ -258,7 +259,7 @@ class SftTrainer(CausalTrainer):
         # padded with False, as ids are with 0: no token behind a row's end is learnt
         masks = [torch.tensor(step["supervised"][i]) for i in piece]
         mask = nn.utils.rnn.pad_sequence(masks, batch_first=True)  # (B, T)
-        input_ids, _ = self.pad(step, piece)
+        input_ids, _ = pad([step["sequences"][i] for i in piece])
         return {"input_ids": input_ids} | predicted(input_ids, mask)
 
     def run_step(self, model, step, pieces, tokens_at_once):
@@ -273,7 +274,7 @@ class SftTrainer(CausalTrainer):
         total = 0
         for i, inputs in enumerate(self.inputs_of(step, pieces)):
             with self.unsynced(model, i < len(pieces) - 1):  # added up once, with the last
-                losses = self.token_scores(model, token_losses, inputs)
+                losses = self.score_tokens(model, token_losses, inputs)
                 loss = share_of_loss(losses, tokens, self.accelerator.num_processes)
                 self.accelerator.backward(loss)
             total += loss.detach()
@@ -287,7 +288,7 @@ class SftTrainer(CausalTrainer):
             scores = []
             for piece in self.pieces_of(own):
                 [inputs] = self.inputs_of(own, [piece])
-                scores.append(self.token_scores(self.model, token_scores, inputs))
+                scores.append(self.score_tokens(self.model, token_scores, inputs))
             # of losses, of hits, of tokens; float32 counts no further than 16 million
             sums = torch.zeros(3, dtype=torch.float64)
             for losses, hits in (each.cpu().double() for each in scores):
@@ -303,14 +304,12 @@ def first_logits(trainer, samples, ids):
 
     ids: the samples' token ids, as one of two tokenizers made them.
     """
-    step = {"rows": len(ids), "sequences": ids}
 
     def logits_of(i):
         # the positions before its tokens, which give their logits; eight are enough to differ in
         answer = samples[i]["supervised"][1:].nonzero()[0][:8]
         keep = torch.tensor(answer, device=trainer.args.device)
-        input_ids, _ = trainer.pad(step, [i])
-        input_ids = input_ids.to(trainer.args.device)
+        input_ids = pad([ids[i]])[0].to(trainer.args.device)
         with trainer.accelerator.autocast():
             logits = trainer.model(input_ids=input_ids, logits_to_keep=keep).logits
         return logits[0].float()

@@ -3,7 +3,7 @@
     python benchmarks/layouts.py            # writes benchmarks/results/layouts.json
     python benchmarks/layouts.py --shapes "2 layers of 64" --prompts 64 512 --rounds 1
 
-A shared prompt is computed once, but its mask (parts/preference.py, lay_out_shared) is none that
+A shared prompt is computed once, but its mask (parts/layouts.py, lay_out_shared) is none that
 attention kernels know: they go through all of it, and on a GPU the flash kernels do not take it.
 Two rows go through the prompt twice, with a causal mask, of which half is never computed. The time
 of a PreferenceTrainer's steps, forward and backward, on both layouts in turn, tells which is faster

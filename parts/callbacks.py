@@ -32,6 +32,7 @@ class RunCallback(ProgressCallback):
         self.output_dir = output_dir
         self.before = before  # metrics of the untrained model, {} without a dev set
         self.signal = None
+        self.unlogged = []  # (figures, entry of the log) of steps that were not looked at yet
         self.skipped = 0  # steps in a row whose gradients overflowed
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -57,10 +58,9 @@ class RunCallback(ProgressCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         super().on_step_end(args, state, control, **kwargs)
-        figures = {"learning_rate": self.learning_rate, "epoch": state.epoch}
-        figures["step"] = state.global_step
-        # each step's own: a log line shows means of as many as --logging_steps says, of these
-        state.log_history.append(self.trainer.step_figures | figures)
+        entry = {"learning_rate": self.learning_rate, "epoch": state.epoch}
+        entry["step"] = state.global_step
+        self.unlogged.append((self.trainer.figures, entry))
         state.stateful_callbacks[CUT] = self.trainer.settled()  # a checkpoint holds it
         self.count_skipped()
         stop = self.must_stop(args.device)
@@ -73,6 +73,19 @@ class RunCallback(ProgressCallback):
             control.should_training_stop |= stop
             # a checkpoint without figures can be no best one; whoever stops a run waits for none
             control.should_evaluate |= self.plan.save_best and not stop
+        self.look_if_due(state, control)
+
+    def look_if_due(self, state, control):
+        """Look at the step at once if something follows it; log the steps that were looked at."""
+        stays = control.should_save or control.should_evaluate or control.should_training_stop
+        if stays or control.should_log:
+            self.trainer.look_at(self.trainer.figures)
+        if stays:
+            self.trainer.check_weights()
+        while self.unlogged and self.unlogged[0][0].known:
+            figures, entry = self.unlogged.pop(0)
+            # each step's own: a log line shows means of as many as --logging_steps says, of these
+            state.log_history.append(figures.known | entry)
 
     def count_skipped(self):
         """Count steps that the loss scaler skipped; raises InputError after too many in a row."""

@@ -103,7 +103,7 @@ class CausalTrainer(StepTrainer):
         self.position_limit = position_limit
         self.head = self.model.get_output_embeddings()
 
-    def token_scores(self, model, score, inputs, **more):
+    def score_tokens(self, model, score, inputs, **more):
         """Return score(logits, labels) of a piece's tokens, as `predicted` has chosen them.
 
         score: token_losses or token_scores; more: inputs of the model's beside input_ids.

@@ -1,4 +1,4 @@
-"""Learning which of two answers is better: six losses, two layouts of a pair, the step.
+"""Learning which of two answers is better: six losses, the reference, the step.
 
 Shapes: P pairs, T tokens; (P, 2) is chosen, rejected.
 """
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from functools import partial
 from statistics import fmean as mean
 
-from parts.causal import CausalTrainer, predicted, token_losses
-from parts.samples import first_answer, longest_side
+from parts.causal import CausalTrainer, token_losses
+from parts.layouts import collate_pairs, lay_out_pairs, positions_and_mask
+from parts.samples import longest_side
 from parts.step import moved
 from utils import InputError, say
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
@@ -85,37 +85,12 @@ def preference_losses(preference, logps, reference, lengths, kl=(0.0, 0.0)):
     return losses + preference.ftx * fine_tuning
 
 
-def collate_pairs(shares, samples):
-    """Make one step of pairs: each is one sequence, prompt + chosen + (prompt) + rejected.
-
-    With `shares` the prompt stands there once. Its last token alone is repeated before the rejected
-    answer, whose first token it predicts.
-    """
-    step = {
-        "rows": len(samples),
-        "shares": shares,
-        "sequences": [],
-        "prompts": [],  # tokens
-        "chosen": [],  # where the rejected answer's part begins
-        "reference": [],
-        "counted": [1] * len(samples),  # 0: the row only fills the step up
-    }
-    for sample in samples:
-        chosen, rejected = sample["sides"]
-        prompt = first_answer(chosen)
-        first, second = chosen["input_ids"], rejected["input_ids"]
-        if shares:
-            second = second[prompt - 1 :]
-        step["sequences"].append(np.concatenate([first, second]))
-        step["prompts"].append(prompt)
-        step["chosen"].append(len(first))
-        step["reference"].append(sample.get("reference"))
-    return step
-
-
-def column(numbers, piece):
-    """Return a piece's numbers (P, 1)."""
-    return torch.tensor([numbers[i] for i in piece])[:, None]
+def pair_means(sums):
+    """Return {name: mean} from a list of PreferenceTrainer.pair_sums."""
+    count, accurate, loss, *sides = sums
+    means = {name: value / count for name, value in zip(SIDES, sides, strict=True)}
+    margin = means["reward_chosen"] - means["reward_rejected"]
+    return {"loss": loss / count, "accuracy": accurate / count, "margin": margin, **means}
 
 
 def as_share(sign):
@@ -190,61 +165,15 @@ class PreferenceTrainer(CausalTrainer):
     def pair_logps(self, model, inputs):
         """Return summed log-probabilities (P, 2) of a piece's answers."""
         more = self.shared_inputs(inputs) if "middle" in inputs else {}
-        losses = self.token_scores(model, token_losses, inputs, **more)  # (N,)
+        losses = self.score_tokens(model, token_losses, inputs, **more)  # (N,)
         lengths = inputs["lengths"]
         logps = -losses.new_zeros(lengths.numel()).index_add(0, inputs["side"], losses)
         return logps.view(-1, 2)
 
-    def lay_out(self, step, piece):
-        """Return all that a piece's passes and losses need, on the CPU.
-
-        input_ids (B, T); of the answers' tokens positions, labels and side (N,), which counts the
-        answers; lengths (P, 2) of these, in tokens; counted (P,). Of pairs with one prompt more.
-        """
-        lay_out = self.lay_out_shared if step["shares"] else self.lay_out_apart
-        input_ids, answer, lengths, more = lay_out(step, piece)
-        # tokens come answer by answer in either layout: chosen, rejected, chosen of the next pair
-        side = torch.arange(lengths.numel()).repeat_interleave(lengths.flatten())
-        inputs = {"input_ids": input_ids, "lengths": lengths, "side": side}
-        inputs["counted"] = torch.tensor([step["counted"][i] for i in piece])
-        return inputs | predicted(input_ids, answer) | more
-
-    def lay_out_shared(self, step, piece):
-        """Lay each pair of a piece out as one sequence, its prompt once.
-
-        Returns input_ids (P, T), which tokens are answers (P, T), lengths (P, 2), and prompt and
-        middle (P, 1), from which the device makes the rest.
-
-            token      p0 p1 p2 | c0 c1 c2 | p2 r0 r1     prompt 3, middle 6, end 9
-            position    0  1  2    3  4  5    2  3  4
-            answer                 x  x  x       x  x
-
-        The prompt's last token stands again at `middle`, to predict the rejected answer's first.
-        From there on a token sees the prompt before it and its own part, never the chosen answer.
-        """
-        input_ids, ends = self.pad(step, piece)
-        prompt = column(step["prompts"], piece)  # (P, 1)
-        middle = column(step["chosen"], piece)
-        end = ends[:, None]
-        t = torch.arange(input_ids.shape[1])[None]  # (1, T)
-        answer = (t >= prompt) & (t < end) & (t != middle)
-        lengths = torch.cat([middle - prompt, end - middle - 1], 1)
-        return input_ids, answer, lengths, {"prompt": prompt, "middle": middle}
-
     def shared_inputs(self, inputs):
-        """Return the positions and the mask of a piece whose pairs have one prompt each."""
-        input_ids, prompt, middle = inputs["input_ids"], inputs["prompt"], inputs["middle"]
-        t = torch.arange(input_ids.shape[1], device=input_ids.device)[None]  # (1, T)
-        is_second = t >= middle  # (P, T)
-        same_part = is_second[:, :, None] == is_second[:, None]  # (P, query, key)
-        in_prompt = (t < prompt - 1)[:, None]
-        is_causal = t[:, :, None] >= t[:, None]
-        # padding belongs to the second part, whose tokens before it never see it
-        seen = (same_part | in_prompt) & is_causal
-        return {
-            "position_ids": torch.where(is_second, t - middle + prompt - 1, t),
-            "attention_mask": self.as_mask(seen[:, None]),
-        }
+        """Return the model's inputs beside input_ids, of a piece whose prompts stand there once."""
+        position_ids, seen = positions_and_mask(**inputs)
+        return {"position_ids": position_ids, "attention_mask": self.as_mask(seen[:, None])}
 
     def as_mask(self, seen):
         """Return seen (P, 1, T, T) as attention takes it: of eager, which adds it, as numbers."""
@@ -254,20 +183,9 @@ class PreferenceTrainer(CausalTrainer):
         # not -inf, and finite in every precision that it may be cast to
         return mask.masked_fill(~seen, torch.finfo(torch.float16).min)
 
-    def lay_out_apart(self, step, piece):
-        """Lay each pair of a piece out as two sequences, each with the prompt.
-
-        Returns input_ids (2 P, T), which tokens are answers (2 P, T), lengths (P, 2), no more.
-        """
-        sides = []
-        for i in piece:
-            sequence, middle = step["sequences"][i], step["chosen"][i]
-            sides += [sequence[:middle], sequence[middle:]]
-        input_ids, sizes = self.pad({"sequences": sides}, range(len(sides)))
-        prompt = column(step["prompts"], piece)  # (P, 1)
-        t = torch.arange(input_ids.shape[1])[None]  # (1, T)
-        answer = (t >= prompt.repeat_interleave(2, 0)) & (t < sizes[:, None])
-        return input_ids, answer, sizes.view(-1, 2) - prompt, {}
+    def lay_out(self, step, piece):
+        """Return {name: int64 tensor} of a piece's pairs, on the CPU."""
+        return lay_out_pairs(step, piece)
 
     def lengths_of(self, step):
         """Return how many tokens each pair takes in a piece."""
@@ -302,8 +220,9 @@ class PreferenceTrainer(CausalTrainer):
         """Return {row: [its two log-probabilities]} of pairs, shared out over the processes."""
 
         def own():
+            pieces = [(rows, logps) for rows, logps, *_ in self.each_pair(samples)]
             found = []
-            for rows, logps, *_ in self.each_pair(samples):
+            for rows, logps in pieces:  # read once all are queued
                 found += zip(rows, logps.tolist(), strict=True)
             return found
 
@@ -314,10 +233,10 @@ class PreferenceTrainer(CausalTrainer):
 
     def references(self, step, pieces):
         """Return the reference log-probabilities (P, 2) of each piece, None where not computed."""
-        if None in step["reference"]:
+        if step["reference"][0] is None:  # then all are
             return [None] * len(pieces)
-        known = torch.tensor(step["reference"])
-        return moved([known[list(piece)] for piece in pieces], self.args.device)
+        known = [torch.tensor([step["reference"][i] for i in piece]) for piece in pieces]
+        return moved(known, self.args.device)
 
     # ------------------------------------------------------------ the step and its figures
 
@@ -358,9 +277,14 @@ class PreferenceTrainer(CausalTrainer):
             sums += (gained * piece["counted"][:, None]).sum(0)
         return self.accelerator.reduce(sums)
 
-    def figures_of_step(self, loss):
-        """Return the loss of the step, and what it did to rewards and log-probabilities."""
-        return self.pair_means(self.seen) | super().figures_of_step(loss)
+    def numbers_of_step(self, loss):
+        """Return the loss of the step, and sums of what it did to rewards and log-probabilities."""
+        return torch.cat([super().numbers_of_step(loss), self.over_processes(self.seen)])
+
+    def figures_of(self, numbers):
+        """Return {name: number} from the list of numbers_of_step."""
+        loss, *sums = numbers
+        return pair_means(sums) | {"loss": loss}
 
     def pair_sums(self, logps, reference, lengths, losses, counted):
         """Return sums (9,) over the `counted` pairs: count, accurate, loss, then those of SIDES."""
@@ -369,13 +293,6 @@ class PreferenceTrainer(CausalTrainer):
         accurate = as_share((rewards[:, :1] - rewards[:, 1:]).sign())
         columns = [torch.ones_like(accurate), accurate, losses[:, None], rewards, logps, lengths]
         return (torch.cat(columns, 1) * counted[:, None]).double().sum(0)
-
-    def pair_means(self, sums):
-        """Return {name: mean} from pair_sums of all processes."""
-        count, accurate, loss, *sides = self.over_processes(sums).tolist()
-        means = {name: value / count for name, value in zip(SIDES, sides, strict=True)}
-        margin = means["reward_chosen"] - means["reward_rejected"]
-        return {"loss": loss / count, "accuracy": accurate / count, "margin": margin, **means}
 
     # ------------------------------------------------------------ pairs that are only measured
 
@@ -399,12 +316,12 @@ class PreferenceTrainer(CausalTrainer):
         """
 
         def score_own():
-            sums = torch.zeros(9, dtype=torch.float64)
+            sums = torch.zeros(9, device=self.args.device, dtype=torch.float64)
             for _, logps, lengths, reference in self.each_pair(samples):
                 losses = preference_losses(self.preference, logps, reference, lengths)
                 all_count = torch.ones(len(logps), device=logps.device)
-                sums += self.pair_sums(logps, reference, lengths, losses, all_count).cpu()
+                sums += self.pair_sums(logps, reference, lengths, losses, all_count)
             return sums
 
-        means = self.pair_means(self.evaluated(score_own))
-        return means | {"length_accuracy": length_accuracy(samples)}
+        sums = self.over_processes(self.evaluated(score_own))
+        return pair_means(sums.tolist()) | {"length_accuracy": length_accuracy(samples)}

@@ -226,8 +226,7 @@ def logger_of(report_to):
 
 
 def optimizer_of(name, precision):
-    """Return Trainer's name of --optimizer."""
-    # fused, AdamW hides from accelerate that a loss scaler has skipped a step
+    """Return Trainer's name of --optimizer; fused, AdamW hides steps that a loss scaler skips."""
     adamw = "adamw_torch" if precision == "fp16" else "adamw_torch_fused"
     return {"adamw": adamw, "adamw_8bit": "adamw_bnb_8bit", "sgd": "sgd"}[name]
 

@@ -9,6 +9,7 @@ import math
 import time
 from contextlib import contextmanager, nullcontext
 
+from parts.figures import Figures
 from utils import InputError, say
 
 import torch
@@ -60,6 +61,14 @@ def broken_weight(model, untrained):
     return None
 
 
+def pad(sequences):
+    """Return input_ids (B, T) of token sequences, padded on the right with 0, and lengths (B,)."""
+    rows = [torch.tensor(ids) for ids in sequences]
+    lengths = torch.tensor([len(row) for row in rows])
+    # any id would do: nobody looks behind a sequence's length
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True).long(), lengths
+
+
 def moved(tensors, device):
     """Return tensors (of one dtype, on the CPU) as views of one copy on the device.
 
@@ -104,6 +113,7 @@ class StepTrainer(Trainer):
         self.recomputes = False  # activations, in the backward pass
         self.may_recompute = False  # from when memory runs out
         self.evaluation_halvings = 0
+        self.figures = None  # of the step that was queued last
         self.real_tokens = 0
         self.padded_tokens = 0
         self.seconds_aside = {"evaluation": 0}  # that are not those of steps
@@ -114,30 +124,67 @@ class StepTrainer(Trainer):
         step = self._prepare_inputs(step)  # the rehearsal's comes from no data loader
         # cut anew by each attempt: `halvings` may have grown
         loss = self.until_it_fits(lambda: self.run_step(model, step, *self.cut_step(step)))
-        if not torch.isfinite(loss):  # before it reaches the weights, which would not recover
-            raise self.diverged(model, loss.item())
-        self.step_figures = self.figures_of_step(loss)
+        before = self.figures
+        step_number = self.state.global_step + 1
+        self.figures = Figures(step_number, self.numbers_of_step(loss), self.figures_of)
+        if before:
+            self.look_at(before)
+        # fp16: the loss scaler waits for the gradients in any case. The first: what is broken from
+        # the start is told from what the step would break
+        if self.args.fp16 or self.state.global_step == 0:
+            self.look_at(self.figures)
         return loss
 
-    def diverged(self, model, loss):
-        """Return the InputError on a loss of NaN or infinity."""
-        broken = broken_weight(model, untrained=self.state.global_step == 0)
+    def numbers_of_step(self, loss):
+        """Return the numbers (n,) of the step that was just queued, over all processes.
+
+        They stay on the device, as `figures_of` reads them; the loss is the first.
+        """
+        # each process scales its part so that the mean over processes is the step's loss
+        if self.accelerator.num_processes > 1:
+            loss = self.accelerator.reduce(loss, "mean")
+        return loss.view(1)
+
+    def figures_of(self, numbers):
+        """Return {name: number} from the list of numbers_of_step."""
+        return {"loss": numbers[0]}
+
+    def look_at(self, figures):
+        """Raise InputError if the loss of a step is not finite.
+
+        Steps are looked at when the next one is queued, so that the device is never without work,
+        and at once where something is about to outlive the process, or to be measured or shown.
+        """
+        loss = figures.read()["loss"]
+        if not math.isfinite(loss):
+            raise self.diverged(figures.step, loss)
+
+    def diverged(self, step_number, loss):
+        """Return the InputError on a loss of NaN or infinity in a step."""
+        # the weights that are trained may be NaN by now because the loss was, but for the first
+        broken = broken_weight(self.model, untrained=step_number == 1)
         if broken:
             return InputError(
                 f"the loss is {loss}, because {broken} of the base or adapter holds NaN or "
                 "infinity: fetch it again, or take an earlier checkpoint."
             )
-        half = ", or pass --mixed_precision none" if self.args.fp16 else ""
-        return InputError(
-            f"the loss is {loss} in step {self.state.global_step + 1}: lower --lr{half}."
-        )
+        return InputError(f"the loss is {loss} in step {step_number}: {self.remedy()}.")
 
-    def figures_of_step(self, loss):
-        """Return {name: number} of the step that was just run, over all processes."""
-        # each process scales its part so that the mean over processes is the step's loss
-        if self.accelerator.num_processes > 1:
-            loss = self.accelerator.reduce(loss, "mean")
-        return {"loss": loss.item()}
+    def remedy(self):
+        """Return what to do about numbers that have left the range."""
+        half = ", or pass --mixed_precision none" if self.args.fp16 else ""
+        return f"lower --lr{half}"
+
+    def check_weights(self):
+        """Raise InputError if a step has left a weight that is not finite: a finite loss may."""
+        # NaN is the least and the largest of what it is in; isfinite() would take a weight's memory
+        trained = [p.detach() for p in self.model.parameters() if p.requires_grad]
+        extremes = [extreme for weight in trained for extreme in weight.aminmax()]
+        if not torch.stack(extremes).isfinite().all():
+            raise InputError(
+                f"step {self.state.global_step} has left NaN or infinity in the weights: "
+                f"{self.remedy()}."
+            )
 
     def log(self, logs, *args, **kwargs):
         """Show training figures as means over the last --logging_steps steps, resumed or not.
@@ -149,7 +196,7 @@ class StepTrainer(Trainer):
         is_of_training = "loss" in logs
         if is_of_training:
             steps = [entry for entry in history if "loss" in entry][-self.args.logging_steps :]
-            for name in self.step_figures:
+            for name in self.figures.read():
                 logs[name] = sum(entry[name] for entry in steps) / len(steps)
         super().log(logs, *args, **kwargs)
         if is_of_training:  # what was just logged, means, is not what the history is to hold
@@ -262,16 +309,9 @@ class StepTrainer(Trainer):
         """Return how many tokens each sequence takes in a piece."""
         return [len(ids) for ids in step["sequences"]]
 
-    def pad(self, step, piece):
-        """Return a piece's input_ids (B, T), padded on the right with 0, and lengths (B,)."""
-        rows = [torch.tensor(step["sequences"][i]) for i in piece]
-        lengths = torch.tensor([len(row) for row in rows])
-        # any id would do: nobody looks behind a sequence's length
-        return nn.utils.rnn.pad_sequence(rows, batch_first=True).long(), lengths
-
     def lay_out(self, step, piece):
         """Return {name: int64 tensor} of a piece, on the CPU: all that its forward pass needs."""
-        input_ids, lengths = self.pad(step, piece)
+        input_ids, lengths = pad([step["sequences"][i] for i in piece])
         return {"input_ids": input_ids, "lengths": lengths}
 
     def inputs_of(self, step, pieces):
@@ -290,6 +330,8 @@ class StepTrainer(Trainer):
 
     def begin_epoch(self, epoch, steps_in):
         """Begin an epoch, from 0; steps_in: its steps that a resumed run has behind it."""
+        if self.figures:  # what an epoch begins with may measure the model
+            self.look_at(self.figures)
         self.train_dataset.epoch = epoch
 
     def warnings_about(self, after):

@@ -10,6 +10,8 @@ here: whether any row is padded (encoders), or holds several texts (decoders).
 
 from conftest import make_pairs, write_jsonl
 from parts import causal, run
+from parts import step as step_room
+from parts.figures import Figures
 from parts.preference import collate_pairs
 from parts.step import moved
 from train_embed_lora import count_early
@@ -47,11 +49,17 @@ def on_meta(monkeypatch):
         assert device is None or torch.device(device).type == "cpu", "torch.tensor(..., device=)"
         return tensor(data, *args, **kwargs)
 
+    def figures_of(step, numbers, names_of):
+        # what is copied back; test_figures.py has when it is read
+        assert numbers.device.type == "meta" and numbers.ndim == 1
+        return Figures(step, torch.zeros(numbers.shape), names_of)
+
     def move(trainer):
         trainer.model.to("meta")
         monkeypatch.setitem(vars(trainer.args), "_setup_devices", torch.device("meta"))
         assert trainer.args.device.type == "meta"
         monkeypatch.setattr(torch, "tensor", of_numbers)
+        monkeypatch.setattr(step_room, "Figures", figures_of)
         monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda *_: None)
         monkeypatch.setattr(masking_utils, "_ignore_bidirectional_mask_sdpa", lambda *_: False)
         return trainer
@@ -60,9 +68,10 @@ def on_meta(monkeypatch):
 
 
 def copies_of_step(trainer, step):
-    """Return how many copies to the device a whole step makes."""
+    """Return how many copies to the device a whole step makes, which is not the first."""
+    trainer.state.global_step = 1
     with Copies() as copies:
-        trainer.run_step(trainer.model.train(), step, *trainer.cut_step(step))
+        trainer.training_step(trainer.model, step)
     return copies.count
 
 

@@ -580,7 +580,7 @@ def test_towers_that_text_does_not_pass_get_no_adapter(run_sft, tmp_path, tiny_c
 
 def test_running_out_of_memory_in_an_evaluation_leaves_the_steps_alone(sft_trainer, monkeypatch):
     trainer, failed = sft_trainer("--batch_size", 8), []
-    scores = trainer.token_scores
+    scores = trainer.score_tokens
 
     def fail_once(*args):
         if not failed:
@@ -589,6 +589,6 @@ def test_running_out_of_memory_in_an_evaluation_leaves_the_steps_alone(sft_train
         return scores(*args)
 
     expected = trainer.score(trainer.train_dataset)
-    monkeypatch.setattr(trainer, "token_scores", fail_once)
+    monkeypatch.setattr(trainer, "score_tokens", fail_once)
     assert trainer.score(trainer.train_dataset) == pytest.approx(expected)
     assert failed and trainer.halvings == 0
