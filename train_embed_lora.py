@@ -83,8 +83,8 @@ def add_embedding_flags(parser):
         help="tokens to one vector [the base's]")
     add("--append_eos", action="store_true",
         help="end every text with the EOS token, truncated ones too")
-    add("--false_negative_margin", type=real(0, 2), metavar="X",
-        help="mask documents so much above the positive")
+    add("--false_negative_margin", type=flags.margin, metavar="X",
+        help="mask other rows' documents so much above the positive: 0.05, or 1.05x its cosine")
     add("--negatives_cross_device", action=argparse.BooleanOptionalAction, default=True,
         help="contrast with the documents of all processes [on]")
     add("--matryoshka_dims", type=integer(1), nargs="+", metavar="D",
@@ -212,8 +212,9 @@ class Collator:
     """Make one step of rows: each distinct text once, and which document belongs to which query.
 
     `sequences` token ids; `queries` (Q,), `documents` (N,) positions in it; `texts` (N,) text
-    indices of the documents, `document_ids` (N,) their hashes; `target` (Q,) column of each query's
-    positive; `known` (Q, K) hashes of texts that are no negatives of a query, 0-padded.
+    indices of the documents, `document_ids` (N,) their hashes; `own` (Q, W) columns of what each
+    query's row shows: its positive, its negatives, and the positive again up to the widest row's W;
+    `known` (Q, K) hashes of texts that are no negatives of a query, 0-padded.
     """
 
     def __init__(self, texts):
@@ -229,6 +230,11 @@ class Collator:
             for document in (positive, *negatives):
                 position.setdefault(document[0], len(position))
                 column.setdefault(document, len(column))
+        width = max(1 + len(negatives) for _, _, negatives, _ in rows)
+        own = []
+        for _, positive, negatives, _ in rows:
+            columns = [column[document] for document in (positive, *negatives)]
+            own.append(columns + columns[:1] * (width - len(columns)))
         known = [torch.tensor(row[3]) for row in rows]
         return {
             "rows": len(rows),
@@ -237,7 +243,7 @@ class Collator:
             "documents": torch.tensor([position[i] for i, _ in column]),
             "texts": torch.tensor([i for i, _ in column]),
             "document_ids": torch.tensor([hashed for _, hashed in column]),
-            "target": torch.tensor([column[positive] for _, positive, *_ in rows]),
+            "own": torch.tensor(own),
             "known": nn.utils.rnn.pad_sequence(known, batch_first=True),
         }
 
@@ -288,14 +294,24 @@ def excluded_columns(document_ids, target, known):
     return mask.scatter(1, target[:, None], False)  # the target is among the known ones
 
 
-def contrastive_loss(query_emb, doc_emb, target, excluded, temperature, margin=None, dims=None):
+def masked_above(positive, margin):
+    """Return the cosine above which another row's document is left out: p + a + r |p|.
+
+    positive: p, a tensor; margin: (a, r), as margin_of gives it.
+    """
+    absolute, relative = margin
+    return positive + absolute + relative * positive.abs()
+
+
+def contrastive_loss(query_emb, doc_emb, own, excluded, temperature, margin=None, dims=None):
     """InfoNCE over one step (van den Oord et al. 2018, eq. 4), averaged over D and `dims`.
 
     dims: prefixes of the vector (Matryoshka, Kusupati et al. 2022); without D the rest of it would
-    get no gradient. query_emb (Q, D) and doc_emb (N, D) have unit length; target (Q,) is each
-    query's column; excluded (Q, N) columns are left out, and with a margin those whose cosine
-    exceeds the positive's by more.
+    get no gradient. query_emb (Q, D) and doc_emb (N, D) have unit length; own (Q, W) are the
+    columns of each query's own documents, its positive first; excluded (Q, N) columns are left out,
+    and with a margin those of other rows whose cosine is above masked_above.
     """
+    target = own[:, 0]
     losses = []
     for dim in sorted({query_emb.shape[1], *(dims or ())}):
         # again: the beginning of a unit vector is shorter
@@ -304,7 +320,8 @@ def contrastive_loss(query_emb, doc_emb, target, excluded, temperature, margin=N
         scores = queries @ documents.T  # (Q, N)
         skip = excluded
         if margin is not None:
-            skip = skip | (scores > scores.gather(1, target[:, None]) + margin)
+            above = scores > masked_above(scores.gather(1, own[:, :1]), margin)
+            skip = skip | above.scatter(1, own, False)  # a query's own documents stay
         logits = scores.masked_fill(skip, -torch.inf) / temperature
         losses.append(F.cross_entropy(logits, target))
     return torch.stack(losses).mean()  # each prefix counts alike
@@ -320,26 +337,26 @@ def first_places(values):
 
 
 class LossInBlocks(torch.autograd.Function):
-    """apply(query_emb, doc_emb, document_ids, target, known, loss): a step's mean over its queries.
+    """apply(query_emb, doc_emb, document_ids, own, known, loss): a step's mean over its queries.
 
-    loss(query_emb, doc_emb, target, excluded): the same of a block of them; the others are
+    loss(query_emb, doc_emb, own, excluded): the same of a block of them; the others are
     excluded_columns' and contrastive_loss'. A block's gradient is taken before the next one is
     begun, so that at most SCORES_AT_ONCE of the Q x N scores are held.
     """
 
     @staticmethod
-    def forward(ctx, query_emb, doc_emb, document_ids, target, known, loss):
+    def forward(ctx, query_emb, doc_emb, document_ids, own, known, loss):
         documents = doc_emb.detach().requires_grad_()
         size = max(1, SCORES_AT_ONCE // len(documents))
         total = 0
         gradients = []  # of the queries, (b, D) each
-        blocks = zip(query_emb.split(size), target.split(size), known.split(size), strict=True)
-        for queries, targets, knowns in blocks:
+        blocks = zip(query_emb.split(size), own.split(size), known.split(size), strict=True)
+        for queries, owns, knowns in blocks:
             queries = queries.detach().requires_grad_()
-            excluded = excluded_columns(document_ids, targets, knowns)
+            excluded = excluded_columns(document_ids, owns[:, 0], knowns)
             with torch.enable_grad():  # which forward is without
-                mean = loss(queries, documents, targets, excluded)
-                share = mean * len(targets) / len(target)
+                mean = loss(queries, documents, owns, excluded)
+                share = mean * len(queries) / len(query_emb)
             share.backward()  # adds to what the documents have from the blocks before
             total += share.detach()
             gradients.append(queries.grad)
@@ -429,7 +446,7 @@ class EmbedTrainer(StepTrainer):
         """Return the loss of the step from its sequences' vectors (B, D)."""
         query_emb = vectors[step["queries"]]
         doc_emb = vectors[step["documents"]]
-        columns = step["document_ids"], step["target"], step["known"]
+        columns = step["document_ids"], step["own"], step["known"]
         if self.world > 1:
             query_emb, doc_emb, *columns = self.gathered(query_emb, doc_emb, step)
         loss = partial(
@@ -438,21 +455,24 @@ class EmbedTrainer(StepTrainer):
         return LossInBlocks.apply(query_emb, doc_emb, *columns, loss)
 
     def gathered(self, query_emb, doc_emb, step):
-        """Return (query_emb, doc_emb, document_ids, target, known) of all processes.
+        """Return (query_emb, doc_emb, document_ids, own, known) of all processes.
 
         A text is one document, whoever has it: that of the first process.
         """
         texts = self.gather(step["texts"])
         # columns stand in the order of processes: one's own begin behind those of the ones before
         before = sum(map(len, texts[: self.accelerator.process_index]))
-        target = torch.cat(self.gather(step["target"] + before))
-        # as wide as the widest; 0, the padding, is the hash of no text
+        # as wide as the widest; a narrower one shows its positive again
+        own = self.accelerator.pad_across_processes(step["own"] + before, dim=1, pad_index=-1)
+        own = torch.cat(self.gather(own))
+        own = own.where(own >= 0, own[:, :1])
+        # 0, the padding, is the hash of no text
         known = self.accelerator.pad_across_processes(step["known"], dim=1)
         known = torch.cat(self.gather(known))
         document_ids = torch.cat(self.gather(step["document_ids"]))
         first, column = first_places(torch.cat(texts))
         doc_emb = self.with_others(doc_emb)[first]
-        return self.with_others(query_emb), doc_emb, document_ids[first], column[target], known
+        return self.with_others(query_emb), doc_emb, document_ids[first], column[own], known
 
     def with_others(self, vectors):
         """Return the vectors of all processes.
@@ -916,7 +936,7 @@ def make_trainer(args, output_dir, checkpoint, data, dev_sets, plan, embedder):
         processing_class=data.tokenizer,
         measure=make_measure(dev_sets, data.texts, data.rules, args.matryoshka_dims),
         temperature=args.temperature,
-        margin=args.false_negative_margin,
+        margin=margin_of(args.false_negative_margin),
         dims=args.matryoshka_dims,
         pooling=embedder.pooling,
         causal=embedder.causal,
@@ -927,6 +947,23 @@ def make_trainer(args, output_dir, checkpoint, data, dev_sets, plan, embedder):
         max_length=data.rules.passage_max_len,  # as documents are what evaluations embed most
         **flags.asked_cut(args),
     )
+
+
+def margin_of(asked):
+    """Return --false_negative_margin as masked_above takes it, None without; note one that harms.
+
+    asked: 0.05, above the positive's cosine, or "1.05x", times it.
+    """
+    if asked is None:
+        return None
+    is_relative = isinstance(asked, str)
+    margin = (0.0, float(asked.removesuffix("x")) - 1) if is_relative else (asked, 0.0)
+    if max(margin) <= 0:
+        note(
+            f"--false_negative_margin {asked} hides what ranks above a positive: the queries that "
+            "are still wrong do not learn from it (1.05x hides what stands clearly above)"
+        )
+    return margin
 
 
 def settled_of(data, embedder):

@@ -46,6 +46,24 @@ share = real(0, 1, {1})
 above_zero = real(0, without={0})
 
 
+def margin(text):
+    """Argparse type: a difference of cosines as a number, 0.05, or a multiple as text, "1.05x"."""
+    number = text.strip().lower()
+    is_relative = number.endswith("x")
+    try:
+        value = float(number.removesuffix("x"))
+    except ValueError:
+        value = math.nan
+    if is_relative and 0 < value <= 10:
+        return f"{value:g}x"
+    if not is_relative and 0 <= value <= 2:
+        return value
+    raise argparse.ArgumentTypeError(
+        f"{text} is neither a difference of cosines from 0 to 2 (0.05) nor a multiple of the "
+        "positive's up to 10 (1.05x)"
+    )
+
+
 def one_of(*names):
     """Keyword arguments of a flag that takes one of `names`, in any case: Bf16, AdamW, None."""
     return {"type": str.lower, "choices": list(names)}

@@ -10,8 +10,11 @@ import torch
 import torch.nn.functional as F
 
 
-def naive_gradient(trainer, rows, temperature=0.05):
-    """One padded forward pass of a step's texts, a loop over queries for the loss, one backward."""
+def naive_gradient(trainer, rows, temperature=0.05, ratio=None):
+    """One padded forward pass of a step's texts, a loop over queries for the loss, one backward.
+
+    ratio: other rows' documents above p + |p| (ratio - 1) are left out.
+    """
     model, texts = trainer.model, trainer.data_collator.texts
     documents = list(
         dict.fromkeys(
@@ -26,11 +29,16 @@ def naive_gradient(trainer, rows, temperature=0.05):
     vectors = F.normalize((hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True), dim=1)
     query_emb, doc_emb = vectors[: len(rows)], vectors[len(rows) :]
     losses = []
-    for i, (_, positive, _, known) in enumerate(rows):
+    for i, (_, positive, negatives, known) in enumerate(rows):
+        cosines = doc_emb @ query_emb[i]
+        p = cosines[documents.index(positive)]
+        limit = 2 if ratio is None else p + p.abs() * (ratio - 1)
+        own = [positive, *negatives]
         kept = [
             j
             for j, document in enumerate(documents)
-            if document == positive or document[1] not in known
+            if (document == positive or document[1] not in known)
+            and (document in own or cosines[j] <= limit)
         ]
         scores = (doc_emb[kept] @ query_emb[i]) / temperature
         losses.append(torch.logsumexp(scores, 0) - scores[kept.index(documents.index(positive))])
@@ -133,6 +141,29 @@ def test_two_processes_give_the_gradient_of_one(
         f"--batch_size {batch_size} --gradient_accumulation {16 // batch_size} {switch}"
     )
     for found in gradients_of_two_processes(tmp_path, "train_embed_lora", flags, 0, 16, 0):
+        assert relative(found, expected) < 1e-4
+
+
+@pytest.mark.parametrize("narrow_first", [True, False])
+def test_margin_spares_own_negatives_in_two_processes(
+    embed_trainer, tmp_path, tiny_bert, pairs, narrow_first
+):
+    trainer = embed_trainer("--max_negs", 2, "--false_negative_margin", "0.95x")
+    train_set = trainer.train_dataset
+    widths = [len(train_set[i][2]) for i in range(len(train_set))]
+    wanted = [0, 0, 2, 2] if narrow_first else [2, 2, 0, 0]  # rows of one process show less
+    first = next(i for i in range(len(widths)) if widths[i : i + 4] == wanted)
+    rows = [train_set[i] for i in range(first, first + 4)]
+    _, expected = naive_gradient(trainer, rows, ratio=0.95)
+    _, unmasked = naive_gradient(trainer, rows)
+    assert relative(expected, unmasked) > 1e-2
+    _, found = gradient(trainer, trainer.data_collator(rows))
+    assert relative(found, expected) < 1e-4
+    flags = (
+        f"--model_name {tiny_bert} --train_file {pairs} --max_negs 2 --report_to none "
+        "--batch_size 2 --gradient_accumulation 1 --false_negative_margin 0.95x"
+    )
+    for found in gradients_of_two_processes(tmp_path, "train_embed_lora", flags, first, 2, 0):
         assert relative(found, expected) < 1e-4
 
 

@@ -30,6 +30,14 @@ BROKEN_FLAGS = {
     ),
     "--dataset_name x": "--train_file and --dataset_name both name training data",
     "--init_adapter nowhere": "--init_adapter nowhere has no adapter_config.json",
+    "--false_negative_margin 1.05y": "1.05y is neither a difference of cosines from 0 to 2 (0.05)",
+    "--false_negative_margin x": "x is neither a difference",
+    "--false_negative_margin 0x": "0x is neither a difference",
+    "--false_negative_margin 11x": "11x is neither a difference",
+    "--false_negative_margin nanx": "nanx is neither a difference",
+    "--false_negative_margin 2.5": "nor a multiple of the positive's up to 10 (1.05x)",
+    "--false_negative_margin -0.1": "-0.1 is neither a difference",
+    "--false_negative_margin inf": "inf is neither a difference",
     "--temperature 0": "argument --temperature: 0 is outside (0",
 }
 
@@ -126,3 +134,9 @@ def test_eval_only_needs_rows(capsys):
     with pytest.raises(SystemExit):
         train_sft_lora.parse_args(["--eval_only"])
     assert "needs rows to evaluate on" in capsys.readouterr().err
+
+
+def test_a_margin_is_a_number_or_a_multiple_as_text():
+    for asked, value in (("0.05", 0.05), ("2", 2.0), ("1.050X", "1.05x"), (".95x", "0.95x")):
+        flags = ["--train_file", "x.jsonl", "--false_negative_margin", asked]
+        assert train_embed_lora.parse_args(flags).false_negative_margin == value
