@@ -318,7 +318,7 @@ def draw(results, path):
     held.set_ylabel("MiB above the libraries, highest", color="C1")
     of_rows.legend(loc="upper left")
     for axes in (of_steps, memory, of_rows, held):
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.15 * axes.get_ylim()[1])
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
