@@ -42,11 +42,13 @@ from gpu_sides import (
     DEVICE,
     SCRIPTS,
     Job,
+    prepare,
     start_clean,
     train_ours,
     train_theirs,
 )
 from parts.rehearsal import EVERYTHING, finite_gradients
+from utils import write_json
 
 import torch
 
@@ -167,7 +169,7 @@ class Report:
         self.cases[name] = figures
         self.part["seconds"] = time.perf_counter() - self.started
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.results, indent=2) + "\n")
+        write_json(self.path, self.results)  # whole, should the call be killed in it
         print(f"[{self.part['seconds']:4.0f} s] {name}: {in_short(figures)}", flush=True)
         return figures
 
@@ -222,8 +224,7 @@ def time_limit(seconds):
 def trainer_of(job, folder, flags=""):
     """Return what prepare() of a job's script makes, its adapters no longer zero."""
     start_clean()
-    argv = [*job.command_line(folder), *flags.split()]
-    prepared = SCRIPTS[job.kind].prepare(argv)
+    prepared, _ = prepare(job, folder, flags)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in prepared.trainer.model.named_parameters():
         if "lora_B" in name:  # zero at first, which would hide most of a gradient

@@ -66,7 +66,7 @@ class Job:
             f"--output_dir {folder}/ours --overwrite --batch_size {self.batch} "
             f"--gradient_accumulation {self.accumulation} --max_length {self.length} "
             f"--max_steps {self.total_steps} --lora_r {sft.RANK} --lora_alpha {sft.ALPHA} "
-            "--dev_size 0 --checkpoint_strategy no --report_to none "
+            "--dev_size 0 --checkpoint_strategy no --report_to none --logging_steps 0 "
         )
         if self.kind == "preference":
             words += "--pref_loss sigmoid "
@@ -168,6 +168,19 @@ def profile_of(profiler):
 # ---------------------------------------------------------------- ours
 
 
+def prepare(job, folder, flags=""):
+    """Return the run that our script makes of a job, and the flags; `flags`: more of them.
+
+    Raises RuntimeError for a base that was not quantised as asked, which the script notes.
+    """
+    argv = [*job.command_line(folder), *flags.split()]
+    prepared = SCRIPTS[job.kind].prepare(argv)
+    is_quantised = prepared.record["settled"]["bits"] is not None
+    if is_quantised != any(word.startswith("--load_in_") for word in argv):
+        raise RuntimeError("the base is not quantised as asked: is bitsandbytes made for this GPU?")
+    return prepared, argv
+
+
 def work_of(trainer, rows):
     """Return the tokens, squared lengths and supervised tokens of a mean step of `rows`."""
     data = trainer.train_dataset
@@ -191,8 +204,7 @@ def train_ours(job, folder):
     """Train with our script, rehearsal and proof included; return the figures."""
     left_over = start_clean()
     script = SCRIPTS[job.kind]
-    argv = job.command_line(folder)
-    prepared = script.prepare(argv)
+    prepared, argv = prepare(job, folder)
     trainer = prepared.trainer
     watch = Watch(job.epoch_steps)
     trainer.add_callback(watch)
