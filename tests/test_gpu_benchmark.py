@@ -2,6 +2,8 @@
 
 import json
 import math
+import signal
+import time
 
 from conftest import ROOT
 
@@ -115,6 +117,23 @@ def test_what_does_not_fit_into_the_time_is_skipped(measure, monkeypatch):
     monkeypatch.setattr(gpu, "BUDGET_SECONDS", -1)
     [figures] = measure("exact", "attention").values()
     assert "skipped" in figures
+
+
+def test_what_takes_too_long_is_cut_off_although_trials_set_alarms(measure, monkeypatch):
+    import gpu
+
+    monkeypatch.setattr(gpu, "LAST_SECOND", 0.2)
+
+    def endless(report, folder, smoke):
+        report.measure("endless", sleep_behind_an_alarm)
+
+    def sleep_behind_an_alarm():
+        signal.setitimer(signal.ITIMER_REAL, 0)  # as parts/trials.py ends its own
+        time.sleep(20)
+
+    monkeypatch.setitem(gpu.PARTS, "exact", endless)
+    [figures] = measure("exact", "endless").values()
+    assert "cut off" in figures["skipped"]
 
 
 def test_flops_are_those_of_a_hand_worked_model(measure):
