@@ -107,6 +107,7 @@ IDEAS = {  # a key of gpu_toggles.TOGGLES: kind, shape, flags, words
     "room for the optimizer": ("sft", "Qwen3-0.6B", "", 200),
     "fused AdamW": ("sft", "Qwen3-0.6B", "--optimizer adamw", 200),
     "one copy a step": ("sft", "Qwen3-0.6B", "--no-grow_pieces", 200),
+    "losses looked at late": ("sft", "Qwen3-0.6B", "", 200),
     "no argmax": ("sft", "Qwen3-0.6B", "", 200),
     "shared prompts": ("preference", "Qwen3-0.6B", "", 400),
 }

@@ -16,6 +16,7 @@ import train_sft_lora
 from parts import attention, base, rehearsal, run, step
 from parts.causal import token_scores
 from parts.preference import PreferenceTrainer
+from parts.step import StepTrainer
 
 import torch
 from transformers import AttentionInterface
@@ -170,6 +171,18 @@ def copies_one_by_one():
     return patched(step, "moved", copied)
 
 
+def losses_at_once():
+    """Context in which each step's loss is looked at before the next one is queued."""
+    training_step = StepTrainer.training_step
+
+    def looked_at(trainer, *arguments):
+        loss = training_step(trainer, *arguments)
+        trainer.look_at(trainer.figures)
+        return loss
+
+    return patched(StepTrainer, "training_step", looked_at)
+
+
 def likeliest_tokens():
     """Context in which SFT looks for the likeliest token of each position in training, too."""
 
@@ -192,6 +205,7 @@ TOGGLES = {  # idea: context manager in which it is off
     "room for the optimizer": no_room_held,
     "fused AdamW": plain_adamw,
     "one copy a step": copies_one_by_one,
+    "losses looked at late": losses_at_once,
     "no argmax": likeliest_tokens,
     "shared prompts": prompts_apart,
 }

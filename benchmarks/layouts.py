@@ -84,7 +84,7 @@ def seconds_of_step(trainer, step):
 
 def compare(trainer, pairs, rounds):
     """Return the median seconds of a step in both layouts, in turn, and the median of the ratio."""
-    from parts.preference import collate_pairs
+    from parts.layouts import collate_pairs
 
     steps = {name: collate_pairs(shares, pairs) for name, shares in LAYOUTS.items()}
     seconds = {name: [] for name in LAYOUTS}
