@@ -1,6 +1,7 @@
 """Write training pairs from the docstrings of Python's own standard library.
 
-The summary line is the query, the rest of the docstring its positive.
+The summary line is the query, the rest of the docstring its positive. All positives stand in
+documents.jsonl beside the pairs, too.
 
 python examples/stdlib_pairs.py runs/demo/pairs.jsonl
 """
@@ -47,16 +48,20 @@ def make_pairs(texts):
     return pairs
 
 
+def write_lines(path, rows):
+    """Write one JSON object a line."""
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(lines), encoding="utf-8")
+
+
 def main(target):
-    """Write one {"query": summary, "pos": [body]} a line."""
+    """Write one {"query": summary, "pos": [body]} a line, and one {"text": body}."""
     pairs = make_pairs(docstrings(Path(sysconfig.get_path("stdlib"))))
-    lines = []
-    for query, body in pairs.items():
-        lines.append(json.dumps({"query": query, "pos": [body]}, ensure_ascii=False) + "\n")
-    Path(target).parent.mkdir(parents=True, exist_ok=True)
-    Path(target).write_text("".join(lines), encoding="utf-8")
-    print(f"{len(lines)} pairs in {target}")
+    write_lines(target, [{"query": query, "pos": [body]} for query, body in pairs.items()])
+    write_lines(target.with_name("documents.jsonl"), [{"text": body} for body in pairs.values()])
+    print(f"{len(pairs)} pairs in {target}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(Path(sys.argv[1]))
