@@ -171,8 +171,11 @@ class TrainSet(torch.utils.data.Dataset):
         positives = {}  # query -> every positive listed for it, in any row
         for example in examples:
             # by hash: a query in another case, or with another space, is the same query
-            known = positives.setdefault(text_id(example.query), set())
-            known.update(map(text_id, example.pos))
+            of_query = positives.setdefault(text_id(example.query), set())
+            of_query.update(map(text_id, example.pos))
+        # once a query: a list for each of n rows with one query would hold n ids n times
+        listed = {query: sorted(ids) for query, ids in positives.items()}
+        known = {query: sorted({query, *ids}) for query, ids in positives.items()}
         self.rows = []
         for example in examples:
             query_id = text_id(example.query)
@@ -181,9 +184,7 @@ class TrainSet(torch.utils.data.Dataset):
             # a row's own prompt beats the flag's, also where it is empty
             prefix = rules.query_prefix if example.prompt is None else example.prompt
             query = texts.add(prefix, example.query, True)
-            listed = sorted(positives[query_id])
-            known = sorted({query_id, *listed})
-            self.rows.append(Row(query, pos, neg, listed, known))
+            self.rows.append(Row(query, pos, neg, listed[query_id], known[query_id]))
         self.negatives = [row.neg for row in self.rows]
 
     def take_mined(self, mined):

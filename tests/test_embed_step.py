@@ -182,3 +182,12 @@ def test_positives_and_negatives_depend_on_seed_epoch_and_row_alone():
     assert draws(1, 0) != draws(1, 1)
     assert draws(1, 0) != draws(2, 0)
     assert all(len(set(negatives)) == 2 for _, negatives in draws(1, 0))
+
+
+def test_rows_of_one_query_share_what_is_known_of_it():
+    examples = [Example("Who?", [f"p{i}"], []) for i in range(3)] + [Example("other", ["p0"], [])]
+    rules = TextRules(query_prefix="", doc_prefix="", query_max_len=512, passage_max_len=512)
+    rows = TrainSet(examples, Texts(), rules, max_negs=0, seed=1).rows
+    assert len(rows[0].listed) == 3 and len(rows[0].known) == 4
+    assert rows[2].listed is rows[0].listed and rows[2].known is rows[0].known
+    assert len(rows[3].known) == 2
