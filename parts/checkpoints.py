@@ -261,9 +261,9 @@ def refuse_changes(checkpoint, stored, record):
     """
     old = recorded_flags(stored)
     new = recorded_flags(record)
-    old.setdefault("bits", None)  # described only where the base is quantised
-    new.setdefault("bits", None)
-    new = {name: value for name, value in new.items() if name in old}  # others came later
+    if "settled" not in stored:  # an older run's: it lacks the flags that came later
+        old.setdefault("bits", None)  # its base was not quantised
+        new = {name: value for name, value in new.items() if name in old}
     for name in COMPARED:
         old[name] = stored.get(name)
         new[name] = record[name]
