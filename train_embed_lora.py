@@ -38,19 +38,7 @@ def parse_args(argv=None):
     flags.add_output_flags(parser, metric="ndcg@10")
     add_embedding_flags(parser)
     args = parser.parse_args(argv)
-    flags.refuse(
-        parser,
-        (
-            (
-                args.mine_negatives and args.max_negs == 0,
-                "--mine_negatives finds what --max_negs 0 leaves out: drop one",
-            ),
-            (
-                args.mine_corpus and not args.mine_negatives,
-                "--mine_corpus is where --mine_negatives N looks: add that",
-            ),
-        ),
-    )
+    refuse_contradictions(parser, args)
     if args.max_negs is None:
         args.max_negs = args.mine_negatives or 1
     return flags.finish(parser, args, BASE, step=32)
@@ -94,6 +82,16 @@ def add_embedding_flags(parser):
     add("--query_column", metavar="NAME", help="where its name is not recognised")
     add("--positive_column", metavar="NAME", help="where its name is not recognised")
     add("--negative_column", metavar="NAME", help="where its name is not recognised")
+
+
+def refuse_contradictions(parser, args):
+    """Exit 2 where this script's own flags exclude one another, or one lacks what it needs."""
+    flags.refuse(parser, (
+        (args.mine_negatives and args.max_negs == 0,
+         "--mine_negatives finds what --max_negs 0 leaves out: drop one"),
+        (args.mine_corpus and not args.mine_negatives,
+         "--mine_corpus is where --mine_negatives N looks: add that"),
+    ))
 # fmt: on
 
 
@@ -107,7 +105,7 @@ from parts.behaviour import hidden_states, what_an_embedder_does
 from parts.checkpoints import stored_cut
 from parts.corpus import read_corpus
 from parts.dev_sets import HELD_OUT, dev_indices, dev_sizes, fill_pools, read_data
-from parts.mining import Miner, MiningRules, Pool, mined_file, show_pool
+from parts.mining import Miner, MiningRules, Pool, copy_mined, mined_file, show_pool
 from parts.pairs import Columns
 from parts.plan import advice, chosen_metric, make_plan, named
 from parts.proof import check_saved_tokenizer, prove, save_final
@@ -618,6 +616,8 @@ class EmbedTrainer(StepTrainer):
         if epoch > due or steps_in:  # the model is no longer the one that mined
             self.train_dataset.take_mined(self.miner.read(mined_file(self.earlier_run, due)))
             self.mined_epoch = due
+            if self.is_world_process_zero():
+                copy_mined(self.earlier_run, self.args.output_dir, due)
         else:
             self.mine(due)
 
@@ -699,9 +699,7 @@ def show_examples(train_set, texts, tokenizer):
     """
     for i in range(min(3, len(train_set))):
         indices = text_indices(train_set[i])[:2]
-        indices += [
-            index for index, _ in train_set.rows[i].neg[:1]
-        ]  # what it may mine is not known
+        indices += [index for index, _ in train_set.rows[i].neg[:1]]  # not what it may yet mine
         # strict=False: a row may have no negative
         for name, j in zip(("query", "positive", "negative"), indices, strict=False):
             text = tokenizer.decode(texts[j])

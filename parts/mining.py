@@ -7,6 +7,7 @@ Shapes: Q queries, C documents of the pool, D embedding, N negatives to be mined
 
 import json
 import random
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -352,3 +353,9 @@ def shortened(text):
 def mined_file(folder, epoch):
     """Return the path of what was mined for an epoch, which is counted from 0."""
     return Path(folder) / f"mined_negatives-{epoch + 1}.jsonl"
+
+
+def copy_mined(folder, target, epoch):
+    """Copy what was mined for an epoch into another folder, in which a run is resumed."""
+    if Path(folder).resolve() != Path(target).resolve():
+        shutil.copy(mined_file(folder, epoch), target)

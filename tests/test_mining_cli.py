@@ -145,6 +145,16 @@ def test_a_resumed_run_draws_from_the_same(run_embed, rows, tmp_path, every, ste
     assert same(whole, weights_of(tmp_path / "out"))
 
 
+def test_a_run_resumed_in_another_folder_takes_the_file_along(run_embed, rows, tmp_path):
+    run_embed(*EPOCHS, "--save_total_limit", 9, data=rows)
+    whole = weights_of(tmp_path / "out")
+    again = tmp_path / "again"
+    checkpoint = tmp_path / "out/checkpoint-6"
+    run_embed(*EPOCHS, "--resume_from_checkpoint", checkpoint, data=rows, out=again)
+    assert same(whole, weights_of(again))
+    assert mined_rows(again, 2) == mined_rows(tmp_path / "out", 2)
+
+
 def test_a_run_killed_while_mining_mines_again(run_embed, rows, tmp_path, monkeypatch):
     run_embed(*EPOCHS, data=rows, out=tmp_path / "whole")
     write = Miner.write
