@@ -106,6 +106,7 @@ def hard_negatives(query_emb, doc_emb, positives, known, margin, count, chunk=2*
         found.columns[part, :width] = columns.masked_fill(best == -torch.inf, -1).cpu()
         found.scores[part, :width] = best.cpu()
         found.positive_scores += own
+        del scores  # or the next block is made beside it
     return found
 
 
