@@ -92,9 +92,9 @@ def stdlib_data(folder):
 
     held_out = 500
     pairs = folder / "stdlib_pairs.jsonl"
-    stdlib_pairs.main(str(pairs))
-    rows = [json.loads(line) for line in pairs.open(encoding="utf-8")]
-    corpus = write_jsonl(folder / "stdlib_corpus.jsonl", [{"text": row["pos"][0]} for row in rows])
+    stdlib_pairs.main(pairs)
+    rows = pairs.read_text(encoding="utf-8").splitlines()
+    corpus = folder / "documents.jsonl"  # written beside the pairs
     return Data(
         train=f"--train_file {pairs}",
         dev=f"--dev_sample_limit {held_out} --dev_corpus {corpus}",
