@@ -57,6 +57,7 @@ def write_lines(path, rows):
 
 def main(target):
     """Write one {"query": summary, "pos": [body]} a line, and one {"text": body}."""
+    target = Path(target)
     pairs = make_pairs(docstrings(Path(sysconfig.get_path("stdlib"))))
     write_lines(target, [{"query": query, "pos": [body]} for query, body in pairs.items()])
     write_lines(target.with_name("documents.jsonl"), [{"text": body} for body in pairs.values()])
@@ -64,4 +65,4 @@ def main(target):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1])
