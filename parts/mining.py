@@ -6,6 +6,7 @@ Shapes: Q queries, C documents of the pool, D embedding, N negatives to be mined
 """
 
 import json
+import math
 import random
 import shutil
 from dataclasses import dataclass
@@ -83,52 +84,75 @@ def hard_negatives(query_emb, doc_emb, positives, known, margin, count, chunk=2*
 
     query_emb (Q, D), doc_emb (C, D): unit vectors; positives: the columns of all that are listed
     for a query; known: the columns that are no negatives of it. In order of falling cosine, then of
-    documents. `chunk` scores are in memory at once, or those of one query. show: with a bar.
+    documents. `chunk` scores are in memory at once. show: with a bar.
     """
-    size = max(1, chunk // len(doc_emb))  # queries at once
+    # many queries and many documents at once: a product of few with a million takes twice as long
+    size = max(1, min(len(query_emb), math.isqrt(chunk)))  # queries
+    width = max(1, chunk // size)  # documents
+    own = positive_scores(query_emb, doc_emb, positives)
+    lowest = torch.tensor([min(row) for row in own], device=query_emb.device)
+    limits = thresholds(lowest, margin)
     found = Mined(
         torch.full((len(query_emb), count), -1),
         torch.full((len(query_emb), count), -torch.inf),
-        [],
+        own,
     )
     starts = range(0, len(query_emb), size)
     for start in tqdm(starts, desc="mining", unit_scale=size, disable=not show, leave=False):
         part = slice(start, start + size)
-        scores = query_emb[part] @ doc_emb.T  # (size, C)
-        own = positive_scores(scores, positives[part])
-        lowest = torch.tensor([min(row) for row in own], device=scores.device)
-        # before the best are taken: behind it, a query of many likely positives would find nothing
-        scores.masked_fill_(scores > thresholds(lowest, margin)[:, None], -torch.inf)
-        mask_columns(scores, known[part])
-        columns = best_columns(scores, count)
-        best = scores.gather(1, columns)
-        width = columns.shape[1]  # a pool may have fewer than `count` documents
-        found.columns[part, :width] = columns.masked_fill(best == -torch.inf, -1).cpu()
-        found.scores[part, :width] = best.cpu()
-        found.positive_scores += own
-        del scores  # or the next block is made beside it
+        columns, scores = best_negatives(
+            query_emb[part], doc_emb, limits[part], known[part], count, width
+        )
+        found.columns[part] = columns.masked_fill(scores == -torch.inf, -1).cpu()
+        found.scores[part] = scores.cpu()
     return found
 
 
-def positive_scores(scores, positives):
-    """Return the scores of each query's positives as lists; scores (Q, C)."""
-    rows = []
-    columns = []
-    for row, own in enumerate(positives):
-        rows += [row] * len(own)
-        columns += own
-    values = iter(scores[rows, columns].tolist())
+def best_negatives(query_emb, doc_emb, limits, known, count, width):
+    """Return columns and scores (Q, count) of the best documents that are not above `limits` (Q,).
+
+    `width` documents at a time; -inf where there are none.
+    """
+    rows, known_columns = places(known)
+    shape = (len(query_emb), count)
+    best = torch.full(shape, -1, device=query_emb.device)
+    best_scores = torch.full(shape, -torch.inf, device=query_emb.device)
+    for start in range(0, len(doc_emb), width):
+        scores = query_emb @ doc_emb[start : start + width].T  # (Q, width)
+        # before the best are taken: behind it, a query of many likely positives would find nothing
+        scores.masked_fill_(scores > limits[:, None], -torch.inf)
+        here = (known_columns >= start) & (known_columns < start + width)
+        scores[rows[here], known_columns[here] - start] = -torch.inf
+        columns = best_columns(scores, count)
+        # those of earlier documents in front, where a stable sort leaves them in ties
+        both = torch.cat([best, columns + start], dim=1)
+        both_scores = torch.cat([best_scores, scores.gather(1, columns)], dim=1)
+        order = both_scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
+        best = both.gather(1, order)
+        best_scores = both_scores.gather(1, order)
+        del scores  # or the next ones are made beside them
+    return best, best_scores
+
+
+def positive_scores(query_emb, doc_emb, positives):
+    """Return the cosines of each query's positives as lists; query_emb (Q, D), doc_emb (C, D)."""
+    rows, columns = places(positives)
+    values = []
+    for start in range(0, len(rows), 2**14):  # pairs at once: 24 MiB of 384 dimensions
+        part = slice(start, start + 2**14)
+        values += (query_emb[rows[part]] * doc_emb[columns[part]]).sum(1).tolist()
+    values = iter(values)
     return [[next(values) for _ in own] for own in positives]
 
 
-def mask_columns(scores, known):
-    """Set the scores (Q, C) of each query's `known` columns to -inf, in place."""
+def places(columns_of_rows):
+    """Return the rows and the columns that lists of columns, one a row, stand for."""
     rows = []
     columns = []
-    for row, own in enumerate(known):
-        rows += [row] * len(own)
-        columns += own
-    scores[rows, columns] = -torch.inf
+    for row, of_row in enumerate(columns_of_rows):
+        rows += [row] * len(of_row)
+        columns += of_row
+    return torch.tensor(rows, dtype=torch.long), torch.tensor(columns, dtype=torch.long)
 
 
 # ---------------------------------------------------------------- a run's mining
