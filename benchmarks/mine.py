@@ -353,9 +353,8 @@ def run_window(args, model, folder):
     """Count the queries that their default window leaves without the negatives they ask for."""
     from examples import stdlib_pairs
 
-    stdlib_pairs.main(str(folder / "pairs.jsonl"))
-    rows = [json.loads(line) for line in (folder / "pairs.jsonl").open(encoding="utf-8")]
-    write_jsonl(folder / "corpus.jsonl", [{"text": row["pos"][0]} for row in rows])
+    stdlib_pairs.main(folder / "pairs.jsonl")
+    (folder / "documents.jsonl").rename(folder / "corpus.jsonl")
     shares = figures_of("window", folder=str(folder), model=model)
     for count, found in shares.items():
         print(f"window: fewer than {count}: {found['theirs']:.1%} theirs, {found['ours']:.1%} ours")
