@@ -222,8 +222,11 @@ class StepTrainer(Trainer):
                     ) from error
             # outside the except block, where the error no longer holds the graph
             self.free_memory()
+            recomputed_before = self.recomputes
             if self.may_recompute and torch.is_grad_enabled():
                 self.recompute_activations(True)
+            # not all models can: those halve at once
+            if self.recomputes and not recomputed_before:
                 say("memory    ran out: this again, and what follows, with gradient checkpointing")
             else:
                 self.halvings += 1
@@ -241,6 +244,7 @@ class StepTrainer(Trainer):
 
         Raises InputError for a model that cannot do so, unless it is "auto" that asks for it.
         """
+        self.may_recompute = False
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         if recomputes and not base.supports_gradient_checkpointing:
             if self.gradient_checkpointing == "on":
@@ -256,7 +260,6 @@ class StepTrainer(Trainer):
         else:
             base.activation_checkpointing_disable()
         self.recomputes = recomputes
-        self.may_recompute = False
 
     @torch.no_grad()
     def evaluated(self, attempt):

@@ -13,6 +13,7 @@ from utils import InputError, read_json, write_json
 
 import pytest
 import torch
+from transformers import Qwen3ForCausalLM
 
 
 @pytest.mark.parametrize(
@@ -290,6 +291,25 @@ def test_a_model_that_cannot_recompute_is_told_where_it_was_asked_to(sft_argv, m
         else:
             with pytest.raises(InputError, match="Qwen3ForCausalLM does not support gradient"):
                 rehearsed(prepared)
+
+
+def test_a_model_that_cannot_recompute_halves_at_once(sft_run, small_memory, monkeypatch, capsys):
+    monkeypatch.setattr(Qwen3ForCausalLM, "supports_gradient_checkpointing", False)
+    made = small_memory(9000)
+    trainer, settled = sft_run()
+    made[-1].size = FIXED + 2000
+    tries = []
+    run_step = trainer.run_step
+
+    def counted(*args):
+        tries.append(1)
+        assert len(tries) < 9, "the same again and again"
+        return run_step(*args)
+
+    monkeypatch.setattr(trainer, "run_step", counted)
+    assert step_gradient(trainer).isfinite().all()
+    assert trainer.settled() == settled | {"halvings": len(tries) - 1}
+    assert len(tries) > 1 and "with gradient checkpointing" not in capsys.readouterr().out
 
 
 def test_what_is_asked_for_beats_what_was_settled(sft_run):
