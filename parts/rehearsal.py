@@ -3,6 +3,7 @@
 import math
 import random
 import time
+from functools import partial
 
 from parts.memory import BUDGET, bytes_to_come, gpu_memory, held, tokens_that_fit
 from parts.report import peak_gib
@@ -50,12 +51,13 @@ def run_heaviest(trainer, plan, row_tokens, seed):
         lambda: trainer.training_step(trainer.model, step),
         trained.values(),
         trainer.accelerator.scaler,
+        partial(on_all_processes, trainer.accelerator),
     )
     seconds = time.perf_counter() - started
     check_gradients(trained, is_finite)
-    scale = shared_loss_scale(trainer)
+    scaler = trainer.accelerator.scaler
     leave_no_trace(trainer)
-    scaled = "" if scale is None else f" at a loss scale of {scale:g}"
+    scaled = f" at a loss scale of {scaler.get_scale():g}" if scaler else ""
     say(
         f"rehearsal of {len(rows)} heavy examples: {seconds:.1f} s, {peak_gib():.1f} GiB, "
         f"finite gradients{scaled}"
@@ -206,18 +208,20 @@ def heaviest_rows(tokens, plan, seed, count):
     return list(dict.fromkeys([longest, *heaviest]))[:count]
 
 
-def finite_gradients(attempt, weights, scaler):
+def finite_gradients(attempt, weights, scaler, agreed=bool):
     """Call attempt(), a forward and backward pass; tell whether the gradients of all are finite.
 
     With a loss scaler (fp16, else None) again at half the scale until they are, or are not at a
-    scale of 1.
+    scale of 1. agreed(is_finite): whether they are on all processes, which go on alike.
     """
     weights = list(weights)  # gone through more than once
     while True:
         for weight in weights:
             weight.grad = None
         attempt()
-        if all(weight.grad is None or weight.grad.isfinite().all() for weight in weights):
+        is_finite = all(weight.grad is None or weight.grad.isfinite().all() for weight in weights)
+        # an attempt waits for the other processes: none may go on alone, nor at another scale
+        if agreed(is_finite):
             return True
         if scaler is None or scaler.get_scale() <= 1:  # then it is not the scale
             return False
@@ -253,12 +257,9 @@ def check_gradients(trained, is_finite):
         )
 
 
-def shared_loss_scale(trainer):
-    """Let all processes begin at the smallest loss scale among them; return it, or None."""
-    scaler = trainer.accelerator.scaler
-    if scaler is None:
-        return None
-    # each has found its own with its own rows; a step that one skips, all must skip
-    scale = torch.tensor([scaler.get_scale()], device=trainer.args.device)
-    scaler.update(trainer.accelerator.gather(scale).min().item())
-    return scaler.get_scale()
+def on_all_processes(accelerator, is_so):
+    """Tell whether something is so on all processes."""
+    if accelerator.num_processes == 1:
+        return is_so
+    signs = accelerator.gather(torch.tensor([is_so], device=accelerator.device))
+    return signs.all().item()

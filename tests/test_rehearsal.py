@@ -1,6 +1,8 @@
 """Before the first step the heaviest rows are rehearsed, and their gradients must be finite."""
 
 import math
+from functools import partial
+from types import SimpleNamespace
 
 import train_embed_lora
 from conftest import make_rows, write_jsonl
@@ -31,6 +33,21 @@ def test_without_a_loss_scaler_a_gradient_is_finite_or_not():
     assert not rehearsal.finite_gradients(
         lambda: (weight * math.inf).sum().backward(), [weight], None
     )
+
+
+def test_a_process_whose_gradient_is_finite_goes_on_with_those_whose_is_not():
+    weight = torch.ones(3, requires_grad=True)
+    scaler = torch.amp.GradScaler("cpu")
+    accelerator = SimpleNamespace(num_processes=2, device="cpu")
+    others = [False, False, True]
+    accelerator.gather = lambda own: torch.cat([own, torch.tensor([others.pop(0)])])
+    found = rehearsal.finite_gradients(
+        lambda: scaler.scale(weight.sum()).backward(),
+        [weight],
+        scaler,
+        partial(rehearsal.on_all_processes, accelerator),
+    )
+    assert found is True and others == [] and scaler.get_scale() == 65536 / 4
 
 
 def test_training_begins_at_the_scale_of_the_rehearsal(run_embed, tmp_path, monkeypatch, capsys):
