@@ -22,6 +22,11 @@ OPTIMIZER_BYTES = {
 }
 SYNC_BYTES = 4  # the buckets in which several processes add up gradients
 
+BESIDE_PASSES = (
+    "out of memory beside the passes, as in the optimizer's step: pass --optimizer adamw_8bit or "
+    "--no-grow_pieces, lower --lora_r, or quantise."
+)
+
 
 class GpuMemory:
     """The memory of one GPU, as far as this process may take it."""
@@ -84,17 +89,14 @@ def bytes_to_come(optimizer, weights, processes):
 
 
 @contextmanager
-def memory_errors_as_ours():
+def memory_errors_as_ours(sentence=BESIDE_PASSES):
     """Raise InputError where memory runs out beside the passes, which start again by themselves."""
     try:
         yield
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise InputError(
-            "out of memory beside the passes, as in the optimizer's step: pass --optimizer "
-            "adamw_8bit or --no-grow_pieces, lower --lora_r, or quantise."
-        ) from error
+        raise InputError(sentence) from error
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from parts.memory import memory_errors_as_ours
 from parts.retrieval import best_columns
 from parts.rows import read_rows, text_id
 from utils import InputError, say, shows_bars
@@ -21,6 +22,10 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 SHOWN = 3  # queries, before training
+TOO_MANY = (
+    "--mine_negatives: out of memory, which holds the vectors of all queries and documents. Name "
+    "fewer documents in --mine_corpus, or lower --train_sample_limit."
+)
 
 # ---------------------------------------------------------------- the pool
 
@@ -215,11 +220,12 @@ class Miner:
 
     # ------------------------------------------------------------ mining
 
+    @memory_errors_as_ours(TOO_MANY)
     def mine(self, trainer, limit=None):
         """Mine for all queries, or the first `limit`, with the model as it is.
 
         Returns for each of them (columns, cosines, cosines of its positives). Raises InputError
-        where none finds any.
+        where none finds any, and where memory runs out.
         """
         count = min(limit or len(self.queries), len(self.queries))
         world = trainer.accelerator.num_processes

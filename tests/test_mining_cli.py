@@ -8,6 +8,7 @@ import sys
 
 import train_embed_lora
 from conftest import ROOT, make_rows, write_jsonl
+from parts import mining
 from parts.mining import Miner
 from parts.rows import read_rows
 from utils import InputError
@@ -298,3 +299,23 @@ def test_two_processes_find_what_one_finds(tiny_bert, rows, tmp_path):
     one, two = mined_rows(tmp_path / "1"), mined_rows(tmp_path / "2")
     assert [row["neg"] for row in one] == [row["neg"] for row in two]
     assert json.dumps(one[0]["source"]) == json.dumps(two[0]["source"])
+
+
+@pytest.mark.parametrize("every, searches", [("run", 1), ("epoch", 2)])
+def test_memory_that_runs_out_in_the_search_is_told_in_a_sentence(
+    run_embed, monkeypatch, every, searches
+):
+    begun = []
+    search = mining.hard_negatives
+
+    def fail_at_last(*args, **kwargs):
+        begun.append(1)
+        if len(begun) == searches:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
+        return search(*args, **kwargs)
+
+    monkeypatch.setattr(mining, "hard_negatives", fail_at_last)
+    flags = ["--mine_negatives", 1, "--mine_every", every, "--eval_strategy", "no", "--epochs", 2]
+    with pytest.raises(InputError, match="Name fewer documents in --mine_corpus"):
+        run_embed(*flags)
+    assert len(begun) == searches
