@@ -196,6 +196,11 @@ def refusal(error):
             f"a file cannot be written: {reason(error)}. Make room; complete checkpoints stay, and "
             "the same command with --resume_from_checkpoint goes on from the last one."
         )
+    if "out of memory" in text:  # of a GPU, beside the passes that start again by themselves
+        return (
+            "memory ran out: lower --batch_size or --max_length, or quantise. Complete checkpoints "
+            "stay, and the same command with --resume_from_checkpoint goes on from the last one."
+        )
     if number:
         return f"a file cannot be read or written: {reason(error)}. Mend that, and start again."
     return None

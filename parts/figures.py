@@ -11,10 +11,10 @@ class Figures:
     Reading them waits for that copy alone, not for what was queued after it.
     """
 
-    def __init__(self, step, numbers, names_of):
-        """step: counted from 1; numbers (n,): on the device; names_of(list): {name: number}."""
+    def __init__(self, step, numbers, figures_of):
+        """step: counted from 1; numbers (n,): on the device; figures_of(list): {name: number}."""
         self.step = step
-        self.names_of = names_of
+        self.figures_of = figures_of
         self.arrived = None
         on_cuda = numbers.device.type == "cuda"
         self.numbers = numbers.to("cpu", non_blocking=on_cuda)  # then into pinned memory
@@ -28,5 +28,5 @@ class Figures:
         if self.known is None:
             if self.arrived:
                 self.arrived.synchronize()
-            self.known = self.names_of(self.numbers.tolist())
+            self.known = self.figures_of(self.numbers.tolist())
         return self.known

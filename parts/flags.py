@@ -185,7 +185,7 @@ def add_training_flags(parser, batch, step, epochs, checkpointing):
     for off in ("--no-gradient_checkpointing", "--disable_gradient_checkpointing"):
         add_switch(add, off, "gradient_checkpointing", "off", "--gradient_checkpointing off")
     add("--no-grow_pieces", dest="grow_pieces", action="store_false",
-        help="leave it at --batch_size on a GPU that has memory for more")
+        help="keep to --batch_size on a GPU that has memory for more")
     add("--seed", type=integer(0, 2**32 - 1), default=42, metavar="N",
         help="of rows, adapters and dropout [42]")
     add("--full_determinism", action="store_true",

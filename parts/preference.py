@@ -132,8 +132,8 @@ class PreferenceTrainer(CausalTrainer):
     def settled(self):
         return super().settled() | {"shares_prompts": self.shares}
 
-    def take_over(self, settled):
-        super().take_over(settled)
+    def take_over(self, settled, may_grow):
+        super().take_over(settled, may_grow)
         self.lay_out_prompts(settled["shares_prompts"])
 
     # ------------------------------------------------------------ a pair's two layouts

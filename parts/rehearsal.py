@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 
 MOST_DRAWS = 1000  # of rows, in search of the heaviest
-EVERYTHING = 10**12  # padded tokens, more than any memory holds
+EVERYTHING = 10**12  # piece_tokens of a pass that holds all of a step at once
 
 
 def rehearse(trainer, plan, row_tokens, seed, stored=None):
@@ -42,7 +42,7 @@ def run_heaviest(trainer, plan, row_tokens, seed):
     count = trainer.batch_size
     if trainer.piece_tokens:
         mean_tokens = sum(row_tokens) / len(row_tokens)
-        count = max(count, math.ceil(trainer.piece_tokens / mean_tokens))
+        count = max(count, math.ceil(trainer.piece_tokens / mean_tokens))  # or a step's rows
     rows = heaviest_rows(row_tokens, plan, seed, count)
     step = step_of(trainer, rows)
     trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
@@ -83,7 +83,7 @@ def settle_pieces(trainer, plan, row_tokens, seed, stored):
     memory = gpu_memory(trainer)
     asked = trainer.gradient_checkpointing
     if stored:
-        trainer.take_over(stored)
+        trainer.take_over(stored, may_grow=memory is not None)
     if asked == "on" or (asked == "auto" and memory is None):
         trainer.recompute_activations(True)
     if memory is None or stored:

@@ -46,7 +46,8 @@ def is_out_of_memory(error):
     """Tell whether a RuntimeError means that memory ran out, on any device."""
     # by its text: cuBLAS' and the CPU's errors are plain RuntimeErrors
     text = str(error)
-    return any(sign in text for sign in ("out of memory", "ALLOC_FAILED", "can't allocate memory"))
+    signs = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "Invalid buffer size")
+    return any(sign in text for sign in signs)  # the last is a Mac's
 
 
 def broken_weight(model, untrained):
@@ -111,7 +112,7 @@ class StepTrainer(Trainer):
         self.piece_tokens = None
         self.halvings = 0  # of what is in memory at once, since it ran out
         self.recomputes = False  # activations, in the backward pass
-        self.may_recompute = False  # from when memory runs out
+        self.may_recompute = False  # once memory runs out
         self.evaluation_halvings = 0
         self.figures = None  # of the step that was queued last
         self.real_tokens = 0
@@ -204,9 +205,10 @@ class StepTrainer(Trainer):
             history[-1] = shown | history[-1]
 
     def until_it_fits(self, attempt):
-        """Return attempt(), called again with pieces half the size each time memory runs out.
+        """Return attempt(), called again in less memory each time it runs out.
 
-        Each attempt starts from zero gradients. Raises InputError where pieces cannot get smaller.
+        First with activations recomputed, if that is left to us, then in pieces half the size. Each
+        attempt starts from zero gradients. Raises InputError where pieces cannot get smaller.
         """
         while True:
             try:
@@ -246,20 +248,21 @@ class StepTrainer(Trainer):
         """
         self.may_recompute = False
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        if recomputes and not base.supports_gradient_checkpointing:
+        if not recomputes:
+            base.activation_checkpointing_disable()
+            self.recomputes = False
+            return
+        try:
+            # use_reentrant would need inputs with a gradient, which a frozen embedding gives not
+            base.activation_checkpointing_enable({"use_reentrant": False})
+            self.recomputes = True
+        except ValueError:  # its class says that it cannot, or no module of it can
             if self.gradient_checkpointing == "on":
                 raise InputError(
                     f"a {type(base).__name__} does not support gradient checkpointing: pass "
                     "--gradient_checkpointing off."
-                )
+                ) from None
             self.gradient_checkpointing = "off"
-            return
-        if recomputes:
-            # use_reentrant would need inputs with a gradient, which a frozen embedding gives not
-            base.activation_checkpointing_enable({"use_reentrant": False})
-        else:
-            base.activation_checkpointing_disable()
-        self.recomputes = recomputes
 
     @torch.no_grad()
     def evaluated(self, attempt):
@@ -286,11 +289,15 @@ class StepTrainer(Trainer):
             "halvings": self.halvings,
         }
 
-    def take_over(self, settled):
-        """Cut steps as an earlier run did, whose settled() this is, but for what flags say."""
-        self.halvings = settled["halvings"]
-        if self.grow_pieces:
+    def take_over(self, settled, may_grow):
+        """Cut steps as an earlier run did, whose settled() this is, but for what flags say.
+
+        may_grow: there is a GPU's memory here, too, for pieces that had grown.
+        """
+        has_grown = settled["piece_tokens"] is not None
+        if not has_grown or (self.grow_pieces and may_grow):
             self.piece_tokens = settled["piece_tokens"]
+            self.halvings = settled["halvings"]  # of this size
         if self.gradient_checkpointing == "auto":
             self.recompute_activations(settled["gradient_checkpointing"] == "on")
 

@@ -354,3 +354,22 @@ def test_one_process_on_a_gpu_asks_for_its_memory(device, processes, is_asked):
     assert (memory.gpu_memory(trainer) is not None) == is_asked
     trainer.args.device = torch.device("cpu")
     assert memory.gpu_memory(trainer) is None
+
+
+def test_a_size_that_a_gpu_had_room_for_is_no_size_for_a_cpu(sft_run):
+    stored = {"gradient_checkpointing": "off", "piece_tokens": 10**6, "halvings": 2}
+    _, settled = sft_run(stored=stored)
+    assert settled["piece_tokens"] is None and settled["halvings"] == 0
+    stored = {"gradient_checkpointing": "off", "piece_tokens": None, "halvings": 2}
+    assert sft_run(stored=stored)[1]["halvings"] == 2
+
+
+def test_a_model_without_a_layer_that_can_recompute_does_without(sft_argv, monkeypatch):
+    prepared = train_sft_lora.prepare(sft_argv())
+
+    def refuse(*_, **__):
+        raise ValueError("does not seem to support activation checkpointing")
+
+    base = type(prepared.trainer.model.get_base_model())
+    monkeypatch.setattr(base, "activation_checkpointing_enable", refuse)
+    assert rehearsed(prepared)[1]["gradient_checkpointing"] == "off"

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import utils
 from conftest import ROOT
 
 import pytest
@@ -50,3 +51,9 @@ sys.meta_path.insert(0, Finder)
 import {script}
 """
     assert printed(code, {}) == "expandable_segments:True"
+
+
+def test_memory_that_runs_out_anywhere_is_a_sentence():
+    told = utils.refusal(RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    assert told.startswith("memory ran out: lower --batch_size")
+    assert utils.refusal(RuntimeError("shape mismatch")) is None
