@@ -190,7 +190,7 @@ def say_results(report, shown, seconds_aside, results):
     if results.resumed_after:  # seconds and tokens are those of the steps behind it
         steps += f" after step {results.resumed_after}"
     seconds = results.seconds - sum(seconds_aside.values())
-    aside = " and ".join(f"{value:.0f} s of {name}" for name, value in seconds_aside.items())
+    aside = ", ".join(f"{value:.0f} s of {name}" for name, value in seconds_aside.items())
     say(
         f"          {steps} in {seconds:.0f} s and {aside}, "
         f"{report['tokens_per_second']:,.0f} tokens/s, "
