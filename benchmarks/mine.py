@@ -29,7 +29,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-LENGTH, COUNT, MARGIN, DIMENSION = 256, 4, 0.95, 384
+LENGTH, SHORT, COUNT, MARGIN, DIMENSION = 256, 64, 4, 0.95, 384
 SIZES = (10**4, 10**5, 10**6)  # documents of the case "scaling"
 
 
@@ -115,7 +115,7 @@ def measured(work):
 # ---------------------------------------------------------------- sides: texts
 
 
-def prepared_run(folder, model, flags):
+def prepared_run(folder, model, length, flags):
     """Return a run of ours before its first step, and what tokenising its texts took."""
     import train_embed_lora
     from parts.texts import Texts
@@ -130,7 +130,7 @@ def prepared_run(folder, model, flags):
 
     Texts.tokenise = timed
     argv = f"--model_name {model} --train_file {folder}/pairs.jsonl --output_dir {folder}/ours "
-    argv += f"--mine_margin {MARGIN} --max_length {LENGTH} --dev_size 0 --report_to none "
+    argv += f"--mine_margin {MARGIN} --max_length {length} --dev_size 0 --report_to none "
     argv += f"--overwrite {flags}"
     return train_embed_lora.prepare(argv.split()), tokenising
 
@@ -138,7 +138,7 @@ def prepared_run(folder, model, flags):
 def ours_of_passages(folder, model):
     """Mine with our trainer; returns seconds, those of the tokeniser included, and memory."""
     flags = f"--mine_negatives {COUNT} --mine_corpus {folder}/corpus.jsonl"
-    prepared, tokenising = prepared_run(folder, model, flags)
+    prepared, tokenising = prepared_run(folder, model, LENGTH, flags)
     trainer = prepared.trainer
     found, took = measured(lambda: trainer.miner.mine(trainer))
     took["tokenising_seconds"] = tokenising["seconds"]
@@ -148,13 +148,13 @@ def ours_of_passages(folder, model):
     return took
 
 
-def their_inputs(folder, model):
+def their_inputs(folder, model, length):
     """Return (SentenceTransformer, Dataset of pairs, list of documents) of a folder's files."""
     from datasets import Dataset
     from sentence_transformers import SentenceTransformer
 
     st = SentenceTransformer(model, device="cpu")
-    st.max_seq_length = LENGTH
+    st.max_seq_length = length
     rows = [json.loads(line) for line in open(f"{folder}/pairs.jsonl", encoding="utf-8")]
     corpus = [json.loads(line)["text"] for line in open(f"{folder}/corpus.jsonl", encoding="utf-8")]
     columns = {
@@ -178,7 +178,7 @@ def theirs_of_passages(folder, model):
     """Mine with sentence-transformers; returns seconds and memory."""
     from sentence_transformers.util import mine_hard_negatives
 
-    st, rows, corpus = their_inputs(folder, model)
+    st, rows, corpus = their_inputs(folder, model, LENGTH)
     options = their_options(COUNT) | {"corpus": corpus}
     mined, took = measured(lambda: mine_hard_negatives(rows, st, **options))
     took["found"] = sum(len(texts) - 1 for texts in mined["positive"])
@@ -248,13 +248,13 @@ def lacking_of_window(folder, model):
     """Return {N: shares of queries that find fewer than N, by each side}."""
     from sentence_transformers.util import mine_hard_negatives
 
-    st, rows, corpus = their_inputs(folder, model)
+    st, rows, corpus = their_inputs(folder, model, SHORT)
     queries = len(set(rows["anchor"]))
     shares = {}
     for count in (1, COUNT):
         mined = mine_hard_negatives(rows, st, corpus=corpus, **their_options(count))
         full = sum(len(texts) - 1 == count for texts in mined["positive"])
-        prepared, _ = prepared_run(folder, model, f"--mine_negatives {count}")
+        prepared, _ = prepared_run(folder, model, SHORT, f"--mine_negatives {count}")
         found = prepared.trainer.miner.mine(prepared.trainer)
         ours = sum(len(columns) < count for columns, *_ in found) / queries
         shares[count] = {"queries": queries, "ours": ours, "theirs": 1 - full / queries}
