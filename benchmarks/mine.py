@@ -372,7 +372,7 @@ CASES = {
 
 
 def main():
-    """Run the cases; print medians, and write every figure to --out, beside those of other cases."""
+    """Run the cases; print medians, write every figure to --out beside those of other cases."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
