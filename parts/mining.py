@@ -22,6 +22,8 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 SHOWN = 3  # queries, before training
+# cosines of equal vectors differ by so much: a product adds in another order in another block
+SAME = 1e-6
 TOO_MANY = (
     "--mine_negatives: out of memory, which holds the vectors of all queries and documents. Name "
     "fewer documents in --mine_corpus, or lower --train_sample_limit."
@@ -96,7 +98,7 @@ def hard_negatives(query_emb, doc_emb, positives, known, margin, count, chunk=2*
     width = max(1, chunk // size)  # documents
     own = positive_scores(query_emb, doc_emb, positives)
     lowest = torch.tensor([min(row) for row in own], device=query_emb.device)
-    limits = thresholds(lowest, margin)
+    limits = thresholds(lowest, margin) + SAME  # a document exactly at the threshold stays
     found = Mined(
         torch.full((len(query_emb), count), -1),
         torch.full((len(query_emb), count), -torch.inf),

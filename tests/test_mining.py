@@ -73,6 +73,17 @@ def test_a_document_at_the_threshold_stays_and_one_above_is_left_out():
     assert mined.scores[0].tolist() == pytest.approx([0.4, 0.3, -math.inf])
 
 
+def test_documents_like_a_positive_stay_at_a_margin_of_one():
+    generator = torch.Generator().manual_seed(0)
+    doc_emb = torch.nn.functional.normalize(torch.randn(500, 384, generator=generator), dim=1)
+    query_emb = torch.nn.functional.normalize(doc_emb[:50] + 0.05 * doc_emb[50:100], dim=1)
+    doc_emb = torch.cat([doc_emb, doc_emb[:50]])  # each positive again, as another text
+    own = [[i] for i in range(50)]
+    for chunk in (1, 77, 2**10, 2**25):
+        mined = hard_negatives(query_emb, doc_emb, own, own, 1.0, 1, chunk)
+        assert mined.columns.flatten().tolist() == list(range(500, 550))
+
+
 def test_the_threshold_of_a_positive_below_zero_is_below_it():
     query_emb = torch.tensor([[1.0, 0.0]])
     doc_emb = torch.tensor([[-0.4, 0.0], [-0.5, 0.0], [-0.6, 0.0], [-0.7, 0.0]])
