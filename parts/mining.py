@@ -86,7 +86,7 @@ def thresholds(lowest, margin):
     return lowest - lowest.abs() * (1 - margin)
 
 
-def hard_negatives(query_emb, doc_emb, positives, known, margin, count, chunk=2**25, show=False):
+def hard_negatives(query_emb, doc_emb, positives, known, margin, count, chunk=2**23, show=False):
     """Mine `count` negatives for each query by exact search; returns a Mined.
 
     query_emb (Q, D), doc_emb (C, D): unit vectors; positives: the columns of all that are listed
