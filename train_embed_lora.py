@@ -980,7 +980,13 @@ def settled_of(data, embedder):
 
 def fingerprint_of(examples, dev_sets, corpus):
     """Return a hash of the rows; of their contents alone, so that code may change around them."""
-    rows = [vars(example) for example in examples]
+    rows = []
+    for example in examples:
+        row = dict(vars(example))
+        del row["file"]  # it may be moved
+        if not example.scores:
+            del row["scores"]  # such rows had none when the first runs began
+        rows.append(row)
     sets = {name: vars(dev) for name, dev in dev_sets.items()}
     parts = [rows, sets, corpus] if corpus else [rows, sets]
     return f"rows:{Hasher.hash(parts)}"

@@ -18,7 +18,23 @@ def texts_of(value, where, name):
 
     It may be a text, a {title, text} passage, a list of these, a JSON list of texts.
     """
-    return [text.strip() for text in passages_of(unpacked(value, where, name), where, name)]
+    return [text for text in written(value, where, name) if text is not None]
+
+
+def written(value, where, name):
+    """Return the texts of a cell at the places where they are written, None for an empty one."""
+    texts = []
+    for item in leaves(unpacked(value, where, name)):
+        text = passage_of(item, where, name)
+        texts.append(text and text.strip())
+    return texts
+
+
+def leaves(value):
+    """Return what a value holds: itself, or what the items of a list hold."""
+    if isinstance(value, list | tuple):
+        return [leaf for item in value for leaf in leaves(item)]
+    return [value]
 
 
 def unpacked(value, where, name):
@@ -42,22 +58,20 @@ def unpacked(value, where, name):
     return value  # "[1]" may well be a text
 
 
-def passages_of(value, where, name):
-    """Return the texts in a value or a list of values, without blank ones, white space kept."""
-    if isinstance(value, list | tuple):
-        return [text for item in value for text in passages_of(item, where, name)]
+def passage_of(value, where, name):
+    """Return the text in a value with its white space, or None where it is blank."""
     if isinstance(value, dict):
         value = text_of_passage(value, where, name)
     if value is None or value != value:  # NaN is what a table has for nothing
-        return []
+        return None
     if not isinstance(value, str):
         what = f"{where}: {name} is the {type(value).__name__} {str(value)[:60]}"
         if isinstance(value, int | float) and not isinstance(value, bool):
             raise InputError(f"{what}, an id rather than a text. Look the texts up first.")
         raise InputError(f"{what}, not a text. Write it as one.")
     if not shows(value):
-        return []
-    return [value.encode(errors="replace").decode()]  # half an emoji cannot be encoded
+        return None
+    return value.encode(errors="replace").decode()  # half an emoji cannot be encoded
 
 
 def shows(text):
@@ -86,7 +100,8 @@ def text_of_passage(passage, where, name):
 
 def prompt_of(value, where):
     """Return a row's own prompt with the white space it ends in, or None."""
-    prompts = passages_of(unpacked(value, where, "prompt"), where, "prompt")
+    items = leaves(unpacked(value, where, "prompt"))
+    prompts = [text for item in items if (text := passage_of(item, where, "prompt"))]
     if len(prompts) > 1:
         raise InputError(
             f"{where}: {len(prompts)} prompts in one row. Write the one that its query gets."
@@ -115,3 +130,27 @@ def number_of(value):
         return math.inf
     except (TypeError, ValueError):
         return None
+
+
+def numbers_in(value, where):
+    """Return a cell of numbers as meant: as JSON writes it, a table's nothing as None."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    is_table = TABLE_LINE.search(where)
+    if is_table and text in NO_TEXT:
+        return None
+    if is_table or text.startswith("["):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(text)
+    return value
+
+
+def is_list(value):
+    """Tell whether a cell is a list, or a text that is one in JSON."""
+    return isinstance(value, list | tuple) or isinstance(value, str) and value.strip()[:1] == "["
+
+
+def listed(value):
+    """Return a list as it is, another value as a list of one."""
+    return value if isinstance(value, list | tuple) else [value]

@@ -2,10 +2,18 @@
 
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from parts.cells import label_of, prompt_of, texts_of, unpacked
-from parts.rows import text_id
+from parts.cells import prompt_of, texts_of, unpacked
+from parts.relevance import (
+    documents_of,
+    find_label,
+    find_list_of_labels,
+    find_scores,
+    refuse_types,
+    scores_by_text,
+)
+from parts.rows import file_of, text_id
 from parts.splits import say_drops
 from utils import InputError, say
 
@@ -24,17 +32,24 @@ POSITIVE_NAMES = (
 NEGATIVE_NAMES = re.compile(
     r"(hard_?)?neg(ative)?s?_?\d*|negative_passages|neg_docs?|rejected_responses?"
 )
-LABEL_NAMES = ("label", "relevance", "score")
+# of columns that labels or scores stand beside, as sentence-transformers' rerankers are taught
+LIST_NAMES = ("docs", "documents", "passages", "candidates")
 
 
 @dataclass
 class Example:
-    """One training row: `prompt` is BGE's, which replaces the query prefix."""
+    """One training row.
+
+    `prompt` is BGE's, which replaces the query prefix; `scores` are a teacher's, {text: score} of
+    its documents; `file` is where the row stands: a file, or a data set on the hub and its split.
+    """
 
     query: str
     pos: list
     neg: list
     prompt: str | None = None
+    scores: dict = field(default_factory=dict)
+    file: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -54,6 +69,8 @@ class Roles:
     positive: str
     negatives: list
     label: str | None  # 1: the row's document matches its query, 0: it does not
+    labels: str | None  # a list of these, one for each text of the positive column
+    scores: list  # [(column of a teacher's scores, the columns whose texts it scores)]
     has_prompt: bool
 
 
@@ -88,31 +105,31 @@ def read_examples(rows, columns, query_prefix):
 def read_each(rows, roles):
     """Return ([(where, Example)], {reason: [where]} of the rows that lack a text).
 
-    The document of a row with label 0 is an Example's negative.
+    A document with label 0 is an Example's negative.
     """
     found = []
     drops = defaultdict(list)
     for where, row in rows:
         query = texts_of(row.get(roles.query), where, roles.query)
-        pos = texts_of(row.get(roles.positive), where, roles.positive)
-        neg = []
-        for name in roles.negatives:
-            neg += texts_of(row.get(name), where, name)
-        label = label_of(row.get(roles.label)) if roles.label else 1
+        first, negatives = documents_of(row, where, roles)
         if len(query) > 1:
             raise InputError(f"{where}: {len(query)} queries in one row. Write a row for each.")
         if not query:
             drops["rows with an empty query"].append(where)
-        elif not pos:
+        elif not first:
             drops["rows with an empty positive"].append(where)
-        elif label is None:
-            drops[f"rows with an empty {roles.label}"].append(where)
+        elif any(document.label is None for document in first):
+            drops[f"rows with an empty {roles.label or roles.labels}"].append(where)
+        elif roles.labels and not any(document.label for document in first):
+            drops["rows without a document of label 1"].append(where)
         else:
             prompt = prompt_of(row.get("prompt"), where) if roles.has_prompt else None
-            if not label:
-                neg = pos
-                pos = []
-            found.append((where, Example(query[0], pos, neg, prompt)))
+            pos = [document for document in first if document.label]
+            neg = [document for document in first if not document.label] + negatives
+            scores = scores_by_text(pos + neg)
+            pos = [document.text for document in pos]
+            neg = [document.text for document in neg]
+            found.append((where, Example(query[0], pos, neg, prompt, scores, file_of(where))))
     return found, dict(drops)
 
 
@@ -125,10 +142,15 @@ def join_labelled(found):
     for where, example in found:
         key = (by_query(example), example.prompt)  # a joined row has one prompt
         if key not in by_prompt:
-            by_prompt[key] = (where, Example(example.query, [], [], example.prompt))
+            joined = Example(example.query, [], [], example.prompt, file=example.file)
+            by_prompt[key] = (where, joined)
         _, joined = by_prompt[key]
         joined.pos += example.pos
         joined.neg += example.neg
+        if example.pos:  # of a text with both labels the score beside label 1 stays
+            joined.scores = joined.scores | example.scores
+        else:
+            joined.scores = example.scores | joined.scores
     kept = []
     drops = defaultdict(list)
     for where, joined in by_prompt.values():
@@ -144,11 +166,11 @@ def join_labelled(found):
 def distinct(found):
     """Return each Example of [(where, Example)] once, without negatives that are positives.
 
+    Rows that differ in scores alone are one, with the first one's score of each text that has any.
     Returns (Examples, {reason: [where]}).
     """
-    examples = []
     drops = defaultdict(list)
-    seen = set()
+    seen = {}
     for where, example in found:
         known = set(map(text_id, example.pos))
         # the loss would push away what it pulls
@@ -157,13 +179,20 @@ def distinct(found):
         if false_neg:
             drops["negatives equal to a positive"] += [where] * false_neg
         example.neg = true_neg
+        example.scores = own_scores(example, example.scores)
         key = (by_query(example), *sorted(known), *sorted(map(text_id, true_neg)))
         if key in seen:  # in one step each of the two would be the other's negative
             drops["duplicate rows"].append(where)
-            continue
-        seen.add(key)
-        examples.append(example)
-    return examples, dict(drops)
+            seen[key].scores = own_scores(seen[key], example.scores | seen[key].scores)
+        else:
+            seen[key] = example
+    return list(seen.values()), dict(drops)
+
+
+def own_scores(example, scores):
+    """Return those of {text: score} that are of an Example's documents."""
+    documents = {*example.pos, *example.neg}
+    return {text: score for text, score in scores.items() if text in documents}
 
 
 def refuse_ids(where, name, texts):
@@ -184,24 +213,48 @@ def find_roles(rows, columns):
     # a row may lack a column, so that the first one does not show all
     fields = list(dict.fromkeys(name for _, row in rows[:1000] for name in row))
     query = find_column(fields, "query", QUERY_NAMES, columns.query, where)
-    positive = find_column(fields, "positive", POSITIVE_NAMES, columns.positive, where)
+    names = positive_names(fields)
+    positive = find_column(fields, "positive", names, columns.positive, where)
     negatives = find_negatives(fields, columns.negative, where)
     unused = [name for name in fields if name not in {query, positive, *negatives, "prompt"}]
     has_prompt = any("prompt" in row for _, row in rows) and "prompt" not in (query, positive)
+    refuse_types(rows, negatives)
     # beside negatives of its own, a row's label says something else than "no match"
     has_negatives = columns.negative or any_filled(rows, negatives)
-    label = None if has_negatives else find_label(rows, unused)
-    said = f"columns   query = {query}, positive = {positive}"
-    said += f", negatives = {', '.join(negatives) or 'none'}"
-    if label:
-        said += f", label = {label}"
-        unused.remove(label)
-    if has_prompt:
+    labels = find_list_of_labels(rows, unused, positive)
+    label = None if has_negatives or labels else find_label(rows, unused)
+    scores = find_scores(rows, unused, positive, negatives)
+    roles = Roles(query, positive, negatives, label, labels, scores, has_prompt)
+    say_roles(roles, unused)
+    return roles
+
+
+def positive_names(fields):
+    """Return the names that the column of positives may have in rows of these columns."""
+    names = {name.lower() for name in fields}
+    is_judged = not names.isdisjoint(("labels", "scores"))
+    if is_judged and names.isdisjoint(POSITIVE_NAMES):
+        return POSITIVE_NAMES + LIST_NAMES
+    return POSITIVE_NAMES
+
+
+def say_roles(roles, others):
+    """Print what each column is; `others` have no text, and some of them a role."""
+    said = f"columns   query = {roles.query}, positive = {roles.positive}"
+    said += f", negatives = {', '.join(roles.negatives) or 'none'}"
+    if roles.label:
+        said += f", label = {roles.label}"
+    if roles.labels:
+        said += f", labels = {roles.labels}"
+    scores = [name for name, _ in roles.scores]
+    if scores:
+        said += f", scores = {', '.join(scores)}"
+    if roles.has_prompt:
         said += ", query prefix = prompt"
+    unused = [name for name in others if name not in (roles.label, roles.labels, *scores)]
     if unused:
         said += f" (unused: {', '.join(unused)})"
     say(said)
-    return Roles(query, positive, negatives, label, has_prompt)
 
 
 def find_column(fields, kind, names, flag, where):
@@ -243,60 +296,3 @@ def any_filled(rows, names):
             if unpacked(row.get(name), where, name) not in (None, "", []):
                 return True
     return False
-
-
-# ---------------------------------------------------------------- labels
-
-
-def find_label(rows, names):
-    """Return the column in `names` that says of each row's document whether it is a match, 1 or 0.
-
-    None without one. Raises InputError where it holds other numbers: which of them are matches is
-    not known here.
-    """
-    labels = []  # columns of 1s and 0s alone
-    telling = []  # those of them that have both
-    others = []  # what is said of columns with other numbers
-    # rows that are all matches may have a column of 1s: one with both is believed before it, and
-    # before a teacher's scores
-    candidates = [name for name in names if name.lower() in LABEL_NAMES]
-    for name in sorted(candidates, key=str.lower):  # label, relevance, score
-        places = places_of_labels(rows, name)
-        has_lists = any(isinstance(row.get(name), list) for _, row in rows)
-        if places and places.keys() <= {0, 1} and not has_lists:
-            labels.append(name)
-            if len(places) == 2:
-                telling.append(name)
-        elif len(places) > 1:
-            # one number in all rows, a version say, is no label
-            odd = [number for number in places if number not in (0, 1)]
-            number = next(iter(odd or places))
-            what = f"{number:g}, one of {len(places)} different numbers"
-            if has_lists:
-                what = "a list of labels"
-            others.append(f"{places[number]}: {name} is {what}")
-    if len(telling) > 1:
-        raise InputError(
-            f"{rows[0][0]}: {len(telling)} columns could be the label: {', '.join(telling)}. "
-            "Rename one."
-        )
-    if others and not telling:
-        raise InputError(
-            f"{others[0]}. Write 1 (the document matches the query) or 0 into each row, or rename "
-            "the column: it is then unused and every row a match."
-        )
-    return next(iter(telling or labels), None)
-
-
-def places_of_labels(rows, name):
-    """Return {number: where it stands first} of a column; {} for one of class names."""
-    places = {}
-    for where, row in rows:
-        cell = row.get(name)
-        for value in cell if isinstance(cell, list) else [cell]:
-            try:
-                places.setdefault(label_of(value), where)
-            except ValueError:
-                return {}
-    places.pop(None, None)  # an empty cell: its row will be dropped
-    return places

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,12 @@ def refuse_repeats(names, where):
                 f'{where}: {count} columns or keys are called "{name}". Rename or delete all but '
                 "one."
             )
+
+
+def file_of(where):
+    """Return the file that `where` of a row names, or the data set on the hub and its split."""
+    # the same text for all rows of a file
+    return sys.intern(where.rpartition(", ")[0])  # ", line 7", ", row 7"
 
 
 # ---------------------------------------------------------------- JSON

@@ -176,6 +176,7 @@ OF_FILES = [
     "splits",
     "token_cache",
     "pairs",
+    "relevance",
     "chats",
     "dev_sets",
     "checkpoints",

@@ -14,6 +14,7 @@ BGE = {
     "neg_scores": [0.1],
     "prompt": "Find: ",
 }
+PLAIN = Example("q", ["p"], ["a", "b"])
 
 
 def read(path, **columns):
@@ -24,7 +25,44 @@ def read(path, **columns):
 @pytest.mark.parametrize(
     "row, expected",
     [
-        (BGE, Example("q1", ["p1", "p2"], ["n1"], "Find: ")),
+        (
+            BGE,
+            Example("q1", ["p1", "p2"], ["n1"], "Find: ", {"p1": 1.0, "p2": 0.5, "n1": 0.1}),
+        ),
+        # sentence-transformers' triplet and n-tuple with scores, labeled-list with labels
+        (
+            {"anchor": "q", "positive": "p", "negative": "n", "scores": [0.9, 0.2]},
+            Example("q", ["p"], ["n"], None, {"p": 0.9, "n": 0.2}),
+        ),
+        (
+            {
+                "query": "q",
+                "answer": "p",
+                "negative_1": "a",
+                "negative_2": "b",
+                "scores": [3, 2, 1],
+            },
+            Example("q", ["p"], ["a", "b"], None, {"p": 3, "a": 2, "b": 1}),
+        ),
+        (
+            {"query": "q", "answer": ["p", "a", "b"], "labels": [1, 0, 0]},
+            Example("q", ["p"], ["a", "b"]),
+        ),
+        # what its rerankers are trained on
+        (
+            {"query": "q", "docs": ["a", "p", "b", "r"], "labels": [0, 1, 0, 1]},
+            Example("q", ["p", "r"], ["a", "b"]),
+        ),
+        (
+            {"query": "q", "documents": ["a", "p"], "labels": [0, 1], "scores": [-1.5, 2]},
+            Example("q", ["p"], ["a"], None, {"p": 2, "a": -1.5}),
+        ),
+        # FlagEmbedding's types that say nothing new
+        ({"query": "q", "pos": ["p"], "neg": ["a", "b"], "type": "normal"}, PLAIN),
+        (
+            {"query": "q", "pos": ["p"], "neg": ["n"], "type": "only_1neg"},
+            Example("q", ["p"], ["n"]),
+        ),
         ({"query": "q", "pos": ["p"], "neg": []}, Example("q", ["p"], [])),
         ({"query": "q", "pos": "p"}, Example("q", ["p"], [])),
         ({"anchor": "q", "positive": "p", "negative": "n"}, Example("q", ["p"], ["n"])),
@@ -82,9 +120,14 @@ def test_columns_may_be_named(tmp_path, capsys):
     )
 
 
-def test_scores_are_reported_as_unused(tmp_path, capsys):
+def test_columns_of_scores_and_labels_are_named(tmp_path, capsys):
     read(write_jsonl(tmp_path / "rows.jsonl", [BGE]))
-    assert "unused: pos_scores, neg_scores" in capsys.readouterr().out
+    said = "negatives = neg, scores = pos_scores, neg_scores, query prefix = prompt\n"
+    assert said in capsys.readouterr().out
+    row = {"query": "q", "docs": ["p", "n"], "labels": [1, 0], "scores": [1, 0], "id": "7"}
+    read(write_jsonl(tmp_path / "rows.jsonl", [row]))
+    said = "positive = docs, negatives = none, labels = labels, scores = scores (unused: id)"
+    assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
