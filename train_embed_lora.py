@@ -79,6 +79,8 @@ def add_embedding_flags(parser):
         help="train these prefixes of the vector too")
     add("--dev_corpus", nargs="+", metavar="FILE",
         help="documents that dev queries are searched in too [the training's]")
+    add("--steps_from", default="all", **one_of("all", "one_file"),
+        help="rows of a step are drawn from all files, or from one --train_file alone [all]")
     add("--query_column", metavar="NAME", help="where its name is not recognised")
     add("--positive_column", metavar="NAME", help="where its name is not recognised")
     add("--negative_column", metavar="NAME", help="where its name is not recognised")
@@ -101,11 +103,13 @@ if __name__ == "__main__":
 from parts import run as runs
 from parts.adapters import Lora
 from parts.base import Origin, check_loaded, choose_precision, load, load_config, position_limit
+from parts.batches import FileSteps, loader_of, mean_fullness, rows_of_files, show_files
 from parts.behaviour import hidden_states, what_an_embedder_does
 from parts.checkpoints import stored_cut
 from parts.corpus import read_corpus
 from parts.dev_sets import HELD_OUT, dev_indices, dev_sizes, fill_pools, read_data
-from parts.mining import Miner, MiningRules, Pool, copy_mined, mined_file, show_pool
+from parts.mined_files import copy_mined, mined_file, read_mined, write_mined
+from parts.mining import Miner, MiningRules, Pool, show_pool
 from parts.pairs import Columns
 from parts.plan import advice, chosen_metric, make_plan, named
 from parts.proof import check_saved_tokenizer, prove, save_final
@@ -261,18 +265,27 @@ def tokens_of_rows(train_set, texts):
     return counts
 
 
-def tokens_of_steps(train_set, texts, row_tokens, plan, seed):
-    """Return how many tokens all steps of a run have, a text that rows of a step share once."""
+def tokens_of_steps(train_set, texts, row_tokens, plan, seed, file_steps=None):
+    """Return how many tokens all steps of a run have, a text that rows of a step share once.
+
+    file_steps: FileSteps, where each step is of one file's rows.
+    """
     rng = random.Random(seed)
+    # what a text saves by being shared depends on who meets whom: ten steps are drawn and counted
+    if file_steps:
+        steps = file_steps.of_epoch(0)
+        mean_tokens = sum(row_tokens[i] for step in steps for i in step) / len(steps)
+        some_steps = rng.choices(steps, k=10)
+    else:
+        mean_tokens = sum(row_tokens) / len(row_tokens) * plan.examples_per_step
+        rows = range(len(train_set))
+        some_steps = [rng.sample(rows, plan.examples_per_step) for _ in range(10)]
     drawn_tokens = 0
     distinct_tokens = 0
-    # what a text saves by being shared depends on who meets whom: ten steps are drawn and counted
-    for _ in range(10):
-        drawn = rng.sample(range(len(train_set)), plan.examples_per_step)
+    for drawn in some_steps:
         step = {j for i in drawn for j in text_indices(train_set[i])}
         drawn_tokens += sum(row_tokens[i] for i in drawn)
         distinct_tokens += sum(len(texts[j]) for j in step)
-    mean_tokens = sum(row_tokens) / len(row_tokens) * plan.examples_per_step
     return plan.total_steps * (mean_tokens * distinct_tokens / drawn_tokens)
 
 
@@ -393,7 +406,8 @@ class EmbedTrainer(StepTrainer):
     """Contrasts all queries of a step with all its documents, however many pieces it is cut into.
 
     max_length: tokens of the longest document; cross_device: contrast with the documents of all
-    processes. miner: finds negatives, or None; earlier_run: the folder of the one that is resumed.
+    processes. miner: finds negatives, or None; earlier_run: the folder of the one that is resumed;
+    file_steps: FileSteps, where each step is of one file's rows.
     """
 
     keeps_graphs = True  # of as many pieces as fit: the others run twice
@@ -404,6 +418,7 @@ class EmbedTrainer(StepTrainer):
         texts,
         miner,
         earlier_run,
+        file_steps,
         temperature,
         margin,
         dims,
@@ -418,6 +433,7 @@ class EmbedTrainer(StepTrainer):
         self.vectors = Vectors(self.embed_texts)
         self.miner = miner
         self.earlier_run = earlier_run
+        self.file_steps = file_steps
         self.mined_epoch = None  # that the negatives of now were mined for
         if miner:
             self.seconds_aside["mining"] = 0
@@ -429,6 +445,12 @@ class EmbedTrainer(StepTrainer):
         self.max_length = max_length
         # processes whose documents are contrasted; else each has its own, and DDP the mean
         self.world = self.accelerator.num_processes if cross_device else 1
+
+    def get_train_dataloader(self):
+        """Return the loader of training rows, whose steps may each be of one file."""
+        if self.file_steps:
+            return loader_of(self.file_steps, self)
+        return super().get_train_dataloader()
 
     def encode(self, model, inputs):
         """Embed a piece's sequences: unit vectors (B, D) in float32."""
@@ -614,7 +636,7 @@ class EmbedTrainer(StepTrainer):
         if self.mined_epoch == due:
             return
         if epoch > due or steps_in:  # the model is no longer the one that mined
-            self.train_dataset.take_mined(self.miner.read(mined_file(self.earlier_run, due)))
+            self.train_dataset.take_mined(read_mined(mined_file(self.earlier_run, due), self.miner))
             self.mined_epoch = due
             if self.is_world_process_zero():
                 copy_mined(self.earlier_run, self.args.output_dir, due)
@@ -634,7 +656,7 @@ class EmbedTrainer(StepTrainer):
         if epoch == 0:
             self.miner.show_examples(found)
         if self.is_world_process_zero():
-            self.miner.write(mined_file(self.args.output_dir, epoch), found, self)
+            write_mined(mined_file(self.args.output_dir, epoch), self.miner, found, self.vectors)
 
     def try_mining(self):
         """Show what would be mined for the first queries, for --dry_run."""
@@ -742,6 +764,11 @@ class Data:
     texts: Texts
     train_set: TrainSet
     miner: Miner | None
+    files: dict | None  # --steps_from one_file: {file: its rows' places in train_set}
+
+    def file_steps(self, plan, seed):
+        """Return FileSteps, None where the rows of a step are of any file."""
+        return FileSteps(self.files, plan.examples_per_step, seed) if self.files else None
 
 
 def tokenise_rows(args, state, origin, config, examples, dev_sets, corpus):
@@ -759,9 +786,12 @@ def tokenise_rows(args, state, origin, config, examples, dev_sets, corpus):
     # all texts are collected before any is tokenised: one pass, and one entry in the cache
     texts = Texts()
     train_set = TrainSet(examples, texts, rules, args.max_negs, args.seed)
+    files = None
+    if args.steps_from == "one_file":
+        files = rows_of_files(examples, state.num_processes)
     miner = None
     if args.mine_negatives:
-        pool = Pool(examples, corpus, texts, rules.doc_prefix)
+        pool = Pool(examples, corpus, texts, rules.doc_prefix, by_file=files is not None)
         mining = MiningRules(args.mine_negatives, args.mine_margin, args.mine_every == "epoch")
         miner = Miner(examples, train_set.rows, pool, mining)
         show_pool(pool, dev_sets)
@@ -771,7 +801,7 @@ def tokenise_rows(args, state, origin, config, examples, dev_sets, corpus):
     with state.main_process_first():
         texts.tokenise(tokenizer, rules, args.num_workers)
     note_cut_texts(texts, rules, tokenizer)
-    return Data(tokenizer, stored, prompts, rules, texts, train_set, miner)
+    return Data(tokenizer, stored, prompts, rules, texts, train_set, miner, files)
 
 
 def load_text_tokenizer(origin, ends_in_eos):
@@ -784,8 +814,9 @@ def load_text_tokenizer(origin, ends_in_eos):
     return append_eos(tokenizer, origin)  # by itself, so that whoever loads final/ does so, too
 
 
-def plan_run(args, train_set, dev_sets, processes):
-    """Make the plan; raises InputError for a metric that is not measured."""
+def plan_run(args, train_set, dev_sets, processes, files):
+    """Make the plan; raises InputError for a metric that is not measured. files: see Data."""
+    each = [len(rows) for rows in (files or {}).values()]
     dims = [f"ndcg@10_dim{dim}" for dim in args.matryoshka_dims or []]
     # the metric of a dev set without a name has no prefix; of several sets the first decides
     known = [named(name, key) for name in dev_sets for key in METRICS + dims]
@@ -803,16 +834,25 @@ def plan_run(args, train_set, dev_sets, processes):
         watched=[[metric, True]],
         shown=list(dict.fromkeys([metric, *shown])) if dev_sets else [],
         drop_last=True,  # a smaller step has fewer negatives, and another loss
+        each=each,
     )
-    for sentence in advice(args, plan, len(train_set)):
+    for sentence in advice(args, plan, len(train_set), each):
         note(sentence)
-    return replace(plan, negatives_per_query=count_negatives(args, train_set, plan))
+    fullness = 1
+    if files:
+        show_files(files, plan.examples_per_step)
+        fullness = mean_fullness(files, plan.examples_per_step)
+    return replace(plan, negatives_per_query=count_negatives(args, train_set, plan, fullness))
 
 
-def count_negatives(args, train_set, plan):
-    """Return how many documents of a step are no positive of a query's, on average; say it, too."""
+def count_negatives(args, train_set, plan, fullness):
+    """Return how many documents of a step are no positive of a query's, on average; say it, too.
+
+    fullness: the share of a step's examples that a query meets, on average.
+    """
     shown = sum(min(args.max_negs, len(found)) for found in train_set.negatives) / len(train_set)
     queries = plan.examples_per_step if args.negatives_cross_device else plan.step_rows
+    queries *= fullness
     negatives = round(queries * (1 + shown) - 1, 1)  # each brings a positive; one is its own
     cost = ""
     if args.mine_negatives:
@@ -828,7 +868,8 @@ def with_full_pools(plan, data, dev_sets, seed):
     Returns (the plan with its evaluation_share, {name: DevSet}).
     """
     row_tokens = tokens_of_rows(data.train_set, data.texts)
-    training = tokens_of_steps(data.train_set, data.texts, row_tokens, plan, seed)
+    file_steps = data.file_steps(plan, seed)
+    training = tokens_of_steps(data.train_set, data.texts, row_tokens, plan, seed, file_steps)
     prefixes = data.rules.query_prefix, data.rules.doc_prefix
     dev_sets, share = fill_pools(dev_sets, data.texts, *prefixes, plan, training, seed)
     return replace(plan, evaluation_share=share), dev_sets
@@ -942,6 +983,7 @@ def make_trainer(args, output_dir, checkpoint, data, dev_sets, plan, embedder):
         texts=data.texts,
         miner=data.miner,
         earlier_run=checkpoint and checkpoint.parent,
+        file_steps=data.file_steps(plan, args.seed),
         cross_device=args.negatives_cross_device,
         max_length=data.rules.passage_max_len,  # as documents are what evaluations embed most
         **flags.asked_cut(args),
@@ -1029,7 +1071,7 @@ def prepare(argv=None):
     origin = Origin(args.model_name, args.model_revision, args.trust_remote_code, args.init_adapter)
     config = load_config(origin)
     data = tokenise_rows(args, state, origin, config, examples, dev_sets, corpus)
-    plan = plan_run(args, data.train_set, dev_sets, state.num_processes)
+    plan = plan_run(args, data.train_set, dev_sets, state.num_processes, data.files)
     plan, dev_sets = with_full_pools(plan, data, dev_sets, args.seed)
     row_tokens = tokens_to_rehearse(data, plan)
     counts["dev"] = dev_sizes(dev_sets)

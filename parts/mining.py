@@ -1,20 +1,20 @@
-"""Hard negatives: the documents nearest to a query that are none of its positives, and their files.
+"""Hard negatives: the documents nearest to a query that are none of its positives.
 
 A document nearer than the threshold of NV-Retriever (Moreira et al. 2024, TopK-PercPos) is left
 out: it is likely to be a positive that nobody has listed.
 Shapes: Q queries, C documents of the pool, D embedding, N negatives to be mined for a query.
 """
 
-import json
 import math
 import random
-import shutil
+from array import array
+from bisect import bisect_left
+from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 
 from parts.memory import memory_errors_as_ours
 from parts.retrieval import best_columns
-from parts.rows import read_rows, text_id
+from parts.rows import text_id
 from utils import InputError, say, shows_bars
 
 import torch
@@ -33,24 +33,46 @@ TOO_MANY = (
 
 
 class Pool:
-    """Documents that may be mined, each once, in the order of rows, then of --mine_corpus."""
+    """Documents that may be mined, each once, in the order of rows, then of --mine_corpus.
 
-    def __init__(self, examples, corpus, texts, doc_prefix):
+    `searched`: {file: ascending columns that its queries are searched in}: those of its own rows
+    and of --mine_corpus. Without `by_file` it is {None: all}.
+    """
+
+    def __init__(self, examples, corpus, texts, doc_prefix, by_file=False):
         """texts: those of the run, which the documents are added to."""
+        self.by_file = by_file
         self.words = []  # each document's text, without the prefix
         self.documents = []  # (text index, text_id), as a row has them
         self.column = {}  # text_id -> place in the two lists
+        of_file = defaultdict(set)  # columns
         for example in examples:
-            self.add([*example.pos, *example.neg], texts, doc_prefix)
-        self.add(corpus, texts, doc_prefix)
+            columns = self.add([*example.pos, *example.neg], texts, doc_prefix)
+            if by_file:
+                of_file[example.file].update(columns)
+        of_corpus = self.add(corpus, texts, doc_prefix)
+        self.searched = {}
+        for file, columns in of_file.items():
+            # 8 bytes each: a million documents of the corpus stand here once a file
+            self.searched[file] = array("q", sorted(columns.union(of_corpus)))
+        if not by_file:
+            self.searched[None] = range(len(self))
+
+    def file_of(self, example):
+        """Return the file in whose documents an Example's query is searched; None: in any."""
+        return example.file if self.by_file else None
 
     def add(self, words, texts, doc_prefix):
+        """Add documents that are not there yet; return the columns of all of them."""
+        columns = []
         for text in words:
             key = text_id(text)  # by hash: the same text in another case is the same document
             if key not in self.column:
                 self.column[key] = len(self.words)
                 self.words.append(text)
                 self.documents.append((texts.add(doc_prefix, text, False), key))
+            columns.append(self.column[key])
+        return columns
 
     def __len__(self):
         return len(self.words)
@@ -64,6 +86,16 @@ class Pool:
     def columns(self, text_ids):
         """Return the columns of those texts that are in the pool."""
         return [self.column[key] for key in text_ids if key in self.column]
+
+
+def places_among(columns, searched):
+    """Return where those of `columns` that are among the ascending `searched` stand in them."""
+    found = []
+    for column in columns:
+        place = bisect_left(searched, column)
+        if place < len(searched) and searched[place] == column:
+            found.append(place)
+    return found
 
 
 # ---------------------------------------------------------------- the search
@@ -175,9 +207,10 @@ class MiningRules:
 
 
 class Miner:
-    """Mines negatives for the training rows of a run, and keeps them in files.
+    """Mines negatives for the training rows of a run.
 
-    Rows of the same query, prompt included, share what is mined for it.
+    Rows of the same query, prompt included, share what is mined for it; where a query is searched
+    in its own file's documents, rows of the same file.
     """
 
     def __init__(self, examples, rows, pool, rules):
@@ -185,29 +218,44 @@ class Miner:
 
         Raises InputError where the pool is too small for any query to find as many as are asked.
         """
-        if rules.count >= len(pool):
-            raise InputError(
-                f"--mine_negatives {rules.count}: the pool has {len(pool)} documents, and a "
-                "query's positives are no negatives. Lower it, or add --mine_corpus."
-            )
+        for file, searched in pool.searched.items():
+            check_count(rules.count, file, len(searched))
         self.examples = examples
         self.pool = pool
         self.rules = rules
-        first = {}  # text index of a query -> its first row
-        for row in rows:
-            first.setdefault(row.query, row)
-        self.queries = list(first)  # text indices
-        self.positives = [pool.columns(row.listed) for row in first.values()]
-        self.known = [pool.columns(row.known) for row in first.values()]
-        place = {query: i for i, query in enumerate(self.queries)}
-        self.place = [place[row.query] for row in rows]  # in self.queries, of each row
+        place = {}  # (file, text index of a query) -> its place in the lists below
+        self.place = []  # of each row
+        self.queries = []  # text indices
+        self.files = []  # in which they are searched
+        self.positives = []  # columns, of those that are searched
+        self.known = []  # columns that are no negatives
+        for example, row in zip(examples, rows, strict=True):
+            file = pool.file_of(example)
+            key = (file, row.query)
+            if key not in place:
+                place[key] = len(self.queries)
+                self.queries.append(row.query)
+                self.files.append(file)
+                self.positives.append(self.among(file, row.listed))
+                self.known.append(self.among(file, row.known))
+            self.place.append(place[key])
+
+    def among(self, file, text_ids):
+        """Return the columns of those texts that a query of the file is searched in."""
+        searched = self.pool.searched[file]
+        return [searched[i] for i in places_among(self.pool.columns(text_ids), searched)]
 
     # ------------------------------------------------------------ before anything was mined
 
     def typical(self, seed):
         """Return documents for each row as it may find them, to count tokens by."""
         rng = random.Random(seed)
-        return [rng.sample(self.pool.documents, self.rules.count) for _ in self.place]
+        found = []
+        for place in self.place:
+            searched = self.pool.searched[self.files[place]]
+            drawn = rng.sample(range(len(searched)), self.rules.count)
+            found.append([self.pool.documents[searched[i]] for i in drawn])
+        return found
 
     def longest(self, texts, rows_at_once):
         """Return the longest documents that rows may find, for a rehearsal of so many rows."""
@@ -231,19 +279,14 @@ class Miner:
         """
         count = min(limit or len(self.queries), len(self.queries))
         world = trainer.accelerator.num_processes
-        own = list(range(trainer.accelerator.process_index, count, world))
+        places = defaultdict(list)  # of queries, by file
+        for i in range(count):
+            places[self.files[i]].append(i)
         query_emb = trainer.vectors.of(self.queries[:count])
-        doc_emb = trainer.vectors.of([index for index, _ in self.pool.documents])
-        mined = hard_negatives(
-            query_emb[own],
-            doc_emb,
-            [self.positives[i] for i in own],
-            [self.known[i] for i in own],
-            self.rules.margin,
-            self.rules.count,
-            show=shows_bars(),
-        )
-        found = list(zip(own, as_lists(mined), strict=True))
+        found = []
+        for file, of_file in places.items():
+            own = of_file[trainer.accelerator.process_index :: world]
+            found += self.search(file, own, query_emb[own], trainer.vectors)
         if world > 1:
             found = gather_object(found)
         found = [of_query for _, of_query in sorted(found)]
@@ -252,6 +295,26 @@ class Miner:
                 f"--mine_negatives: no query found one among {len(self.pool)} documents: all are "
                 "its positives, or as near as those. Add --mine_corpus, or raise --mine_margin."
             )
+        return found
+
+    def search(self, file, places, query_emb, vectors):
+        """Return [(place, what mine() returns of it)] for queries of a file at these places.
+
+        query_emb: theirs; vectors: of documents, whose copy is let go of before the next file's.
+        """
+        searched = self.pool.searched[file]
+        mined = hard_negatives(
+            query_emb,
+            vectors.of([self.pool.documents[column][0] for column in searched]),
+            [places_among(self.positives[i], searched) for i in places],
+            [places_among(self.known[i], searched) for i in places],
+            self.rules.margin,
+            self.rules.count,
+            show=shows_bars(),
+        )
+        found = []
+        for place, (columns, *scores) in zip(places, as_lists(mined), strict=True):
+            found.append((place, ([searched[i] for i in columns], *scores)))
         return found
 
     def of_rows(self, found):
@@ -267,7 +330,7 @@ class Miner:
         count = self.rules.count
         lacking = [i for i, (columns, *_) in enumerate(found) if len(columns) < count]
         if lacking:
-            few = sum(len(self.pool) - len(set(self.known[i])) < count for i in lacking)
+            few = sum(self.others(i) < count for i in lacking)
             near = len(lacking) - few
             why = []
             if near:
@@ -276,6 +339,10 @@ class Miner:
                 why.append(f"{few:,} with too few others in the pool")
             text += f"; {len(lacking):,} found fewer than {count}: {', '.join(why)}"
         say(text)
+
+    def others(self, place):
+        """Return how many documents a query is searched in that are not known to be none."""
+        return len(self.pool.searched[self.files[place]]) - len(set(self.known[place]))
 
     def show_examples(self, found):
         """Print a few queries with their positives and what was mined for them, with cosines."""
@@ -291,71 +358,22 @@ class Miner:
             for column, score in zip(columns, scores, strict=True):
                 say(f"  mined    {score:6.3f}  {shortened(self.pool.words[column])}")
 
-    # ------------------------------------------------------------ files
 
-    def write(self, path, found, trainer):
-        """Write the rows with what was mined for them, so that --train_file reads them.
-
-        A reader finds the whole file or none.
-        """
-        part = Path(f"{path}.part")
-        with part.open("w", encoding="utf-8") as file:
-            for row in self.file_rows(found, trainer):
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        part.replace(path)
-
-    def file_rows(self, found, trainer):
-        """Yield the rows of a file."""
-        for example, place in zip(self.examples, self.place, strict=True):
-            columns, scores, _ = found[place]
-            own = [*example.pos, *example.neg]
-            own_columns = self.pool.columns(map(text_id, own))
-            texts = [self.pool.documents[column][0] for column in own_columns]
-            vectors = trainer.vectors.of([self.queries[place], *texts])
-            cosines = (vectors[1:] @ vectors[0]).tolist()
-            count = len(example.pos)
-            row = {
-                "query": example.query,
-                "pos": example.pos,
-                "neg": example.neg + [self.pool.words[column] for column in columns],
-                "pos_cosines": rounded(cosines[:count]),
-                "neg_cosines": rounded(cosines[count:] + scores),
-                "source": ["own"] * len(example.neg) + ["mined"] * len(columns),
-            }
-            if example.prompt is not None:
-                row["prompt"] = example.prompt
-            yield row
-
-    def read(self, path):
-        """Return the documents of each row that `write` wrote; raises InputError for other rows."""
-        if not Path(path).is_file():
-            raise InputError(
-                f"{path} is not there, and the model that mined it has been trained on since. Copy "
-                "it back, or start anew."
-            )
-        rows = read_rows(path)
-        if len(rows) != len(self.examples):
-            raise InputError(
-                f"{path} has {len(rows)} rows of {len(self.examples)}. Copy it back, or start anew."
-            )
-        found = []
-        for (where, row), example in zip(rows, self.examples, strict=True):
-            mined = []
-            for text, source in zip(row.get("neg", []), row.get("source", []), strict=False):
-                if source == "mined":
-                    mined.append(text)
-            columns = self.pool.columns(map(text_id, mined))
-            if row.get("query") != example.query or len(columns) < len(mined):
-                raise InputError(
-                    f"{where}: not what this run has mined. Copy it back, or start anew."
-                )
-            found.append([self.pool.documents[column] for column in columns])
-        return found
+def check_count(count, file, documents):
+    """Raise InputError where the `documents` of a file's queries, of all for None, are too few."""
+    if count >= documents:
+        whose = f"{file}, with --mine_corpus," if file else "the pool"
+        raise InputError(
+            f"--mine_negatives {count}: {whose} has {documents} documents, and a query's positives "
+            "are no negatives. Lower it, or add --mine_corpus."
+        )
 
 
 def show_pool(pool, dev_sets):
     """Print how many documents may be mined, and how many of them dev queries are to find."""
     parts = [f"{len(pool):,} documents to find negatives in"]
+    if pool.by_file:
+        parts[0] += ", a query in those of its own file and of --mine_corpus"
     for name, dev in dev_sets.items():
         relevant, here = pool.relevant(dev)
         parts.append(f"{here:,} of the {relevant:,} relevant ones of {name or 'dev'} among them")
@@ -372,23 +390,7 @@ def as_lists(mined):
     return rows
 
 
-def rounded(cosines):
-    """Return cosines to five digits, which is what float32 vectors are good for."""
-    return [round(cosine, 5) for cosine in cosines]
-
-
 def shortened(text):
     """Return the beginning of a text, on one line."""
     text = " ".join(text.split())
     return text if len(text) <= 100 else f"{text[:97]}..."
-
-
-def mined_file(folder, epoch):
-    """Return the path of what was mined for an epoch, which is counted from 0."""
-    return Path(folder) / f"mined_negatives-{epoch + 1}.jsonl"
-
-
-def copy_mined(folder, target, epoch):
-    """Copy what was mined for an epoch into another folder, in which a run is resumed."""
-    if Path(folder).resolve() != Path(target).resolve():
-        shutil.copy(mined_file(folder, epoch), target)

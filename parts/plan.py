@@ -45,18 +45,18 @@ class Plan:
 
 
 def make_plan(
-    args, rows, processes, *, has_dev, metric, greater_is_better, watched, shown, drop_last
+    args, rows, processes, *, has_dev, metric, greater_is_better, watched, shown, drop_last, each=()
 ):
     """Work out a run of `rows` training rows over `processes` from its flags.
 
-    has_dev: there are dev sets. Raises InputError for fewer rows than processes, and for flags that
-    need an evaluation where there is none.
+    has_dev: there are dev sets; each: how many rows each file has, where a step is of one file.
+    Raises InputError for fewer rows than processes, and for flags that need an evaluation where
+    there is none.
     """
     has_dev = has_dev and args.eval_strategy != "no"
     check_needs(args, rows, processes, has_dev)
-    step_rows = rows_of_step(args, rows, processes, drop_last)
-    examples = step_rows * processes
-    steps_per_epoch = rows // examples if drop_last else math.ceil(rows / examples)
+    sizes = steps_of_files(args, each, processes) if each else None
+    step_rows, examples, steps_per_epoch = sizes or steps_of_rows(args, rows, processes, drop_last)
     total_steps = args.max_steps or math.ceil(args.epochs * steps_per_epoch)
     saves = args.checkpoint_strategy != "no"
     save_best = has_dev and saves and args.save_best != 0
@@ -114,6 +114,25 @@ def check_needs(args, rows, processes, has_dev):
         )
 
 
+def steps_of_rows(args, rows, processes, drop_last):
+    """Return the examples of a step, per process and of all, and the steps of an epoch."""
+    step_rows = rows_of_step(args, rows, processes, drop_last)
+    examples = step_rows * processes
+    steps = rows // examples if drop_last else math.ceil(rows / examples)
+    return step_rows, examples, steps
+
+
+def steps_of_files(args, each, processes):
+    """Return what steps_of_rows does for steps of one file; each: how many rows each file has.
+
+    A file with fewer rows than a step makes one of them.
+    """
+    asked = args.batch_size * args.gradient_accumulation * processes
+    examples = min(asked, max(each))
+    steps = sum(max(1, rows // examples) for rows in each)
+    return math.ceil(examples / processes), examples, steps
+
+
 def rows_of_step(args, rows, processes, drop_last):
     """Return the examples of a step, per process: a step that no epoch fills is shrunk to one."""
     asked = args.batch_size * args.gradient_accumulation
@@ -158,15 +177,12 @@ def checkpoint_interval(args, steps_per_epoch, total_steps):
     return a_tenth(total_steps)
 
 
-def advice(args, plan, rows):
-    """Yield what about a plan for `rows` rows a user would want to know before hour three."""
-    asked = args.batch_size * args.gradient_accumulation
-    if plan.step_rows < asked:
-        whole = asked * (plan.examples_per_step // plan.step_rows)
-        yield f"{rows} rows are less than one step of {whole}: the step is shrunk to them"
-    left = rows - plan.steps_per_epoch * plan.examples_per_step
-    if plan.drop_last and left:
-        yield f"each epoch leaves out {left} rows, drawn anew, that do not fill a step"
+def advice(args, plan, rows, each=()):
+    """Yield what about a plan for `rows` rows a user would want to know before hour three.
+
+    each: see make_plan.
+    """
+    yield from on_files(args, plan, each) if each else on_rows(args, plan, rows)
     if plan.save_best and (args.checkpoint_steps or args.checkpoint_strategy == "epoch"):
         yield (
             "checkpoints follow the evaluations, so that the best can be kept (--save_best 0: as "
@@ -175,6 +191,30 @@ def advice(args, plan, rows):
     if plan.has_dev and args.eval_every and args.eval_every * 2 > plan.total_steps:
         yield on_interval(plan, args.eval_every)
     yield from on_rate(args.finetune_type != "full", plan)
+
+
+def on_rows(args, plan, rows):
+    """Yield what to say of rows that make no whole steps."""
+    asked = args.batch_size * args.gradient_accumulation
+    if plan.step_rows < asked:
+        whole = asked * (plan.examples_per_step // plan.step_rows)
+        yield f"{rows} rows are less than one step of {whole}: the step is shrunk to them"
+    left = rows - plan.steps_per_epoch * plan.examples_per_step
+    if plan.drop_last and left:
+        yield f"each epoch leaves out {left} rows, drawn anew, that do not fill a step"
+
+
+def on_files(args, plan, each):
+    """Yield what to say of files, of so many rows each, that make no whole steps."""
+    size = plan.examples_per_step
+    if plan.step_rows < args.batch_size * args.gradient_accumulation:
+        yield f"no file has the rows of a whole step: it is shrunk to the {size} of the largest"
+    small = sum(rows < size for rows in each)
+    if small:
+        yield f"{small} of {len(each)} files have fewer rows than a step: each makes one of them"
+    left = sum(rows % size for rows in each if rows >= size)
+    if left:
+        yield f"each epoch leaves out {left} rows, drawn anew, that fill no step of their file"
 
 
 def on_interval(plan, interval):

@@ -43,7 +43,7 @@ def run_heaviest(trainer, plan, row_tokens, seed):
     if trainer.piece_tokens:
         mean_tokens = sum(row_tokens) / len(row_tokens)
         count = max(count, math.ceil(trainer.piece_tokens / mean_tokens))  # or a step's rows
-    rows = heaviest_rows(row_tokens, plan, seed, count)
+    rows = heaviest_rows(row_tokens, plan, seed, count, trainer.file_steps)
     step = step_of(trainer, rows)
     trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
     started = time.perf_counter()
@@ -89,7 +89,7 @@ def settle_pieces(trainer, plan, row_tokens, seed, stored):
     if memory is None or stored:
         return
     budget = BUDGET * memory.free()
-    heavy = heaviest_rows(row_tokens, plan, seed, trainer.batch_size)
+    heavy = heaviest_rows(row_tokens, plan, seed, trainer.batch_size, trainer.file_steps)
     longest = heavy[:1]
     measured_pass(trainer, longest, memory)  # unread: a first one loads kernels, too
     large = measured_pass(trainer, heavy, memory)
@@ -138,8 +138,8 @@ def most_at_once(trainer, plan, row_tokens, seed):
     """Return the most padded tokens that could be of use in memory at once."""
     if not trainer.keeps_graphs:  # one piece after the other
         return trainer.device_tokens
-    heaviest_step = step_of(trainer, heaviest_rows(row_tokens, plan, seed, plan.step_rows))
-    lengths = trainer.lengths_of(heaviest_step)
+    rows = heaviest_rows(row_tokens, plan, seed, plan.step_rows, trainer.file_steps)
+    lengths = trainer.lengths_of(step_of(trainer, rows))
     return padded_tokens(cut(lengths, trainer.device_tokens), lengths)
 
 
@@ -167,9 +167,12 @@ def show_plan(trainer, plan):
     in_memory = f"{plan.batch_size} in memory x {math.ceil(plan.step_rows / plan.batch_size)}"
     if trainer.accelerator.num_processes > 1:
         in_memory += f" x {trainer.accelerator.num_processes} processes"
+    examples = plan.examples_per_step
+    if trainer.file_steps and min(map(len, trainer.file_steps.groups)) < examples:
+        examples = f"at most {examples}"
     say(
         f"plan      {plan.total_steps} steps, {plan.steps_per_epoch} an epoch, of "
-        f"{plan.examples_per_step} examples ({in_memory}); lr {plan.lr:g} {plan.lr_scheduler}, "
+        f"{examples} examples ({in_memory}); lr {plan.lr:g} {plan.lr_scheduler}, "
         f"{plan.warmup_steps} steps of warm-up"
     )
     evaluation = f"evaluation every {plan.eval_steps} steps" if plan.has_dev else "no evaluation"
@@ -186,11 +189,11 @@ def note_inexact(*, dropout, half):
             note(f"a step's gradient depends on how it is cut into pieces: {cause}")
 
 
-def heaviest_rows(tokens, plan, seed, count):
+def heaviest_rows(tokens, plan, seed, count, file_steps=None):
     """Return `count` rows, or those of a step: the longest, and the heaviest that are drawn.
 
-    tokens: of each row. As many draws are made as the run will make. At least two rows: one has
-    nothing to contrast.
+    tokens: of each row. As many draws are made as the run will make, with file_steps (FileSteps)
+    each from one file. At least two rows: one has nothing to contrast.
     """
     # a step of the longest rows alone never comes; one of rows as drawn would be too light
     rng = random.Random(seed)
@@ -198,14 +201,23 @@ def heaviest_rows(tokens, plan, seed, count):
     draws = min(MOST_DRAWS, plan.total_steps * math.ceil(plan.step_rows / count))
     heaviest = []
     most = -1
-    for _ in range(draws):
-        rows = rng.sample(range(len(tokens)), count)
-        weight = sum(tokens[i] for i in rows)
-        if weight > most:  # the sum: sorted into pieces, rows are padded to their like
-            heaviest = rows
-            most = weight
+    for group, share in draws_of_groups(len(tokens), plan, file_steps):
+        for _ in range(math.ceil(share * draws)):
+            rows = rng.sample(group, min(count, len(group)))
+            weight = sum(tokens[i] for i in rows)
+            if weight > most:  # the sum: sorted into pieces, rows are padded to their like
+                heaviest = rows
+                most = weight
     longest = max(range(len(tokens)), key=tokens.__getitem__)
     return list(dict.fromkeys([longest, *heaviest]))[:count]
+
+
+def draws_of_groups(rows, plan, file_steps):
+    """Return [(rows that steps are drawn from, their share of all steps)]."""
+    if not file_steps:
+        return [(range(rows), 1)]
+    groups = file_steps.groups
+    return [(group, file_steps.steps_of(group) / plan.steps_per_epoch) for group in groups]
 
 
 def finite_gradients(attempt, weights, scaler, agreed=bool):

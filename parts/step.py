@@ -95,6 +95,7 @@ class StepTrainer(Trainer):
     """
 
     keeps_graphs = False  # of several pieces at once
+    file_steps = None  # FileSteps, where each step is of one file's rows
 
     def __init__(self, *, batch_size, grow_pieces, gradient_checkpointing, measure, **kwargs):
         """batch_size: examples that must fit into memory; measure(trainer): {metric: value}.

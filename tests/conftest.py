@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,10 +21,12 @@ os.environ.update(
 import train_embed_lora
 import train_sft_lora
 from parts.rehearsal import rehearse
+from parts.rows import read_rows
 from parts.run import begin
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     BertConfig,
@@ -341,6 +344,56 @@ def gradients_of_two_processes(folder, module, flags, first_row, rows_per_proces
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(Path(folder) / f"gradient{rank}.pt") for rank in (0, 1)]
+
+
+def weights_of(folder):
+    """Return what a run has trained."""
+    return load_file(folder / "final/adapter_model.safetensors")
+
+
+def same(a, b):
+    """Tell whether two runs have trained the same weights, to the bit."""
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def back_to(folder, step):
+    """Cut a finished run back to a checkpoint, as after a kill behind it."""
+    for path in folder.glob("checkpoint-*"):
+        if int(path.name.partition("-")[2]) > step:
+            shutil.rmtree(path)
+    shutil.rmtree(folder / "final")
+    (folder / "training_summary_report.json").unlink()
+
+
+def mined_rows(folder, epoch=1):
+    """Return the rows of a file of mined negatives."""
+    return [row for _, row in read_rows(folder / f"mined_negatives-{epoch}.jsonl")]
+
+
+def naive_mined(trainer, examples, documents, count, margin):
+    """Return the mined texts of each row, one cosine after the other."""
+    embed = trainer.embed_texts
+    index = trainer.texts.index
+
+    def vector(text, is_query):
+        return embed([index[text, is_query]])[0]
+
+    vectors = {text: vector(text, False) for text in documents}
+    found = []
+    for example in examples:
+        listed = set()
+        for other in examples:
+            if other.query == example.query:
+                listed.update(other.pos)
+        query = vector(example.query, True)
+        lowest = min((query @ vectors[text]).item() for text in listed)
+        scored = []
+        for place, text in enumerate(documents):
+            score = (query @ vectors[text]).item()
+            if text not in listed and score <= lowest - abs(lowest) * (1 - margin):
+                scored.append((-score, place, text))
+        found.append([text for *_, text in sorted(scored)[:count]])
+    return found
 
 
 def relative(a, b):

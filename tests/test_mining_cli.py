@@ -2,20 +2,25 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 
 import train_embed_lora
-from conftest import ROOT, make_rows, write_jsonl
+from conftest import (
+    ROOT,
+    back_to,
+    make_rows,
+    mined_rows,
+    naive_mined,
+    same,
+    weights_of,
+    write_jsonl,
+)
 from parts import mining
-from parts.mining import Miner
-from parts.rows import read_rows
 from utils import InputError
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 EPOCHS = "--mine_every epoch --epochs 2 --batch_size 8 --gradient_accumulation 1 --save_steps 2"
 EPOCHS = [*EPOCHS.split(), "--eval_strategy", "no", "--lr", "1e-2", "--mine_negatives", 2]
@@ -27,36 +32,6 @@ def rows(tmp_path):
     rows = make_rows(32)
     rows[9]["query"] = rows[8]["query"]
     return write_jsonl(tmp_path / "rows.jsonl", rows)
-
-
-def mined_rows(folder, epoch=1):
-    return [row for _, row in read_rows(folder / f"mined_negatives-{epoch}.jsonl")]
-
-
-def naive_mined(trainer, examples, documents, count, margin):
-    """Return the mined texts of each row, one cosine after the other."""
-    embed = trainer.embed_texts
-    index = trainer.texts.index
-
-    def vector(text, is_query):
-        return embed([index[text, is_query]])[0]
-
-    vectors = {text: vector(text, False) for text in documents}
-    found = []
-    for example in examples:
-        listed = set()
-        for other in examples:
-            if other.query == example.query:
-                listed.update(other.pos)
-        query = vector(example.query, True)
-        lowest = min((query @ vectors[text]).item() for text in listed)
-        scored = []
-        for place, text in enumerate(documents):
-            score = (query @ vectors[text]).item()
-            if text not in listed and score <= lowest - abs(lowest) * (1 - margin):
-                scored.append((-score, place, text))
-        found.append([text for *_, text in sorted(scored)[:count]])
-    return found
 
 
 @pytest.mark.parametrize("margin, found", [(0.97, {0, 3}), (1.01, {3})])
@@ -116,23 +91,6 @@ def test_each_epoch_mines_with_the_model_so_far(run_embed, rows, tmp_path):
     assert not (tmp_path / "out/mined_negatives-2.jsonl").exists()
 
 
-def weights_of(folder):
-    return load_file(folder / "final/adapter_model.safetensors")
-
-
-def same(a, b):
-    return all(torch.equal(a[name], b[name]) for name in a)
-
-
-def back_to(folder, step):
-    """Cut a finished run back to a checkpoint, as after a kill behind it."""
-    for path in folder.glob("checkpoint-*"):
-        if int(path.name.partition("-")[2]) > step:
-            shutil.rmtree(path)
-    shutil.rmtree(folder / "final")
-    (folder / "training_summary_report.json").unlink()
-
-
 @pytest.mark.parametrize("every", ["epoch", "run"])
 @pytest.mark.parametrize("step", [2, 4, 6])  # within the first epoch, behind it, within the second
 def test_a_resumed_run_draws_from_the_same(run_embed, rows, tmp_path, every, step):
@@ -158,18 +116,18 @@ def test_a_run_resumed_in_another_folder_takes_the_file_along(run_embed, rows, t
 
 def test_a_run_killed_while_mining_mines_again(run_embed, rows, tmp_path, monkeypatch):
     run_embed(*EPOCHS, data=rows, out=tmp_path / "whole")
-    write = Miner.write
+    write = train_embed_lora.write_mined
 
-    def killed(self, path, *rest):
+    def killed(path, *rest):
         if path.name == "mined_negatives-2.jsonl":
             (path.parent / "mined_negatives-2.jsonl.part").write_text('{"query": "')
             raise KeyboardInterrupt
-        write(self, path, *rest)
+        write(path, *rest)
 
-    monkeypatch.setattr(Miner, "write", killed)
+    monkeypatch.setattr(train_embed_lora, "write_mined", killed)
     with pytest.raises(KeyboardInterrupt):
         run_embed(*EPOCHS, data=rows)
-    monkeypatch.setattr(Miner, "write", write)
+    monkeypatch.setattr(train_embed_lora, "write_mined", write)
     run_embed(*EPOCHS, "--resume_from_checkpoint", data=rows)
     assert same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "out"))
     assert mined_rows(tmp_path / "whole", 2) == mined_rows(tmp_path / "out", 2)
