@@ -750,7 +750,8 @@ def read_rows(args):
     )
     columns = Columns(args.query_column, args.positive_column, args.negative_column)
     corpus = read_corpus(args.dev_corpus) if args.dev_corpus else None
-    return read_data(source, sizes, columns, args.query_prefix, args.max_negs, corpus)
+    by_file = args.steps_from == "one_file"
+    return read_data(source, sizes, columns, args.query_prefix, args.max_negs, corpus, by_file)
 
 
 @dataclass
@@ -1020,12 +1021,18 @@ def settled_of(data, embedder):
     }
 
 
-def fingerprint_of(examples, dev_sets, corpus):
-    """Return a hash of the rows; of their contents alone, so that code may change around them."""
+def fingerprint_of(examples, dev_sets, corpus, by_file=False):
+    """Return a hash of the rows; of their contents alone, so that code may change around them.
+
+    by_file: also of which rows share a file.
+    """
     rows = []
+    files = {}  # each file's number
     for example in examples:
         row = dict(vars(example))
-        del row["file"]  # it may be moved
+        file = row.pop("file")  # it may be moved
+        if by_file:
+            row["file"] = files.setdefault(file, len(files))
         if not example.scores:
             del row["scores"]  # such rows had none when the first runs began
         rows.append(row)
@@ -1067,7 +1074,8 @@ def prepare(argv=None):
         examples, dev_sets, counts = read_rows(args)
         corpus = read_corpus(args.mine_corpus) if args.mine_corpus else []
     # their pools depend on the steps of the run
-    fingerprint = fingerprint_of(examples, dev_sets, corpus)
+    by_file = args.steps_from == "one_file"
+    fingerprint = fingerprint_of(examples, dev_sets, corpus, by_file)
     origin = Origin(args.model_name, args.model_revision, args.trust_remote_code, args.init_adapter)
     config = load_config(origin)
     data = tokenise_rows(args, state, origin, config, examples, dev_sets, corpus)

@@ -40,13 +40,15 @@ class DevSet:
 # ---------------------------------------------------------------- training rows and dev sets
 
 
-def read_data(source, sizes, columns, query_prefix, max_negs, corpus=None):
+def read_data(source, sizes, columns, query_prefix, max_negs, corpus=None, by_file=False):
     """Read, check and split the data.
 
-    corpus: the documents of --dev_corpus, or None. Returns (training Examples, {name: DevSet},
-    counts for the report).
+    corpus: the documents of --dev_corpus, or None; by_file: see read_examples. Returns (training
+    Examples, {name: DevSet}, counts for the report).
     """
-    as_examples = partial(read_examples, columns=columns, query_prefix=query_prefix)
+    as_examples = partial(
+        read_examples, columns=columns, query_prefix=query_prefix, by_file=by_file
+    )
     split = partial(split_rows, sizes=sizes, as_examples=as_examples, corpus=corpus)
     examples, dev_sets, dropped = read_enough(source, sizes, split)
     has_mined = max_negs and any(example.neg for example in examples)

@@ -82,12 +82,15 @@ def by_query(example):
 # ---------------------------------------------------------------- rows
 
 
-def read_examples(rows, columns, query_prefix):
-    """Turn [(where, row)] into (Examples, {reason: count}); says what cannot be learnt from."""
+def read_examples(rows, columns, query_prefix, by_file=False):
+    """Turn [(where, row)] into (Examples, {reason: count}); says what cannot be learnt from.
+
+    by_file: an Example's documents all stand in one file, also where labels join rows.
+    """
     roles = find_roles(rows, columns)
     found, drops = read_each(rows, roles)
     if roles.label:
-        found, without_positive = join_labelled(found)
+        found, without_positive = join_labelled(found, by_file)
         drops |= without_positive
     examples, repeated = distinct(found)
     drops |= repeated
@@ -133,14 +136,15 @@ def read_each(rows, roles):
     return found, dict(drops)
 
 
-def join_labelled(found):
-    """Join the rows [(where, Example)] of a query into one, at the place of its first.
+def join_labelled(found, by_file):
+    """Join the rows [(where, Example)] of a query, of each file, into one, where its first stands.
 
     Returns ([(where, Example)], {reason: [where]} of the queries without a positive).
     """
     by_prompt = {}
     for where, example in found:
-        key = (by_query(example), example.prompt)  # a joined row has one prompt
+        # a joined row has one prompt
+        key = (by_query(example), example.prompt, example.file if by_file else None)
         if key not in by_prompt:
             joined = Example(example.query, [], [], example.prompt, file=example.file)
             by_prompt[key] = (where, joined)

@@ -20,7 +20,7 @@ from conftest import (
     write_jsonl,
 )
 from parts.batches import FileBatches, FileSteps, mean_fullness, rows_of_files, shared_out
-from parts.pairs import Example
+from parts.pairs import Columns, Example, read_examples
 from parts.rehearsal import heaviest_rows
 from parts.rows import read_rows
 from utils import InputError
@@ -113,6 +113,33 @@ def test_what_makes_no_step_of_its_own_is_told(capsys):
     assert rows_of_files([*examples, examples[2]], 2) == {"a": [0, 1], "b": [2, 3]}
     assert rows_of_files(examples[:2], 1) is None
     assert "all rows are of one file" in capsys.readouterr().out
+
+
+def test_labels_join_a_querys_rows_of_one_file_alone():
+    rows = []
+    for place, document, label in (
+        ("a, line 1", "p", 1),
+        ("a, line 2", "n", 0),
+        ("b, line 1", "o", 1),
+    ):
+        rows.append((place, {"query": "q", "document": document, "label": label}))
+    joined, _ = read_examples(rows, Columns(), None)
+    assert [(row.pos, row.neg) for row in joined] == [(["p", "o"], ["n"])]
+    apart, _ = read_examples(rows, Columns(), None, by_file=True)
+    found = [(row.file, row.pos, row.neg) for row in apart]
+    assert found == [("a", ["p"], ["n"]), ("b", ["o"], [])]
+
+
+def test_rows_that_change_files_are_other_data():
+    examples = [Example(f"q{i}", ["p"], [], file="ab"[i // 2]) for i in range(4)]
+    moved = [Example(f"q{i}", ["p"], [], file="ab"[i // 3]) for i in range(4)]
+    renamed = [Example(f"q{i}", ["p"], [], file="cd"[i // 2]) for i in range(4)]
+    prints = [train_embed_lora.fingerprint_of(rows, {}, []) for rows in (examples, moved)]
+    assert prints[0] == prints[1]
+    by_file = []
+    for rows in (examples, moved, renamed):
+        by_file.append(train_embed_lora.fingerprint_of(rows, {}, [], by_file=True))
+    assert by_file[0] == by_file[2] != by_file[1]
 
 
 def test_how_full_the_step_of_a_row_is():
