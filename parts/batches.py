@@ -34,7 +34,7 @@ def rows_of_files(examples, processes):
 
 def show_files(files, size):
     """Print how many steps an epoch has of each file, and how many of its rows it leaves out."""
-    for file, rows in files.items():
+    for file, rows in sorted(files.items()):
         if len(rows) < size:
             say(f"steps     {file}: 1 an epoch, of its {len(rows)} rows")
             continue
