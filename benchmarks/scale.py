@@ -143,8 +143,6 @@ def measure_times(sizes, rounds):
 
 def measure_scores(size, whole):
     """Return the memory of the loss of `size` pairs alone, in blocks or as a whole."""
-    from functools import partial
-
     import train_embed_lora
 
     import torch
@@ -152,12 +150,17 @@ def measure_scores(size, whole):
 
     if whole:
         train_embed_lora.SCORES_AT_ONCE = size * size
-    loss = partial(train_embed_lora.contrastive_loss, temperature=0.05)
+    rules = train_embed_lora.LossRules(0.05)
     for count in (64, size):  # the first loads code
         emb = [F.normalize(torch.randn(count, 384), dim=1).requires_grad_() for _ in range(2)]
         ids = torch.arange(1, count + 1)[:, None]  # of documents; each the positive of one query
+        columns = [ids - 1, ids, ids, torch.full(ids.shape, torch.nan)]
+
+        def loss(*block, ids=ids):
+            return train_embed_lora.losses_of_queries(*block, ids[:, 0], rules)[0].sum() / len(ids)
+
         before = reset_highest()
-        train_embed_lora.LossInBlocks.apply(*emb, ids[:, 0], ids - 1, ids, loss).backward()
+        train_embed_lora.LossInBlocks.apply(*emb, loss, *columns).backward()
         mib = resident_mib("VmHWM") - before
     return {"pairs": size, "mib": mib, "bytes_a_score": mib * 2**20 / size**2}
 

@@ -10,18 +10,15 @@ import torch
 import torch.nn.functional as F
 
 
-def naive_gradient(trainer, rows, temperature=0.05, ratio=None):
+def naive_gradient(trainer, rows, temperature=0.05, ratio=None, in_batch=True, distill=None):
     """One padded forward pass of a step's texts, a loop over queries for the loss, one backward.
 
-    ratio: other rows' documents above p + |p| (ratio - 1) are left out.
+    ratio: other rows' documents above p + |p| (ratio - 1) are left out. distill: weight of the KL
+    divergence, and the teacher's temperature.
     """
     model, texts = trainer.model, trainer.data_collator.texts
-    documents = list(
-        dict.fromkeys(
-            document for _, positive, negatives, _ in rows for document in (positive, *negatives)
-        )
-    )
-    ids = [texts[row[0]] for row in rows] + [texts[i] for i, _ in documents]
+    documents = list(dict.fromkeys(document for row in rows for document in row.documents))
+    ids = [texts[row.query] for row in rows] + [texts[i] for i, _ in documents]
     width = max(map(len, ids))
     input_ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in ids])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids])
@@ -29,20 +26,33 @@ def naive_gradient(trainer, rows, temperature=0.05, ratio=None):
     vectors = F.normalize((hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True), dim=1)
     query_emb, doc_emb = vectors[: len(rows)], vectors[len(rows) :]
     losses = []
-    for i, (_, positive, negatives, known) in enumerate(rows):
+    divergences = []
+    for i, row in enumerate(rows):
+        positive = row.documents[0]
         cosines = doc_emb @ query_emb[i]
         p = cosines[documents.index(positive)]
         limit = 2 if ratio is None else p + p.abs() * (ratio - 1)
-        own = [positive, *negatives]
         kept = [
             j
             for j, document in enumerate(documents)
-            if (document == positive or document[1] not in known)
-            and (document in own or cosines[j] <= limit)
+            if (document == positive or document[1] not in row.known)
+            and (document[1] in row.spared or cosines[j] <= limit)
+            and (document in row.documents or in_batch)
         ]
         scores = (doc_emb[kept] @ query_emb[i]) / temperature
         losses.append(torch.logsumexp(scores, 0) - scores[kept.index(documents.index(positive))])
+        scored = [
+            (score, cosines[documents.index(document)])
+            for score, document in zip(row.scores, row.documents, strict=True)
+            if score == score
+        ]
+        if distill and len(scored) > 1:
+            wanted = torch.tensor([score / distill[1] for score, _ in scored]).softmax(0)
+            given = torch.stack([cosine / temperature for _, cosine in scored]).softmax(0)
+            divergences.append((wanted * (wanted / given).log()).sum())
     loss = torch.stack(losses).mean()
+    if divergences:
+        loss = loss + distill[0] * torch.stack(divergences).mean()
     model.zero_grad()
     loss.backward()
     return loss, torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
@@ -150,7 +160,7 @@ def test_margin_spares_own_negatives_in_two_processes(
 ):
     trainer = embed_trainer("--max_negs", 2, "--false_negative_margin", "0.95x")
     train_set = trainer.train_dataset
-    widths = [len(train_set[i][2]) for i in range(len(train_set))]
+    widths = [len(train_set[i].documents) - 1 for i in range(len(train_set))]
     wanted = [0, 0, 2, 2] if narrow_first else [2, 2, 0, 0]  # rows of one process show less
     first = next(i for i in range(len(widths)) if widths[i : i + 4] == wanted)
     rows = [train_set[i] for i in range(first, first + 4)]
@@ -176,12 +186,12 @@ def test_positives_and_negatives_depend_on_seed_epoch_and_row_alone():
     def draws(seed, epoch):
         train_set = TrainSet(examples, Texts(), rules, max_negs=2, seed=seed)
         train_set.epoch = epoch
-        return [train_set[i][1:3] for i in reversed(range(20))]
+        return [train_set[i].documents for i in reversed(range(20))]
 
     assert draws(1, 0) == draws(1, 0)
     assert draws(1, 0) != draws(1, 1)
     assert draws(1, 0) != draws(2, 0)
-    assert all(len(set(negatives)) == 2 for _, negatives in draws(1, 0))
+    assert all(len(set(documents)) == 3 for documents in draws(1, 0))
 
 
 def test_rows_of_one_query_share_what_is_known_of_it():

@@ -1,0 +1,73 @@
+"""What a teacher's scores say beside the labels, shown before training.
+
+Shapes: R rows, W documents that a row shows, its positive first.
+"""
+
+import math
+
+from utils import InputError, note, say
+
+import torch
+
+# temperatures to advise: 1, 2, 5 of each power of ten
+STEPS = [step * 10.0**power for power in range(-3, 4) for step in (1, 2, 5)]
+LABEL = 0.9  # of its mass on the positive: a teacher says little that the label does not
+FLAT = 0.95  # of the highest entropy: it says nearly nothing at all
+WANTED = 0.5
+
+
+def distributions(teacher, temperature):
+    """Return softmax(scores / temperature) of each row; teacher (R, W): NaN where it has none."""
+    scores = (teacher / temperature).masked_fill(teacher.isnan(), -torch.inf)
+    return scores.softmax(1)
+
+
+def entropy_share(teacher, temperature):
+    """Return the mean entropy of the distributions, as a share of that of even ones."""
+    shares = distributions(teacher, temperature)
+    entropies = torch.special.entr(shares).sum(1)
+    return (entropies / (~teacher.isnan()).sum(1).log()).mean().item()
+
+
+def advised_temperature(teacher):
+    """Return the temperature at which a teacher's order is neither a label nor nearly even."""
+    return min(STEPS, key=lambda step: abs(entropy_share(teacher, step) - WANTED))
+
+
+def show_teacher(rows, weight, temperature):
+    """Say what rows as they are shown bring of a teacher's scores; note what will not teach.
+
+    rows: their lists of scores, that of the positive first, NaN for none; weight: --distill_weight;
+    temperature: --teacher_temperature. Raises InputError where there is nothing to distill.
+    """
+    taught = [scores for scores in rows if sum(not math.isnan(score) for score in scores) > 1]
+    if not taught:
+        if weight:
+            raise InputError(
+                f"--distill_weight {weight:g}: no row shows two documents that have scores. Add "
+                "pos_scores and neg_scores (examples/teacher_scores.py writes them), or drop it."
+            )
+        return
+    counted = f"{len(taught):,} of {len(rows):,} rows show documents with scores"
+    if not weight:
+        say(f"teacher   {counted}: unused without --distill_weight X")
+        return
+    width = max(map(len, taught))
+    teacher = torch.tensor([scores + [math.nan] * (width - len(scores)) for scores in taught])
+    on_positive = distributions(teacher, temperature)[:, 0].mean().item()
+    even = (1 / (~teacher.isnan()).sum(1)).mean().item()
+    say(
+        f"teacher   {counted}; it puts {on_positive:.2f} on the positive at --teacher_temperature "
+        f"{temperature:g} (all alike: {even:.2f})"
+    )
+    if width <= 3:
+        note(
+            f"--distill_weight teaches the order of a row's documents, of which a step shows "
+            f"{width}: little beyond the label. Raise --max_negs."
+        )
+    if on_positive > LABEL or entropy_share(teacher, temperature) > FLAT:
+        what = "says little beyond the label" if on_positive > LABEL else "tells nearly nothing"
+        note(
+            f"the teacher {what} at --teacher_temperature {temperature:g}: pass "
+            f"{advised_temperature(teacher):g}"
+        )
