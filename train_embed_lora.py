@@ -869,8 +869,16 @@ def read_rows(args):
     )
     columns = Columns(args.query_column, args.positive_column, args.negative_column)
     corpus = read_corpus(args.dev_corpus) if args.dev_corpus else None
-    by_file = args.steps_from == "one_file"
-    return read_data(source, sizes, columns, args.query_prefix, args.max_negs, corpus, by_file)
+    return read_data(
+        source,
+        sizes,
+        columns,
+        args.query_prefix,
+        args.max_negs,
+        corpus,
+        by_file=args.steps_from == "one_file",
+        own_alone=not (args.in_batch_negatives or args.mine_negatives),
+    )
 
 
 @dataclass

@@ -40,18 +40,26 @@ class DevSet:
 # ---------------------------------------------------------------- training rows and dev sets
 
 
-def read_data(source, sizes, columns, query_prefix, max_negs, corpus=None, by_file=False):
+def read_data(
+    source, sizes, columns, query_prefix, max_negs, corpus=None, by_file=False, own_alone=False
+):
     """Read, check and split the data.
 
-    corpus: the documents of --dev_corpus, or None; by_file: see read_examples. Returns (training
-    Examples, {name: DevSet}, counts for the report).
+    corpus: the documents of --dev_corpus, or None; by_file: see read_examples; own_alone: rows
+    without negatives of their own cannot be trained on. Returns (training Examples,
+    {name: DevSet}, counts for the report).
     """
     as_examples = partial(
         read_examples, columns=columns, query_prefix=query_prefix, by_file=by_file
     )
-    split = partial(split_rows, sizes=sizes, as_examples=as_examples, corpus=corpus)
+    split = partial(
+        split_rows, sizes=sizes, as_examples=as_examples, corpus=corpus, own_alone=own_alone
+    )
     examples, dev_sets, dropped = read_enough(source, sizes, split)
     has_mined = max_negs and any(example.neg for example in examples)
+    if own_alone and not examples:
+        need = "--no-in_batch_negatives needs rows with negatives of their own"
+        raise too_few(0, dropped, dev_sets, source, need)
     if len(examples) < 2 and not has_mined:
         need = "in-batch negatives need two, or one with mined negatives"
         raise too_few(len(examples), dropped, dev_sets, source, need)
@@ -63,11 +71,11 @@ def read_data(source, sizes, columns, query_prefix, max_negs, corpus=None, by_fi
     return examples, dev_sets, {"train_rows": len(examples), "dropped": dropped, "dev": counted}
 
 
-def split_rows(rows, sources, sizes, as_examples, corpus=None):
+def split_rows(rows, sources, sizes, as_examples, corpus=None, own_alone=False):
     """Turn training rows and dev sources into (training Examples, {name: DevSet}, {reason: count}).
 
     sources: {name: path, or rows}; as_examples(rows) reads them; corpus: documents that join every
-    dev set of rows, or None.
+    dev set of rows, or None; own_alone: as in read_data.
     """
     examples, dropped = as_examples(rows)
     rng = random.Random(sizes.seed)
@@ -81,6 +89,9 @@ def split_rows(rows, sources, sizes, as_examples, corpus=None):
         )
         dev_sets = {name: dev_from_examples(rows) for name, rows in held.items()}
     trained, leaks = without_leaks(examples, dev_sets)
+    if own_alone:
+        trained, bare = leave_out(trained, lacks_negatives)
+        leaks |= bare
     trained = trained[: sizes.train]
     if corpus is not None:
         dev_sets = with_corpus(dev_sets, corpus, dev_rows | held, examples, sizes.seed)
@@ -88,6 +99,11 @@ def split_rows(rows, sources, sizes, as_examples, corpus=None):
         for name in held:
             dev_sets[name].spare = spare_documents(dev_sets[name], trained, examples, sizes.seed)
     return trained, dev_sets, dropped | leaks
+
+
+def lacks_negatives(example):
+    """Return why a row that is contrasted with its own negatives alone is left out, or None."""
+    return None if example.neg else "rows without negatives of their own (--no-in_batch_negatives)"
 
 
 def read_dev_sets(sources, limit, as_examples, rng):
