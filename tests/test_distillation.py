@@ -165,8 +165,9 @@ def test_the_preflight_tells_what_a_teacher_says(capsys):
 
 
 def test_mined_negatives_have_no_score(run_embed, scored, tmp_path, capsys):
-    flags = "--mine_negatives 2 --max_negs 4 --distill_weight 1 --max_steps 1 --dev_size 0"
+    flags = "--mine_negatives 2 --max_negs 5 --distill_weight 1 --max_steps 1 --dev_size 0"
     run_embed(*flags.split(), data=scored)
     rows = (tmp_path / "out/mined_negatives-1.jsonl").read_text().splitlines()
     assert any("mined" in json.loads(row)["source"] for row in rows)
-    assert "72 of 96 rows show documents with scores" in capsys.readouterr().out
+    # six have a score of their one negative alone
+    assert "66 of 96 rows show documents with scores" in capsys.readouterr().out
