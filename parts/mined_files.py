@@ -52,6 +52,10 @@ def file_rows(miner, found, vectors):
         }
         if example.prompt is not None:
             row["prompt"] = example.prompt
+        if example.scores:  # a teacher's, of which mined negatives have none
+            row["pos_scores"] = [example.scores.get(text) for text in row["pos"]]
+            row["neg_scores"] = [example.scores.get(text) for text in example.neg]
+            row["neg_scores"] += [None] * len(columns)
         yield row
 
 

@@ -3,9 +3,12 @@
 import json
 import math
 import random
+from pathlib import Path
 
 from conftest import gradient, gradients_of_two_processes, make_rows, relative, write_jsonl
 from parts import teacher
+from parts.pairs import Columns, read_examples
+from parts.rows import read_rows
 from train_embed_lora import LossRules, losses_of_queries
 from utils import InputError
 
@@ -167,7 +170,21 @@ def test_the_preflight_tells_what_a_teacher_says(capsys):
 def test_mined_negatives_have_no_score(run_embed, scored, tmp_path, capsys):
     flags = "--mine_negatives 2 --max_negs 5 --distill_weight 1 --max_steps 1 --dev_size 0"
     run_embed(*flags.split(), data=scored)
-    rows = (tmp_path / "out/mined_negatives-1.jsonl").read_text().splitlines()
-    assert any("mined" in json.loads(row)["source"] for row in rows)
     # six have a score of their one negative alone
     assert "66 of 96 rows show documents with scores" in capsys.readouterr().out
+    mined = tmp_path / "out/mined_negatives-1.jsonl"
+    given = {}
+    for row in map(json.loads, Path(scored).read_text().splitlines()):
+        numbers = row.get("pos_scores", []) + row.get("neg_scores", [])
+        given[row["query"]] = dict(zip(row["pos"] + row["neg"], numbers, strict=False))
+    assert '"mined"' in mined.read_text()
+    for row in map(json.loads, mined.read_text().splitlines()):
+        numbers = row.get("pos_scores", []) + row.get("neg_scores", [])
+        assert bool(numbers) == bool(given[row["query"]])
+        for text, number in zip(row["pos"] + row["neg"], numbers, strict=bool(numbers)):
+            assert number == given[row["query"]].get(text)
+    # as a training file it teaches the same
+    examples, _ = read_examples(read_rows(mined), Columns(), None)
+    for example in examples:
+        kept = {text: number for text, number in given[example.query].items() if number is not None}
+        assert example.scores == kept
