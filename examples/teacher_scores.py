@@ -25,9 +25,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import utils
 from parts.base import Origin, check_loaded, choose_precision, load, load_config, position_limit
-from parts.cells import number_of, passages_of, texts_of, unpacked
+from parts.cells import texts_of, written
 from parts.flags import count
-from parts.pairs import POSITIVE_NAMES, QUERY_NAMES, find_column, find_negatives
+from parts.pairs import QUERY_NAMES, find_column, find_negatives, positive_names
+from parts.relevance import is_score
 from parts.rows import parse_lines, read_rows
 from parts.step import is_out_of_memory
 from parts.tokenizer import check_vocabulary, load_tokenizer, within_limit
@@ -114,7 +115,8 @@ def read_input(args):
     fields = list(dict.fromkeys(name for _, cells in rows[:1000] for name in cells))
     where = rows[0][0]
     query = find_column(fields, "query", QUERY_NAMES, args.query_column, where)
-    positive = find_column(fields, "positive", POSITIVE_NAMES, args.positive_column, where)
+    names = positive_names(fields)
+    positive = find_column(fields, "positive", names, args.positive_column, where)
     negatives = find_negatives(fields, args.negative_column, where)
     said = ", ".join(negatives) or "none"
     say(f"columns   query = {query}, positive = {positive}, negatives = {said}")
@@ -126,31 +128,16 @@ def read_row(where, cells, query, positive, negatives):
     queries = texts_of(cells.get(query), where, query)
     if len(queries) > 1:
         raise InputError(f"{where}: {len(queries)} queries in one row. Write a row for each.")
-    pos = documents_of(cells.get(positive), where, positive)
+    pos = written(cells.get(positive), where, positive)
     neg = []
     for name in negatives:
-        neg += documents_of(cells.get(name), where, name)
+        neg += written(cells.get(name), where, name)
+    if all(cells.get(name) is None for name in negatives):
+        neg = []  # there is no list to stand beside
     if not queries:  # nothing to score the texts by
         pos = [None] * len(pos)
         neg = [None] * len(neg)
     return Row(where, cells, next(iter(queries), None), pos, neg, has_scores(cells, pos, neg))
-
-
-def documents_of(cell, where, name):
-    """Return the texts of a cell as it lists them, None for an empty one."""
-    cell = unpacked(cell, where, name)
-    if cell is None:
-        return []
-    items = cell if isinstance(cell, list) else [cell]
-    documents = []
-    for item in items:
-        if isinstance(item, list):
-            raise InputError(
-                f"{where}: {name} is a list of lists, {str(item)[:60]}. Write a list of texts."
-            )
-        texts = passages_of(item, where, name)
-        documents.append(texts[0].strip() if texts else None)
-    return documents
 
 
 def has_scores(cells, pos, neg):
@@ -163,10 +150,8 @@ def covers(scores, texts):
     if not isinstance(scores, list) or len(scores) != len(texts):
         return False
     for score, text in zip(scores, texts, strict=True):
-        is_number = isinstance(score, int | float) and not isinstance(score, bool)
-        is_finite = is_number and math.isfinite(number_of(score))
         is_left_out = score is None and text is None
-        if not is_finite and not is_left_out:
+        if not is_left_out and not is_score(score):
             return False
     return True
 
@@ -222,10 +207,10 @@ def standing(path, rows, remedy):
     lines = data[: data.rfind(b"\n") + 1].splitlines(keepends=True)  # the last may be half a line
     if len(lines) > len(rows):
         raise InputError(f"{path} has {len(lines)} rows, the input {len(rows)}. {remedy}.")
-    written = parse_lines(b"".join(lines).decode(errors="replace"), path)
-    if len(written) < len(lines):
+    there = parse_lines(b"".join(lines).decode(errors="replace"), path)
+    if len(there) < len(lines):
         raise InputError(f"{path} has empty lines between its rows. {remedy}.")
-    for row, (where, cells) in zip(rows, written, strict=False):  # the output may lack rows
+    for row, (where, cells) in zip(rows, there, strict=False):  # the output may lack rows
         is_same = line_of(without_scores(cells)) == line_of(without_scores(row.cells))
         if not is_same or not has_scores(cells, row.pos, row.neg):
             raise InputError(f"{where} is not {row.where} with scores. {remedy}.")
@@ -233,7 +218,7 @@ def standing(path, rows, remedy):
     if done < len(rows):
         done -= done % ROWS_AT_ONCE
     known = {}
-    for row, (_, cells) in zip(rows[:done], written[:done], strict=True):
+    for row, (_, cells) in zip(rows[:done], there[:done], strict=True):
         if not row.is_scored:  # else they may be another teacher's
             scores = cells["pos_scores"] + cells["neg_scores"]
             for text, score in zip(row.pos + row.neg, scores, strict=True):

@@ -265,17 +265,29 @@ def test_lists_of_scores_stay_beside_their_texts(score, tmp_path):
 
 
 def test_a_trainer_reads_the_output(score, tmp_path):
-    score(ROWS)
+    more = [
+        {"query": "lamp", "pos": ["", "a lamp"], "neg": ["oven", " ", "cup"]},
+        {"query": "oven", "pos": "an oven", "neg": None},
+        {"query": "cup", "pos": [["a cup"], "mug"], "neg": ""},
+    ]
+    scored = score(ROWS + more)
     examples, drops = read_examples(read_rows(tmp_path / "scored.jsonl"), Columns(), None)
-    assert [example.query for example in examples] == [row["query"] for row in ROWS]
     assert not drops
+    for example, cells in zip(examples, scored, strict=True):
+        assert cells["query"] == example.query
+        numbers = [number for number in cells["pos_scores"] + cells["neg_scores"] if number]
+        assert [example.scores[text] for text in example.pos + example.neg] == numbers
 
 
-def test_other_columns_are_read_by_flags_or_name(score):
+def test_other_columns_are_read_by_flags_or_name(score, tmp_path):
     row = {"anchor": "lamp", "right": "a lamp", "negative_1": "oven", "negative_2": "cup"}
-    (cells,) = score([row], "--positive_column", "right")
+    cells, other = score([row, row | {"negative_1": None}], "--positive_column", "right")
     assert len(cells["pos_scores"]) == 1 and len(cells["neg_scores"]) == 2
     assert cells["neg_scores"][0] != cells["neg_scores"][1]
+    assert other["neg_scores"] == [None, cells["neg_scores"][1]]
+    (tmp_path / "scored.jsonl").unlink()
+    (cells,) = score([{"query": "lamp", "docs": ["a lamp", "oven"], "labels": [1, 0]}])
+    assert len(cells["pos_scores"]) == 2 and cells["neg_scores"] == []
 
 
 def test_rows_with_all_scores_are_kept(score, capsys):
@@ -299,7 +311,6 @@ def test_rows_with_all_scores_are_kept(score, capsys):
 def test_rows_that_are_none_are_refused_by_line(score, tmp_path):
     for row, sentence in (
         ({"query": ["a", "b"], "pos": ["c"]}, "line 2: 2 queries in one row"),
-        ({"query": "a", "pos": [["b"]]}, "line 2: pos is a list of lists"),
         ({"query": "a", "pos": [7]}, "line 2: pos is the int 7, an id rather than a text"),
     ):
         with pytest.raises(InputError, match=sentence):
