@@ -407,6 +407,8 @@ def losses_of_queries(query_emb, doc_emb, own, known, spared, teacher, document_
     would get no gradient).
     """
     excluded = excluded_columns(document_ids, own, known, rules.in_batch)
+    if rules.margin is not None:
+        of_others = ~holds(spared, document_ids)
     contrastive = []
     distillation = [torch.zeros_like(query_emb[:, 0])]
     for dim in sorted({query_emb.shape[1], *(rules.dims or ())}):
@@ -418,7 +420,7 @@ def losses_of_queries(query_emb, doc_emb, own, known, spared, teacher, document_
         skip = excluded
         if rules.margin is not None:
             above = scores > masked_above(own_scores[:, :1], rules.margin)
-            skip = excluded | (above & ~holds(spared, document_ids))
+            skip = excluded | (above & of_others)
         contrastive.append(contrastive_losses(scores, own[:, 0], skip, rules.temperature))
         if rules.distill_weight:
             temperatures = rules.temperature, rules.teacher_temperature
