@@ -575,7 +575,8 @@ class EmbedTrainer(StepTrainer):
         counts = torch.stack([torch.ones_like(is_taught).sum(), is_taught.sum()]).float()
         if self.accelerator.num_processes > self.world:
             counts = self.accelerator.reduce(counts, "mean")
-        return counts.clamp(min=torch.finfo().tiny)  # none: 0 / tiny is 0
+        # none: a sum of 0 stands over 1. Not over something tiny, where a weight would be infinite
+        return counts.where(counts > 0, 1)
 
     def gathered(self, query_emb, doc_emb, step):
         """Return (query_emb, doc_emb, document_ids, columns) of all processes, as `loss` has them.

@@ -82,6 +82,16 @@ def test_two_processes_take_the_mean_over_all_rows_with_scores(
         assert relative(found, expected) < 1e-4
 
 
+@pytest.mark.parametrize("weight", [1, 5, 1e6])
+def test_a_step_without_scores_has_the_contrastive_gradient_alone(embed_trainer, scored, weight):
+    trainer = embed_trainer("--max_negs", 3, "--distill_weight", weight, data=scored)
+    rows = [row for row in map(trainer.train_dataset.__getitem__, range(60)) if not taught([row])]
+    loss, found = gradient(trainer, trainer.data_collator(rows[:16]))
+    plain, expected = naive_gradient(trainer, rows[:16])
+    assert loss.item() == pytest.approx(plain.item(), abs=1e-5)
+    assert relative(found, expected) < 1e-4
+
+
 def test_distillation_is_the_mean_over_the_prefixes():
     torch.manual_seed(0)
     query_emb = F.normalize(torch.randn(2, 8), dim=1)
