@@ -27,7 +27,7 @@ import utils
 from parts.base import Origin, check_loaded, choose_precision, load, load_config, position_limit
 from parts.cells import texts_of, written
 from parts.flags import count
-from parts.pairs import QUERY_NAMES, find_column, find_negatives, positive_names
+from parts.pairs import QUERY_NAMES, fields_of, find_column, find_negatives, positive_names
 from parts.relevance import is_score
 from parts.rows import parse_lines, read_rows
 from parts.step import is_out_of_memory
@@ -111,8 +111,7 @@ class Row:
 def read_input(args):
     """Read the Rows of a file; raises InputError naming the line of what is no row."""
     rows = read_rows(args.input)
-    # a row may lack a column, so that the first one does not show all
-    fields = list(dict.fromkeys(name for _, cells in rows[:1000] for name in cells))
+    fields = fields_of(rows)
     where = rows[0][0]
     query = find_column(fields, "query", QUERY_NAMES, args.query_column, where)
     names = positive_names(fields)

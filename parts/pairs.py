@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from parts.cells import prompt_of, texts_of, unpacked
 from parts.relevance import (
@@ -85,24 +85,44 @@ def by_query(example):
 def read_examples(rows, columns, query_prefix, by_file=False):
     """Turn [(where, row)] into (Examples, {reason: count}); says what cannot be learnt from.
 
-    by_file: an Example's documents all stand in one file, also where labels join rows.
+    Files may have formats of their own. by_file: an Example's documents all stand in one file, also
+    where labels join rows.
     """
-    roles = find_roles(rows, columns)
-    found, drops = read_each(rows, roles)
-    if roles.label:
-        found, without_positive = join_labelled(found, by_file)
-        drops |= without_positive
+    formats = find_formats(rows, columns)
+    found = []
+    labelled = []  # what labels are to join
+    drops = defaultdict(list)
+    for roles, of_format in formats:
+        each, dropped = read_each(of_format, roles)
+        if roles.label:
+            labelled += each
+        else:
+            found += each
+        for reason, places in dropped.items():
+            drops[reason] += places
+    joined, without_positive = join_labelled(labelled, by_file)
+    found = in_order(found + joined, rows) if len(formats) > 1 else found + joined
     examples, repeated = distinct(found)
-    drops |= repeated
     if query_prefix is not None and examples and all(example.prompt for example in examples):
         where, first = found[0]
         raise InputError(
             f"{where}: every row has a prompt of its own, {first.prompt!r}, which --query_prefix "
             f"{query_prefix!r} does not replace. Drop the flag, or rename the column."
         )
-    refuse_ids(rows[0][0], roles.query, [example.query for example in examples])
-    refuse_ids(rows[0][0], roles.positive, [example.pos[0] for example in examples])
-    return examples, say_drops(drops)
+    for roles, of_format in formats:
+        files = {file_of(where) for where, _ in of_format}
+        own = [example for example in examples if example.file in files]
+        refuse_ids(of_format[0][0], roles.query, [example.query for example in own])
+        refuse_ids(of_format[0][0], roles.positive, [example.pos[0] for example in own])
+    return examples, say_drops(drops | without_positive | repeated)
+
+
+def in_order(found, rows):
+    """Return [(where, Example)] in the order of the rows [(where, row)]."""
+    places = {}
+    for place, (where, _) in enumerate(rows):
+        places.setdefault(where, place)
+    return sorted(found, key=lambda pair: places[pair[0]])
 
 
 def read_each(rows, roles):
@@ -211,25 +231,57 @@ def refuse_ids(where, name, texts):
 # ---------------------------------------------------------------- columns
 
 
-def find_roles(rows, columns):
-    """Find by name what each column is, and say it; raises InputError for what is unclear."""
+def find_formats(rows, columns):
+    """Return [(Roles, [(where, row)])] of the files that have the same columns; says what they are.
+
+    A flag names a column where there is one of that name; other files' are found by name.
+    """
+    of_files = defaultdict(list)
+    for where, row in rows:
+        of_files[file_of(where)].append((where, row))
+    together = defaultdict(list)  # files by their columns
+    for file, own in of_files.items():
+        together[frozenset(fields_of(own))].append(file)
+    known = set().union(*together)
+    formats = []
+    for names, files in together.items():
+        of_format = [pair for file in files for pair in of_files[file]]
+        lacking = [kind for kind, name in vars(columns).items() if name in known - names]
+        here = replace(columns, **dict.fromkeys(lacking))
+        whose = ""
+        if len(together) > 1:
+            more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+            whose = f"{files[0]}{more}: "
+        formats.append((find_roles(of_format, here, whose), of_format))
+    return formats
+
+
+def fields_of(rows):
+    """Return the names of all columns: a row may lack some, so that the first does not show all."""
+    return list(dict.fromkeys(name for _, row in rows for name in row))
+
+
+def find_roles(rows, columns, whose=""):
+    """Find by name what each column is, and say it; raises InputError for what is unclear.
+
+    whose: what stands before that, where other files have other columns.
+    """
     where = rows[0][0]
-    # a row may lack a column, so that the first one does not show all
-    fields = list(dict.fromkeys(name for _, row in rows[:1000] for name in row))
+    fields = fields_of(rows)
     query = find_column(fields, "query", QUERY_NAMES, columns.query, where)
     names = positive_names(fields)
     positive = find_column(fields, "positive", names, columns.positive, where)
     negatives = find_negatives(fields, columns.negative, where)
     unused = [name for name in fields if name not in {query, positive, *negatives, "prompt"}]
     has_prompt = any("prompt" in row for _, row in rows) and "prompt" not in (query, positive)
-    refuse_types(rows, negatives)
+    refuse_types(rows, unused, negatives)
     # beside negatives of its own, a row's label says something else than "no match"
     has_negatives = columns.negative or any_filled(rows, negatives)
     labels = find_list_of_labels(rows, unused, positive)
     label = None if has_negatives or labels else find_label(rows, unused)
     scores = find_scores(rows, unused, positive, negatives)
     roles = Roles(query, positive, negatives, label, labels, scores, has_prompt)
-    say_roles(roles, unused)
+    say_roles(roles, unused, whose)
     return roles
 
 
@@ -242,9 +294,9 @@ def positive_names(fields):
     return POSITIVE_NAMES
 
 
-def say_roles(roles, others):
+def say_roles(roles, others, whose):
     """Print what each column is; `others` have no text, and some of them a role."""
-    said = f"columns   query = {roles.query}, positive = {roles.positive}"
+    said = f"columns   {whose}query = {roles.query}, positive = {roles.positive}"
     said += f", negatives = {', '.join(roles.negatives) or 'none'}"
     if roles.label:
         said += f", label = {roles.label}"

@@ -14,7 +14,9 @@ from parts.cells import (
 )
 from utils import InputError
 
-LABEL_NAMES = ("label", "relevance", "score")
+# those of sentence-transformers among them; the plural ones are columns of lists elsewhere
+LABEL_NAMES = ("label", "labels", "relevance", "score", "scores")
+PLURAL = ("labels", "scores")
 LARGEST = 3e38  # about the largest float32
 # of FlagEmbedding: what its documents are, and what does the same here
 TYPES = {
@@ -213,13 +215,15 @@ def labels_of(row, where, roles, count):
 # ---------------------------------------------------------------- types
 
 
-def refuse_types(rows, negatives):
+def refuse_types(rows, names, negatives):
     """Raise InputError for a row of whose `type` nothing here makes what FlagEmbedding does.
 
-    Other values, as "normal", say nothing, and only_1neg nothing new of a row with one negative.
+    names: the columns without another role. Other values, as "normal", say nothing, and only_1neg
+    nothing new of a row with one negative.
     """
+    column = next((name for name in names if name.lower() == "type"), None)
     for where, row in rows:
-        kind = row.get("type")
+        kind = row.get(column)
         if not isinstance(kind, str) or kind not in TYPES:
             continue
         texts = [text for name in negatives for text in texts_of(row.get(name), where, name)]
@@ -246,8 +250,7 @@ def find_label(rows, names):
     others = []  # what is said of columns with other numbers
     # rows that are all matches may have a column of 1s: one with both is believed before it, and
     # before a teacher's scores
-    candidates = [name for name in names if name.lower() in LABEL_NAMES]
-    for name in sorted(candidates, key=str.lower):  # label, relevance, score
+    for name in candidates(rows, names):
         places = places_of_labels(rows, name)
         has_lists = any(isinstance(row.get(name), list) for _, row in rows)
         if places and places.keys() <= {0, 1} and not has_lists:
@@ -273,6 +276,16 @@ def find_label(rows, names):
             "the column: it is then unused and every row a match."
         )
     return next(iter(telling or labels), None)
+
+
+def candidates(rows, names):
+    """Return the columns in `names` that may hold a label a row: label before score."""
+    found = []
+    for name in names:
+        is_of_lists = name.lower() in PLURAL and any_list(rows, name)
+        if name.lower() in LABEL_NAMES and not is_of_lists:
+            found.append(name)
+    return sorted(found, key=str.lower)
 
 
 def places_of_labels(rows, name):

@@ -3,6 +3,7 @@
 from conftest import write_jsonl
 from parts.pairs import Columns, Example, read_examples
 from parts.rows import read_rows
+from utils import InputError
 
 import pytest
 
@@ -166,7 +167,7 @@ LABELS += [["True", "false", " 1.0", "0", "FALSE"]]
 
 
 @pytest.mark.parametrize("labels", LABELS)
-@pytest.mark.parametrize("name", ["label", "Score", "relevance"])
+@pytest.mark.parametrize("name", ["label", "Score", "relevance", "labels", "scores"])
 def test_label_0_makes_a_document_a_negative_of_its_query(tmp_path, capsys, name, labels):
     pairs = [("q", "a"), ("q", "b"), ("Q", "c"), ("r", "d"), ("q", "e")]
     rows = [
@@ -194,7 +195,7 @@ def test_label_0_makes_a_document_a_negative_of_its_query(tmp_path, capsys, name
         [{"query": "q", "pos": "p", "label": "wrong"}, {"query": "r", "pos": "s", "label": "0"}],
         [{"query": "q", "pos": "p", "score": 5}, {"query": "r", "pos": "s", "score": 5.0}],
         [{"query": "q", "pos": "p", "score": [0.5]}, {"query": "r", "pos": "s", "score": None}],
-        [{"query": "q", "pos": "p", "labels": 0}, {"query": "r", "pos": "s", "labels": 1}],
+        [{"query": "q", "pos": "p", "gold": 0}, {"query": "r", "pos": "s", "gold": 1}],
     ],
 )
 def test_other_labels_are_unused(tmp_path, rows):
@@ -231,3 +232,66 @@ def test_drops_are_counted_with_their_place(tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"1 duplicate rows (first: {path}, line 4)" in said
     assert f"2 rows with an empty positive (first: {path}, line 3)" in said
+
+
+LABELLED = [{"query": "r", "pos": text, "label": i} for i, text in enumerate("yz")]
+PLAIN_ROW = {"query": "q", "pos": ["p"]}
+SCORED = {"query": "q", "pos": ["p"], "neg": ["n"], "pos_scores": [2], "neg_scores": [1]}
+
+
+@pytest.mark.parametrize(
+    "files, expected",
+    [
+        # columns that the first thousand rows have not
+        (
+            [[PLAIN_ROW | {"query": f"q{i}"} for i in range(1000)], [SCORED]],
+            Example("q", ["p"], ["n"], None, {"p": 2, "n": 1}),
+        ),
+        ([[PLAIN_ROW | {"query": f"q{i}"} for i in range(1000)] + [SCORED]], None),
+        # beside negatives in another file labels are labels
+        ([[SCORED], LABELLED], Example("r", ["z"], ["y"])),
+        (
+            [[SCORED], [{"question": "r", "docs": ["y", "z"], "labels": [0, 1]}]],
+            Example("r", ["z"], ["y"]),
+        ),
+        ([[SCORED], [{"anchor": "r", "positive": "z"}]], Example("r", ["z"], [])),
+    ],
+)
+def test_files_have_formats_of_their_own(tmp_path, capsys, files, expected):
+    paths = [write_jsonl(tmp_path / f"{i}.jsonl", rows) for i, rows in enumerate(files)]
+    rows = [row for path in paths for row in read_rows(path)]
+    examples, drops = read_examples(rows, Columns(), None)
+    assert examples[-1] == (expected or Example("q", ["p"], ["n"], None, {"p": 2, "n": 1}))
+    assert not drops and len({example.file for example in examples}) == len(paths)
+    said = capsys.readouterr().out
+    assert all((f"columns   {path}: query = " in said) == (len(paths) > 1) for path in paths)
+
+
+def test_rows_stand_as_their_files_do_and_a_flag_names_columns_where_they_are(tmp_path, capsys):
+    files = [
+        [{"query": "a", "pos": "p", "bad": "n"}],
+        [{"query": "a", "pos": "p", "label": 1}, {"query": "b", "pos": "o", "label": 1}],
+        [{"query": "c", "pos": "p", "bad": "n"}],
+        [{"query": "b", "pos": "q", "label": 0}],
+    ]
+    rows = []
+    for i, each in enumerate(files):
+        rows += read_rows(write_jsonl(tmp_path / f"{i}.jsonl", each))
+    examples, _ = read_examples(rows, Columns(negative="bad"), None)
+    assert examples == [
+        Example("a", ["p"], ["n"]),
+        Example("a", ["p"], []),
+        Example("b", ["o"], ["q"]),
+        Example("c", ["p"], ["n"]),
+    ]
+    assert "0.jsonl and 1 more: query = query, " in capsys.readouterr().out
+    with pytest.raises(InputError, match='no --negative_column worse .fields: "query", "pos"'):
+        read_examples(rows, Columns(negative="worse"), None)
+
+
+def test_ids_of_one_file_among_others_are_refused(tmp_path):
+    words = write_jsonl(tmp_path / "words.jsonl", [{"query": "q", "pos": "p"}] * 2)
+    triples = [{"query": f"{i}", "positive": f"1{i}", "negative": "2"} for i in range(2)]
+    rows = read_rows(words) + read_rows(write_jsonl(tmp_path / "ids.jsonl", triples))
+    with pytest.raises(InputError, match="ids.jsonl, line 1: every query is a number"):
+        read_examples(rows, Columns(), None)

@@ -218,13 +218,14 @@ TYPED = {"query": "q", "pos": ["p"], "neg": ["a", "b"]}
             "--max_negs 1, and drop or rename the column.",
         ),
         (TYPED | {"type": "no_in_batch_neg"}, "Pass --no-in_batch_negatives, and drop"),
+        (TYPED | {"Type": "no_in_batch_neg"}, "Pass --no-in_batch_negatives, and drop"),
         (TYPED | {"type": "symmetric_class"}, "Pass --no-in_batch_negatives, and drop"),
         (TYPED | {"type": "symmetric_clustering"}, "and the prompt as --doc_prefix, and drop"),
         (TYPED | {"type": "symmetric_sts"}, "Pass it as --doc_prefix, and drop"),
     ],
 )
 def test_what_is_unclear_is_refused_in_a_sentence_that_names_the_line(tmp_path, row, sentence):
-    asks = ("pos_scores", "neg_scores", "scores", "labels", "type")
+    asks = ("pos_scores", "neg_scores", "scores", "labels", "type", "Type")
     good = {name: cell for name, cell in row.items() if name not in asks} | {"query": "good"}
     if "labels" in row:
         good["labels"] = [1, 0]

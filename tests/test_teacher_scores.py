@@ -290,6 +290,11 @@ def test_other_columns_are_read_by_flags_or_name(score, tmp_path):
     assert len(cells["pos_scores"]) == 2 and cells["neg_scores"] == []
 
 
+def test_a_column_that_late_rows_alone_have_is_scored(score):
+    rows = [{"query": "q", "pos": ["p"]}] * 1000 + [{"query": "q", "pos": ["p"], "neg": ["n"]}]
+    assert len(score(rows)[-1]["neg_scores"]) == 1
+
+
 def test_rows_with_all_scores_are_kept(score, capsys):
     rows = [
         {"query": "lamp", "pos": ["a lamp"], "pos_scores": [99], "neg": ["", "x"], "neg_scores": [None, -1e3]},
