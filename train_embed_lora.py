@@ -124,6 +124,7 @@ from parts.mined_files import copy_mined, mined_file, read_mined, write_mined
 from parts.mining import Miner, MiningRules, Pool, show_pool
 from parts.pairs import Columns
 from parts.plan import advice, chosen_metric, make_plan, named
+from parts.processes import agree
 from parts.proof import check_saved_tokenizer, prove, save_final
 from parts.rehearsal import note_inexact, rehearse
 from parts.report import Results, write_report
@@ -528,7 +529,7 @@ class EmbedTrainer(StepTrainer):
         self.pooling = pooling
         self.causal = causal
         self.max_length = max_length
-        # processes whose documents are contrasted; else each has its own, and DDP the mean
+        # processes whose documents are contrasted; else each has its own, and the mean is taken
         self.world = self.accelerator.num_processes if cross_device else 1
 
     def get_train_dataloader(self):
@@ -554,6 +555,7 @@ class EmbedTrainer(StepTrainer):
         doc_emb = vectors[step["documents"]]
         document_ids = step["document_ids"]
         columns = [step[name] for name in ("own", "known", "spared", "teacher")]
+        agree(self.accelerator)  # that all have the vectors, before each waits for the others'
         if self.world > 1:
             query_emb, doc_emb, document_ids, columns = self.gathered(query_emb, doc_emb, step)
         rows, taught = self.counts_of(columns[-1])
@@ -569,7 +571,7 @@ class EmbedTrainer(StepTrainer):
         """Return how many rows have a contrastive loss, and how many a distillation loss.
 
         teacher (Q, W), as Collator makes it. Where each process has rows of its own: the mean over
-        processes, since DDP takes the mean of what they make of them.
+        processes, since the mean of what they make of them is taken.
         """
         is_taught = (~teacher.isnan()).sum(1) > 1
         counts = torch.stack([torch.ones_like(is_taught).sum(), is_taught.sum()]).float()
@@ -639,7 +641,7 @@ class EmbedTrainer(StepTrainer):
         vectors, states = self.embed_pieces(model, inputs, early)
         loss, gradients = self.loss_and_gradients(vectors, step, pieces)
         # the kept graphs first, so that they are gone before others are made
-        self.backward_kept(model, vectors[early:], gradients[early:], more=early > 0)
+        self.backward_kept(vectors[early:], gradients[early:])
         del vectors
         self.backward_early(model, inputs[:early], gradients[:early], states)
         return loss
@@ -651,11 +653,10 @@ class EmbedTrainer(StepTrainer):
         """
         vectors = []
         states = []
-        with self.unsynced(model, early > 0):
-            for i, piece in enumerate(inputs):
-                states.append(get_rng_state())  # its dropout is to be drawn again
-                with torch.set_grad_enabled(i >= early):
-                    vectors.append(self.encode(model, piece))
+        for i, piece in enumerate(inputs):
+            states.append(get_rng_state())  # its dropout is to be drawn again
+            with torch.set_grad_enabled(i >= early):
+                vectors.append(self.encode(model, piece))
         return vectors, states
 
     def loss_and_gradients(self, vectors, step, pieces):
@@ -666,26 +667,23 @@ class EmbedTrainer(StepTrainer):
         # pieces are sorted by length, the step's indices are not
         [order] = moved([torch.tensor(places).argsort()], self.args.device)
         loss = self.loss(torch.cat(leaves)[order], step)
-        # DDP averages the gradients, whose sum is wanted. No loss scale: float32 needs none, and
-        # accelerator.backward scales what follows
+        # the mean of the processes' gradients is taken, and their sum is wanted. No loss scale:
+        # float32 needs none, and accelerator.backward scales what follows
         (self.world * loss).backward()
         return loss.detach(), [leaf.grad for leaf in leaves]
 
-    def backward_kept(self, model, vectors, gradients, more):
-        """Run backward through the graphs that were kept; `more`: others follow."""
-        with self.unsynced(model, more):
-            # the gradient of v . g for fixed g is g times that of v: the chain rule
-            products = [
-                (vector * gradient).sum()
-                for vector, gradient in zip(vectors, gradients, strict=True)
-            ]
-            self.accelerator.backward(sum(products))
+    def backward_kept(self, vectors, gradients):
+        """Run backward through the graphs that were kept."""
+        # the gradient of v . g for fixed g is g times that of v: the chain rule
+        products = [
+            (vector * gradient).sum() for vector, gradient in zip(vectors, gradients, strict=True)
+        ]
+        self.accelerator.backward(sum(products))
 
     def backward_early(self, model, inputs, gradients, states):
         """Embed the early pieces again, with the dropout of the first time, and run backward."""
         for i, piece in enumerate(inputs):
-            more = i < len(inputs) - 1
-            with self.unsynced(model, more), replayed(states[i]):
+            with replayed(states[i]):
                 vector = self.encode(model, piece)
                 self.accelerator.backward((vector * gradients[i]).sum())
 

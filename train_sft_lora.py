@@ -208,7 +208,7 @@ def collate(samples):
 def share_of_loss(losses, tokens, processes):
     """Return what one piece adds to the loss of a step: its losses (N,) over the step's tokens.
 
-    tokens: the supervised ones of all processes; DDP averages gradients, whose sum is wanted.
+    tokens: the supervised ones of all processes, whose gradients are averaged: a sum is wanted.
     """
     return losses.sum() / tokens * processes
 
@@ -272,11 +272,10 @@ class SftTrainer(CausalTrainer):
         own_tokens = sum(int(mask.sum()) for mask in step["supervised"])
         tokens = self.over_all(own_tokens)
         total = 0
-        for i, inputs in enumerate(self.inputs_of(step, pieces)):
-            with self.unsynced(model, i < len(pieces) - 1):  # added up once, with the last
-                losses = self.score_tokens(model, token_losses, inputs)
-                loss = share_of_loss(losses, tokens, self.accelerator.num_processes)
-                self.accelerator.backward(loss)
+        for inputs in self.inputs_of(step, pieces):
+            losses = self.score_tokens(model, token_losses, inputs)
+            loss = share_of_loss(losses, tokens, self.accelerator.num_processes)
+            self.accelerator.backward(loss)
             total += loss.detach()
         return total
 

@@ -27,10 +27,10 @@ import utils
 from parts.base import Origin, check_loaded, choose_precision, load, load_config, position_limit
 from parts.cells import texts_of, written
 from parts.flags import count
+from parts.memory import is_out_of_memory
 from parts.pairs import QUERY_NAMES, fields_of, find_column, find_negatives, positive_names
 from parts.relevance import is_score
 from parts.rows import parse_lines, read_rows
-from parts.step import is_out_of_memory
 from parts.tokenizer import check_vocabulary, load_tokenizer, within_limit
 from utils import InputError, say
 

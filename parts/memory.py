@@ -5,7 +5,6 @@ Sizes are in bytes; tokens are padded ones, whose graphs are kept for the backwa
 
 from contextlib import contextmanager
 
-from parts.step import is_out_of_memory
 from utils import InputError
 
 import torch
@@ -26,6 +25,14 @@ BESIDE_PASSES = (
     "out of memory beside the passes, as in the optimizer's step: pass --optimizer adamw_8bit or "
     "--no-grow_pieces, lower --lora_r, or quantise."
 )
+
+
+def is_out_of_memory(error):
+    """Tell whether a RuntimeError means that memory ran out, on any device."""
+    # by its text: cuBLAS' and the CPU's errors are plain RuntimeErrors
+    text = str(error)
+    signs = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "Invalid buffer size")
+    return any(sign in text for sign in signs)  # the last is a Mac's
 
 
 class GpuMemory:
@@ -51,12 +58,8 @@ class GpuMemory:
 
 
 def gpu_memory(trainer):
-    """Return the GpuMemory to let pieces grow into; None on a CPU and for several processes.
-
-    Where one of several processes runs out of memory, the others cannot halve with it.
-    """
-    is_alone = trainer.accelerator.num_processes == 1
-    if trainer.args.device.type == "cuda" and is_alone:
+    """Return the GpuMemory to let pieces grow into; None on a CPU."""
+    if trainer.args.device.type == "cuda":
         return GpuMemory(trainer.args.device)
     return None
 

@@ -10,6 +10,7 @@ from statistics import fmean as mean
 
 from parts.causal import CausalTrainer, token_losses
 from parts.layouts import collate_pairs, lay_out_pairs, positions_and_mask
+from parts.processes import agree
 from parts.samples import longest_side
 from parts.step import moved
 from utils import InputError, say
@@ -252,15 +253,14 @@ class PreferenceTrainer(CausalTrainer):
             kl = kl.clamp(min=0)  # an estimate may be below the 0 that a divergence is at least
         total = 0
         seen = torch.zeros(9, device=self.args.device, dtype=torch.float64)
-        for i, (piece, reference) in enumerate(zip(inputs, references, strict=True)):
+        for piece, reference in zip(inputs, references, strict=True):
             lengths, counted = piece["lengths"], piece["counted"]
-            with self.unsynced(model, i < len(pieces) - 1):
-                logps = self.pair_logps(model, piece)
-                losses = preference_losses(self.preference, logps, reference, lengths, kl)
-                losses = losses * counted
-                # DDP averages the gradients, whose sum is wanted
-                loss = losses.sum() / pairs * self.accelerator.num_processes
-                self.accelerator.backward(loss)
+            logps = self.pair_logps(model, piece)
+            losses = preference_losses(self.preference, logps, reference, lengths, kl)
+            losses = losses * counted
+            # the mean of the processes' gradients is taken, and their sum is wanted
+            loss = losses.sum() / pairs * self.accelerator.num_processes
+            self.accelerator.backward(loss)
             total += loss.detach()
             logps, losses = logps.detach(), losses.detach()
             seen += self.pair_sums(logps, reference, lengths, losses, counted)
@@ -275,6 +275,7 @@ class PreferenceTrainer(CausalTrainer):
                 logps = self.pair_logps(model, piece)
             gained = gains(self.preference.kind, logps, reference, piece["lengths"])
             sums += (gained * piece["counted"][:, None]).sum(0)
+        agree(self.accelerator)
         return self.accelerator.reduce(sums)
 
     def numbers_of_step(self, loss):

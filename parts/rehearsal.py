@@ -5,9 +5,10 @@ import random
 import time
 from functools import partial
 
-from parts.memory import BUDGET, bytes_to_come, gpu_memory, held, tokens_that_fit
+from parts.memory import BUDGET, bytes_to_come, gpu_memory, held, is_out_of_memory, tokens_that_fit
+from parts.processes import OutOfMemoryElsewhere, agree, largest
 from parts.report import peak_gib
-from parts.step import cut, get_rng_state, is_out_of_memory, padded_tokens, replayed
+from parts.step import cut, get_rng_state, padded_tokens, replayed
 from utils import InputError, note, say
 
 import torch
@@ -88,7 +89,8 @@ def settle_pieces(trainer, plan, row_tokens, seed, stored):
         trainer.recompute_activations(True)
     if memory is None or stored:
         return
-    budget = BUDGET * memory.free()
+    free = -largest(trainer.accelerator, -memory.free())  # of all processes the least
+    budget = BUDGET * free
     heavy = heaviest_rows(row_tokens, plan, seed, trainer.batch_size, trainer.file_steps)
     longest = heavy[:1]
     measured_pass(trainer, longest, memory)  # unread: a first one loads kernels, too
@@ -102,31 +104,39 @@ def settle_pieces(trainer, plan, row_tokens, seed, stored):
         tokens = min(most, tokens_that_fit(budget, small, large))
         if tokens > large[0]:
             trainer.piece_tokens = tokens
-    show_memory(trainer, memory.free(), large)
+    show_memory(trainer, free, large)
 
 
 def measured_pass(trainer, rows, memory):
     """Run rows forward and backward, all in memory at once, and leave no trace of it.
 
-    Returns (padded tokens, bytes it took), None where memory ran out.
+    Returns (padded tokens, bytes it took at most in one process), None where memory ran out: the
+    same on all processes, which run the same rows.
     """
     step = trainer._prepare_inputs(step_of(trainer, rows))
     trainer.model.train()
     trainer.piece_tokens = EVERYTHING
 
-    def attempt():
-        trainer.run_step(trainer.model, step, *trainer.cut_step(step))
-
+    measured = None
     try:
-        taken = memory.peak_of(attempt)
+        taken = memory.peak_of(lambda: trainer.attempt_step(trainer.model, step))
+        agree(trainer.accelerator)
         measured = trainer.padded_tokens, taken  # counted by cut_step
+        ran_out = False
+    except OutOfMemoryElsewhere:
+        ran_out = False
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        measured = None
+        ran_out = True
     trainer.piece_tokens = None
     leave_no_trace(trainer)  # outside the except block, where the error no longer holds the graph
-    return measured
+    if ran_out:
+        agree(trainer.accelerator, fits=False)
+    if measured:
+        tokens, taken = measured
+        return tokens, largest(trainer.accelerator, taken)
+    return None
 
 
 def fits(measured, budget):

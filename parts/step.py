@@ -7,9 +7,11 @@ import gc
 import itertools
 import math
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 from parts.figures import Figures
+from parts.memory import is_out_of_memory
+from parts.processes import OutOfMemoryElsewhere, agree, average_gradients
 from utils import InputError, say
 
 import torch
@@ -40,14 +42,6 @@ def cut(lengths, budget):
 def padded_tokens(pieces, lengths):
     """Return the tokens of pieces as `cut` makes them, padding included."""
     return sum(len(piece) * lengths[piece[0]] for piece in pieces)
-
-
-def is_out_of_memory(error):
-    """Tell whether a RuntimeError means that memory ran out, on any device."""
-    # by its text: cuBLAS' and the CPU's errors are plain RuntimeErrors
-    text = str(error)
-    signs = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "Invalid buffer size")
-    return any(sign in text for sign in signs)  # the last is a Mac's
 
 
 def broken_weight(model, untrained):
@@ -124,8 +118,9 @@ class StepTrainer(Trainer):
         """Run forward and backward of one step; return its loss."""
         model.train()
         step = self._prepare_inputs(step)  # the rehearsal's comes from no data loader
-        # cut anew by each attempt: `halvings` may have grown
-        loss = self.until_it_fits(lambda: self.run_step(model, step, *self.cut_step(step)))
+        loss = self.until_it_fits(lambda: self.attempt_step(model, step), together=True)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        average_gradients(self.accelerator, trained)
         before = self.figures
         step_number = self.state.global_step + 1
         self.figures = Figures(step_number, self.numbers_of_step(loss), self.figures_of)
@@ -136,6 +131,17 @@ class StepTrainer(Trainer):
         if self.args.fp16 or self.state.global_step == 0:
             self.look_at(self.figures)
         return loss
+
+    def attempt_step(self, model, step):
+        """Run forward and backward of the pieces of a step; gradients stay each process' own.
+
+        They are added up once all processes have theirs: one that runs out of memory within DDP's
+        own sum could not start again.
+        """
+        # cut anew by each attempt: `halvings` may have grown
+        pieces, tokens_at_once = self.cut_step(step)
+        with self.accelerator.no_sync(model):
+            return self.run_step(model, step, pieces, tokens_at_once)
 
     def numbers_of_step(self, loss):
         """Return the numbers (n,) of the step that was just queued, over all processes.
@@ -205,36 +211,47 @@ class StepTrainer(Trainer):
             shown = history.pop()
             history[-1] = shown | history[-1]
 
-    def until_it_fits(self, attempt):
+    def until_it_fits(self, attempt, together=False):
         """Return attempt(), called again in less memory each time it runs out.
 
-        First with activations recomputed, if that is left to us, then in pieces half the size. Each
-        attempt starts from zero gradients. Raises InputError where pieces cannot get smaller.
+        together: all processes attempt it, and start again where one of them runs out. Each attempt
+        starts from zero gradients. Raises InputError where pieces cannot get smaller.
         """
         while True:
             try:
-                return attempt()
+                found = attempt()
+                if together:
+                    agree(self.accelerator)
+                return found
+            except OutOfMemoryElsewhere:
+                ran_out = False
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                # of several processes, this one alone would start again; the others would wait
-                alone = self.accelerator.num_processes == 1
-                if not alone or 2**self.halvings > self.device_tokens:
+                if 2**self.halvings > self.device_tokens:
                     raise InputError(
                         "out of memory: lower --max_length or --batch_size, or quantise."
                     ) from error
+                ran_out = True
             # outside the except block, where the error no longer holds the graph
             self.free_memory()
-            recomputed_before = self.recomputes
-            if self.may_recompute and torch.is_grad_enabled():
-                self.recompute_activations(True)
-            # not all models can: those halve at once
-            if self.recomputes and not recomputed_before:
-                say("memory    ran out: this again, and what follows, with gradient checkpointing")
-            else:
-                self.halvings += 1
-                size = f"1/{2**self.halvings}"
-                say(f"memory    ran out: this again, and what follows, in pieces {size} the size")
+            if ran_out:
+                self.take_less_memory()
+                if together:
+                    agree(self.accelerator, fits=False)
+
+    def take_less_memory(self):
+        """Recompute activations from here on, if that is left to us, or halve the pieces."""
+        recomputed_before = self.recomputes
+        if self.may_recompute and torch.is_grad_enabled():
+            self.recompute_activations(True)
+        # not all models can: those halve at once
+        if self.recomputes and not recomputed_before:
+            how = "with gradient checkpointing"
+        else:
+            self.halvings += 1
+            how = f"in pieces 1/{2**self.halvings} the size"
+        say(f"memory    ran out: this again, and what follows, {how}")
 
     def free_memory(self):
         """Let go of gradients, and of what an attempt that failed has left."""
@@ -331,10 +348,6 @@ class StepTrainer(Trainer):
         tensors = itertools.chain.from_iterable(inputs.values() for inputs in laid_out)
         on_device = iter(moved(list(tensors), self.args.device))
         return [{name: next(on_device) for name in inputs} for inputs in laid_out]
-
-    def unsynced(self, model, more):
-        """Context in which processes do not add up gradients yet: there is `more` to come."""
-        return self.accelerator.no_sync(model) if more else nullcontext()
 
     def before_training(self):
         """Do what needs the model of before the first step, on which a resumed run starts too."""

@@ -326,8 +326,13 @@ def gradient(trainer, step):
     )
 
 
-def gradients_of_two_processes(folder, module, flags, first_row, rows_per_process, global_step):
-    """Return the gradients that DDP leaves on two gloo processes after one step of a script's."""
+def gradients_of_two_processes(
+    folder, module, flags, first_row, rows_per_process, global_step, fails=None
+):
+    """Return the gradients that two gloo processes have after one step of a script's.
+
+    fails: the numbers of forward passes in which the second one runs out of memory.
+    """
     command = [
         sys.executable,
         "-m",
@@ -338,6 +343,7 @@ def gradients_of_two_processes(folder, module, flags, first_row, rows_per_proces
     ]
     script = [str(ROOT / "tests/two_processes.py"), str(folder), module, json.dumps(flags.split())]
     numbers = map(str, (first_row, rows_per_process, global_step))
+    numbers = [*numbers, json.dumps(fails or [])]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, *script, *numbers], env=environment, capture_output=True, text=True, timeout=300
