@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo preference test lint gpu
+.PHONY: demo preference test distributed lint gpu
 
 demo: .venv/ready  ## an embedding model, a language model, a merge, all on what this machine has: about five minutes
 	$(BIN)/python examples/stdlib_pairs.py runs/demo/pairs.jsonl
@@ -23,6 +23,9 @@ preference: .venv/ready  ## a tiny model learns to prefer one answer to another:
 
 test: .venv/ready  ## all tests, on a CPU and without a network
 	$(BIN)/python -m pytest --numprocesses 2
+
+distributed: .venv/ready  ## what several processes and machines do, on this one: some minutes
+	$(BIN)/python -m pytest -m distributed
 
 gpu: .venv/ready  ## everything that is measured on a GPU, in four calls of nine minutes at most
 	failed=; for part in exact bench t4 ideas; do \

@@ -122,12 +122,17 @@ def is_pasted():
 
 
 def check_command(parse_args):
-    """Answer --help and a wrong flag of the command line, before slow imports.
+    """Answer --help, a wrong flag and a wrong start of the command line, before slow imports.
 
     Once for all: a script that restarts on several GPUs would say it on each.
     """
-    if not is_pasted():
-        parse_args()
+    if is_pasted():
+        return
+    parse_args()
+    try:
+        refuse_many_tasks()
+    except InputError as error:
+        sys.exit(f"error: {error}")
 
 
 def run(main):
@@ -156,6 +161,25 @@ def run(main):
     leave_process_group()
     if code:
         sys.exit(code)
+
+
+# what tells a task of srun's or mpirun's how many there are
+TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+
+def refuse_many_tasks():
+    """Raise InputError where a cluster has started this command several times over."""
+    if "RANK" in os.environ:  # torchrun's: these know of one another
+        return
+    for name in TASKS:
+        count = os.environ.get(name, "1")
+        if count.isdecimal() and int(count) > 1:
+            raise InputError(
+                f"{count} tasks were started ({name}), each of which would train by itself. Start "
+                "torchrun once a machine: srun --ntasks-per-node=1 torchrun --nnodes MACHINES "
+                "--nproc_per_node GPUS --rdzv_backend c10d --rdzv_id JOB "
+                f"--rdzv_endpoint HOST:29500 {' '.join(sys.argv)}"
+            )
 
 
 def restart_on_all_gpus():

@@ -8,6 +8,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+from parts.machines import refuse_unshared
 from utils import InputError, note, read_json, recorded_flags, say, write_json
 
 import torch
@@ -144,13 +145,15 @@ def holds_files(folder):
     return folder.is_dir() and any(folder.iterdir())
 
 
-def open_output_dir(folder, resume, overwrite):
+def open_output_dir(folder, resume, overwrite, state):
     """Return the checkpoint to resume from, or None; raises InputError rather than mix two runs.
 
-    resume: "last", the folder of a checkpoint, or None. Nothing is written yet.
+    resume: "last", the folder of a checkpoint, or None; state: accelerate's. Nothing of the run is
+    written yet.
     """
     folder = Path(folder)
     check_writable(folder)
+    refuse_unshared(folder, state)
     if resume:
         return checkpoint_to_resume(folder, resume)
     if not overwrite and holds_files(folder):

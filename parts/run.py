@@ -76,7 +76,7 @@ def start(output_dir, resume, overwrite, seed):
         trim_token_cache()
     folder = Path(utils.agreed(output_dir))  # the default has the time in it
     # before the data are read: a folder that is refused costs no minutes
-    checkpoint = open_output_dir(folder, resume, overwrite)
+    checkpoint = open_output_dir(folder, resume, overwrite, state)
     set_seed(seed)  # of the weights of adapters, and of dropout
     return state, folder, checkpoint
 
