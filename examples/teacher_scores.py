@@ -1,4 +1,4 @@
-"""Let a reranker score the documents of training rows: adds BGE's columns pos_scores, neg_scores.
+"""Let a teacher score the documents of training rows: adds BGE's columns pos_scores, neg_scores.
 
 python examples/teacher_scores.py pairs.jsonl scored.jsonl --model_name BAAI/bge-reranker-v2-m3
 python examples/teacher_scores.py pairs.jsonl scored.jsonl --model_name Qwen/Qwen3-Reranker-0.6B \\
@@ -7,9 +7,10 @@ python examples/teacher_scores.py pairs.jsonl scored.jsonl --model_name Qwen/Qwe
 {"query": "how do I reset it?", "pos": ["Hold the button."], "neg": ["It weighs 2 kg.", ""]} gets
 "pos_scores": [7.12], "neg_scores": [-9.8, null]: a score for each text, null for an empty one.
 
-A score is raw: the logit of a sequence classifier with one label, or what Qwen3-Reranker's logit of
-"yes" is above that of "no". Rows that have all their scores are kept as they are. The same command
-goes on after a kill; scored.teacher.json says whose scores they are.
+A score is raw: the logit of a sequence classifier with one label, what Qwen3-Reranker's logit of
+"yes" is above that of "no", or the cosine of an embedding model of sentence-transformers, as the
+final/ of train_embed_lora.py is one. Rows that have all their scores are kept as they are. The same
+command goes on after a kill; scored.teacher.json says whose scores they are.
 Shapes: B pairs, T tokens, V vocabulary.
 """
 
@@ -24,7 +25,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import utils
-from parts.base import Origin, check_loaded, choose_precision, load, load_config, position_limit
+from parts.base import (
+    LOADING_ERRORS,
+    Origin,
+    base_json,
+    check_loaded,
+    choose_precision,
+    load,
+    load_config,
+    position_limit,
+)
 from parts.cells import texts_of, written
 from parts.flags import count
 from parts.memory import is_out_of_memory
@@ -400,6 +410,67 @@ def load_model(args, origin, config, teacher, pair):
     return model
 
 
+# ---------------------------------------------------------------- an embedding model
+
+
+class Embedder:
+    """An embedding model of sentence-transformers, which reads query and document apart."""
+
+    def __init__(self, args):
+        """Raises InputError for flags that it has no use for, and where it cannot be loaded."""
+        name = args.model_name
+        for flag in ("instruction", "dtype"):
+            if getattr(args, flag) is not None:
+                raise InputError(
+                    f"{name} is an embedding model, with prompts and a dtype of its own: drop "
+                    f"--{flag}."
+                )
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ImportError:
+            raise InputError(
+                f"{name} is an embedding model. Run: pip install sentence-transformers"
+            ) from None
+        try:
+            self.model = SentenceTransformer(name, trust_remote_code=args.trust_remote_code)
+        except LOADING_ERRORS as error:
+            raise InputError(f"{name} cannot be loaded: {utils.reason(error)}.") from None
+        longest = self.model.max_seq_length or args.max_length
+        self.model.max_seq_length = min(longest, args.max_length)
+        self.batch_size = args.batch_size
+        self.vectors = {}  # (text, is it a query) -> vector (D,) of unit length
+        say(f"teacher   {name}, an embedding model: scores are cosines")
+
+    def score(self, pairs, bar):
+        """Return ({pair: cosine}, 0) of {pair: where}; each text is embedded once."""
+        self.embed({query for query, _ in pairs}, True)
+        self.embed({document for _, document in pairs}, False)
+        scores = {}
+        for (query, document), where in pairs.items():
+            score = (self.vectors[query, True] * self.vectors[document, False]).sum().item()
+            if not math.isfinite(score):
+                raise InputError(f"{where}: the teacher's cosine is {score}. Fetch it again.")
+            scores[query, document] = round(score, 6)  # digits beyond are rounding
+        bar.update(len(pairs))
+        return scores, 0
+
+    def embed(self, texts, are_queries):
+        """Embed the texts that were not seen before, with the model's own prompts."""
+        new = sorted(text for text in texts if (text, are_queries) not in self.vectors)
+        if not new:
+            return
+        encode = self.model.encode_query if are_queries else self.model.encode_document
+        found = encode(
+            new,
+            batch_size=self.batch_size,
+            normalize_embeddings=True,
+            convert_to_tensor=True,
+            show_progress_bar=False,
+        )
+        for text, vector in zip(new, found.float().cpu(), strict=True):
+            self.vectors[text, are_queries] = vector
+
+
 # ---------------------------------------------------------------- scoring
 
 
@@ -424,8 +495,6 @@ def score_pairs(teacher, model, pairs, batch_size, bar):
 
     Raises InputError for a score that is no number, and where memory runs out.
     """
-    if not pairs:
-        return {}, 0
     places = list(pairs.items())
     encoded = teacher.encode(list(pairs))
     lengths = [len(each["input_ids"]) for each in encoded]
@@ -486,10 +555,12 @@ def write_scored(path, rows, known, score):
     with path.open("ab") as file:
         for start in range(0, len(rows), ROWS_AT_ONCE):
             block = rows[start : start + ROWS_AT_ONCE]
-            found, cut = score(missing_pairs(block, known))
-            known.update(found)
-            done["pairs"] += len(found)
-            done["cut"] += cut
+            missing = missing_pairs(block, known)
+            if missing:
+                found, cut = score(missing)
+                known.update(found)
+                done["pairs"] += len(found)
+                done["cut"] += cut
             lines = []
             for row in block:
                 cells = row.cells if row.is_scored else with_scores(row, known)
@@ -512,6 +583,21 @@ def order_of(cells):
 # ---------------------------------------------------------------- main
 
 
+def make_scorer(args, rows):
+    """Return score(pairs, bar) of the teacher that is asked for, as score_pairs has it.
+
+    rows: those to be scored, of which none may be too long for it.
+    """
+    origin = Origin(args.model_name, trust_remote_code=args.trust_remote_code)
+    if base_json(origin, "modules.json", list) is not None:
+        return Embedder(args).score
+    config = load_config(origin)
+    teacher = make_teacher(args, origin, config)
+    refuse_long_queries(teacher, rows)
+    model = load_model(args, origin, config, teacher, rows[0].pairs()[0])
+    return partial(score_pairs, teacher, model, batch_size=args.batch_size)
+
+
 def main(argv=None):
     """Write the input's rows with scores; returns how many pairs were scored."""
     args = parse_args(argv)
@@ -521,17 +607,10 @@ def main(argv=None):
     left = rows[begun:]
     lacking = [row for row in left if not row.is_scored and row.pairs()]
     say(f"data      {len(rows)} rows, {begun} of them in {args.output}, {len(lacking)} to score")
-    teacher = model = None
-    if lacking:
-        origin = Origin(args.model_name, trust_remote_code=args.trust_remote_code)
-        config = load_config(origin)
-        teacher = make_teacher(args, origin, config)
-        refuse_long_queries(teacher, lacking)
-        model = load_model(args, origin, config, teacher, lacking[0].pairs()[0])
+    score = make_scorer(args, lacking) if lacking else None
     texts = sum(len(row.pairs()) for row in lacking)  # of pairs that repeat, one is scored
     with tqdm(total=texts, unit="text", leave=False, disable=not utils.shows_bars()) as bar:
-        score = partial(score_pairs, teacher, model, batch_size=args.batch_size, bar=bar)
-        done = write_scored(args.output, left, known, score)
+        done = write_scored(args.output, left, known, lambda pairs: score(pairs, bar=bar))
     compared = done["right"] + done["wrong"]
     say(f"scored    {done['pairs']} pairs, {done['cut']} of them up to --max_length")
     say(f"order     every positive above every negative in {done['right']} of {compared} rows")

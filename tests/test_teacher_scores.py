@@ -13,6 +13,7 @@ from utils import InputError
 
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
 from tokenizers import processors
 from transformers import (
     AutoModelForCausalLM,
@@ -214,6 +215,25 @@ def test_a_query_that_leaves_no_room_is_refused_before_scoring(
         with pytest.raises(InputError, match=r"line 1: .*Raise it by"):
             score(rows, "--max_length", 1, model=model)
         assert not (tmp_path / "scored.jsonl").exists()
+
+
+def test_cosines_of_our_own_run_are_those_of_sentence_transformers(score, run_embed, tmp_path):
+    run_embed("--max_steps", 2, "--dev_size", 0, "--query_prefix", "Q: ", "--lr", 0.01)
+    folder = str(tmp_path / "out/final")
+    model = SentenceTransformer(folder)
+    for flag in (["--instruction", "find"], ["--dtype", "float32"]):
+        with pytest.raises(InputError, match=f"an embedding model, .*: drop {flag[0]}"):
+            score(ROWS, *flag, model=folder)
+    found = score(ROWS, model=folder)
+    for row in found:
+        query = model.encode_query(row["query"], normalize_embeddings=True)
+        for texts, scores in ((row["pos"], "pos_scores"), (row["neg"], "neg_scores")):
+            expected = [
+                float(query @ model.encode_document(text, normalize_embeddings=True))
+                for text in texts
+            ]
+            assert row[scores] == pytest.approx(expected, abs=1e-4)
+    assert any(abs(row["pos_scores"][0]) < 0.99 for row in found)
 
 
 def test_an_instruction_replaces_the_cards(score, judge, capsys):
