@@ -166,7 +166,7 @@ class Row:
     neg: list
     listed: list  # text_ids of all positives that any row lists for the query
     known: list  # text_ids that are no negatives of the query: itself, and these
-    scores: dict  # text_id -> a teacher's score of the query with that document
+    scores: dict  # text index -> a teacher's score of the query with that document
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,11 @@ class TrainSet(torch.utils.data.Dataset):
             # a row's own prompt beats the flag's, also where it is empty
             prefix = rules.query_prefix if example.prompt is None else example.prompt
             query = texts.add(prefix, example.query, True)
-            scores = {text_id(text): score for text, score in example.scores.items()}
+            # not by hash: to a teacher a text in another case is another one
+            scores = {
+                texts.add(rules.doc_prefix, text, False): score
+                for text, score in example.scores.items()
+            }
             self.rows.append(Row(query, pos, neg, listed[query_id], known[query_id], scores))
         self.negatives = [row.neg for row in self.rows]
 
@@ -237,7 +241,7 @@ class TrainSet(torch.utils.data.Dataset):
         drawn = rng.sample(negatives, min(self.max_negs, len(negatives)))
         documents = [positive, *drawn]
         spared = [hashed for _, hashed in (*row.pos, *negatives)]
-        scores = [row.scores.get(hashed, math.nan) for _, hashed in documents]
+        scores = [row.scores.get(index, math.nan) for index, _ in documents]
         return Shown(row.query, documents, row.known, spared, scores)
 
 

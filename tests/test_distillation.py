@@ -7,9 +7,10 @@ from pathlib import Path
 
 from conftest import gradient, gradients_of_two_processes, make_rows, relative, write_jsonl
 from parts import teacher
-from parts.pairs import Columns, read_examples
+from parts.pairs import Columns, Example, read_examples
 from parts.rows import read_rows
-from train_embed_lora import LossRules, losses_of_queries
+from parts.texts import TextRules, Texts
+from train_embed_lora import LossRules, TrainSet, losses_of_queries
 from utils import InputError
 
 import pytest
@@ -149,6 +150,17 @@ def test_flags_that_leave_nothing_to_learn_are_refused(embed_argv, flags, said, 
     with pytest.raises(SystemExit):
         parse_args(embed_argv(*flags.split()))
     assert said in capsys.readouterr().err
+
+
+def test_texts_that_differ_in_case_keep_scores_of_their_own():
+    example = Example("q", ["p"], ["n", "N"], scores={"p": 3.0, "n": 2.0, "N": 1.0})
+    train_set = TrainSet([example], texts := Texts(), TextRules("", "", 8, 8), 2, seed=0)
+    shown = train_set[0]
+    words = [text for text, _ in texts.index]
+    found = {
+        words[index]: score for (index, _), score in zip(shown.documents, shown.scores, strict=True)
+    }
+    assert found == example.scores
 
 
 def test_the_preflight_tells_what_a_teacher_says(capsys):
