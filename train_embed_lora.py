@@ -771,10 +771,21 @@ class EmbedTrainer(StepTrainer):
         seconds = time.perf_counter() - started
         self.seconds_aside["mining"] += seconds
         self.miner.show(found, seconds)
+        self.note_bare_rows()
         if epoch == 0:
             self.miner.show_examples(found)
         if self.is_world_process_zero():
             write_mined(mined_file(self.args.output_dir, epoch), self.miner, found, self.vectors)
+
+    def note_bare_rows(self):
+        """Note how many rows have no negatives, where a row is contrasted with its own alone."""
+        bare = sum(not negatives for negatives in self.train_dataset.negatives)
+        if bare and not self.rules.in_batch:
+            note(
+                f"{bare:,} rows have no negatives, neither mined ones nor their own: with "
+                "--no-in_batch_negatives they teach nothing. Add --mine_corpus, or raise "
+                "--mine_margin"
+            )
 
     def try_mining(self):
         """Show what would be mined for the first queries, for --dry_run."""

@@ -5,7 +5,14 @@ import math
 import random
 from pathlib import Path
 
-from conftest import gradient, gradients_of_two_processes, make_rows, relative, write_jsonl
+from conftest import (
+    gradient,
+    gradients_of_two_processes,
+    make_rows,
+    mined_rows,
+    relative,
+    write_jsonl,
+)
 from parts import teacher
 from parts.pairs import Columns, Example, read_examples
 from parts.rows import read_rows
@@ -133,6 +140,16 @@ def test_rows_without_negatives_are_left_out_and_counted(run_embed, scored, tmp_
     bare = write_jsonl(tmp_path / "bare.jsonl", rows)
     with pytest.raises(InputError, match="0 rows are left to train on, --no-in_batch_negatives"):
         run_embed("--no-in_batch_negatives", "--dry_run", data=bare)
+
+
+def test_rows_for_which_nothing_is_mined_are_counted(run_embed, tmp_path, capsys):
+    flags = ["--mine_negatives", 1, "--max_steps", 1, "--dev_size", 0]
+    run_embed(*flags, "--no-in_batch_negatives")
+    bare = sum(not row["neg"] for row in mined_rows(tmp_path / "out"))
+    assert 0 < bare < 32  # that have none of their own
+    assert f"note      {bare} rows have no negatives, neither mined" in capsys.readouterr().out
+    run_embed(*flags, "--overwrite")
+    assert "neither mined" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
