@@ -27,7 +27,8 @@ def rows_of_files(examples, processes):
         if len(rows) < needed:
             raise InputError(
                 f"--steps_from one_file: {file} has {len(rows)} rows to train on, and a step"
-                f"{shared} needs {needed}. Add rows to it, or leave the file out."
+                f"{shared} needs {needed}. Add rows to it, leave the file out, or let dev sets "
+                "and --train_sample_limit leave it more."
             )
     return dict(files)
 
