@@ -34,6 +34,15 @@ def advised_temperature(teacher):
     return min(STEPS, key=lambda step: abs(entropy_share(teacher, step) - WANTED))
 
 
+def flaw_of(teacher, temperature):
+    """Return in words why a teacher's distributions will not teach much, None where they will."""
+    if distributions(teacher, temperature)[:, 0].mean() > LABEL:
+        return "says little beyond the label"
+    if entropy_share(teacher, temperature) > FLAT:
+        return "tells nearly nothing"
+    return None
+
+
 def show_teacher(rows, weight, temperature):
     """Say what rows as they are shown bring of a teacher's scores; note what will not teach.
 
@@ -65,9 +74,9 @@ def show_teacher(rows, weight, temperature):
             f"--distill_weight teaches the order of a row's documents, of which a step shows "
             f"{width}: little beyond the label. Raise --max_negs."
         )
-    if on_positive > LABEL or entropy_share(teacher, temperature) > FLAT:
-        what = "says little beyond the label" if on_positive > LABEL else "tells nearly nothing"
-        note(
-            f"the teacher {what} at --teacher_temperature {temperature:g}: pass "
-            f"{advised_temperature(teacher):g}"
-        )
+    flaw = flaw_of(teacher, temperature)
+    if flaw:
+        better = advised_temperature(teacher)
+        # scores that are all alike are so at any
+        mended = "no other helps" if flaw_of(teacher, better) else f"pass {better:g}"
+        note(f"the teacher {flaw} at --teacher_temperature {temperature:g}: {mended}")
