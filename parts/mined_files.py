@@ -4,13 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
-from parts.rows import read_rows, text_id
+from parts.rows import MINED, read_rows, text_id
 from utils import InputError
 
 
 def mined_file(folder, epoch):
     """Return the path of what was mined for an epoch, which is counted from 0."""
-    return Path(folder) / f"mined_negatives-{epoch + 1}.jsonl"
+    return Path(folder) / f"{MINED}{epoch + 1}.jsonl"
 
 
 def copy_mined(folder, target, epoch):

@@ -12,13 +12,15 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils import InputError, reason, say
+from utils import InputError, note, reason, say
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 from datasets import get_dataset_split_names, load_dataset
 from datasets.exceptions import DatasetsError
+
+MINED = "mined_negatives-"  # what names of files begin with that runs write
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,20 @@ def read_rows(path):
 
 
 def expand_files(patterns):
-    """Return the files that names and globs stand for; raises InputError for one without any."""
+    """Return the files that names and globs stand for; raises InputError for one without any.
+
+    A glob stands for no files of mined negatives, which hold the rows of others, unless it says so.
+    """
     files = []
     for pattern in patterns:
         if os.path.exists(pattern):  # a name that is there is no pattern, whatever brackets it has
             found = [pattern]
         else:
             found = sorted(glob.glob(pattern, recursive=True))
+            mined = [path for path in found if Path(path).name.startswith(MINED)]
+            if mined and MINED not in pattern:
+                note(f"{pattern} leaves out {mined[0]}, which a run has mined: name it to take it")
+                found = [path for path in found if path not in mined]
         if not found:
             raise InputError(f"{pattern} is not there (looked in {Path.cwd()}). Check the path.")
         files += found
@@ -304,7 +313,12 @@ def load_split(hub, split):
             return None
         return load_dataset(hub.name, hub.subset, split=split, revision=hub.revision, **more)
     except (ValueError, OSError, DatasetsError) as error:  # no such set, subset, revision; offline
-        raise InputError(f"--dataset_name {hub.name} cannot be read: {reason(error)}") from None
+        why = reason(error)
+        if str(error.__cause__ or "").strip():  # what went wrong is in its last line
+            why += f" ({str(error.__cause__).strip().splitlines()[-1]})"
+        if os.path.isdir(hub.name):
+            why = f"{why.rstrip('.')}. Pass the files of the folder as --train_file."
+        raise InputError(f"--dataset_name {hub.name} cannot be read: {why}") from None
 
 
 # ---------------------------------------------------------------- texts

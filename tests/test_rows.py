@@ -4,7 +4,7 @@ import json
 
 from conftest import write_jsonl
 from parts.pairs import Columns, Example, read_examples
-from parts.rows import expand_files, read_rows
+from parts.rows import HubSet, expand_files, read_hub_rows, read_rows
 from utils import InputError
 
 import pyarrow as pa
@@ -57,3 +57,23 @@ def test_a_name_twice_is_refused_where_a_text_would_be_lost(tmp_path):
     )
     for name in ("excel.csv", "deeper.jsonl"):
         assert read(tmp_path / name)[0] == [Example("q", ["p"], [])]
+
+
+def test_a_glob_stands_for_no_mined_negatives_unless_it_names_them(tmp_path, capsys):
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"query": "q", "pos": "p"}])
+    mined = [write_jsonl(tmp_path / f"mined_negatives-{epoch}.jsonl", []) for epoch in (1, 2)]
+    assert expand_files([f"{tmp_path}/*.jsonl"]) == [pairs]
+    assert f"*.jsonl leaves out {mined[0]}, which a run has mined" in capsys.readouterr().out
+    assert expand_files([f"{tmp_path}/mined_negatives-*.jsonl"]) == mined
+    assert expand_files([mined[1]]) == mined[1:]
+    assert "leaves out" not in capsys.readouterr().out
+    (tmp_path / "pairs.jsonl").unlink()
+    with pytest.raises(InputError, match="jsonl is not there"):
+        expand_files([f"{tmp_path}/*.jsonl"])
+
+
+def test_a_folder_whose_files_differ_in_columns_is_told_so(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"query": "q", "pos": "p"}])
+    write_jsonl(tmp_path / "b.jsonl", [{"query": "q", "pos": "p", "pos_scores": 1}])
+    with pytest.raises(InputError, match="names don't match.. Pass the files of the folder"):
+        read_hub_rows(HubSet(str(tmp_path)), "train", seed=0)
