@@ -19,7 +19,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent))
 from negatives import (
     Data,
     Runs,
@@ -58,7 +59,7 @@ def score_rows(teacher, scored):
 
 
 def write_held_out(runs, seed, before, path):
-    """Write the rows that a run of this seed holds out; before: {query id: ...} of the teacher's."""
+    """Write the rows that a run of this seed holds out; before: {id of a query: ...}."""
     from parts.rows import text_id
 
     rows = []
