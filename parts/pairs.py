@@ -178,8 +178,6 @@ def join_labelled(found, by_file):
     kept = []
     drops = defaultdict(list)
     for where, joined in by_prompt.values():
-        joined.pos = list(dict.fromkeys(joined.pos))
-        joined.neg = list(dict.fromkeys(joined.neg))
         if joined.pos:
             kept.append((where, joined))
         else:
@@ -188,7 +186,7 @@ def join_labelled(found, by_file):
 
 
 def distinct(found):
-    """Return each Example of [(where, Example)] once, without negatives that are positives.
+    """Return each Example of [(where, Example)] once, its texts too, no positive as a negative.
 
     Rows that differ in scores alone are one, with the first one's score of each text that has any.
     Returns (Examples, {reason: [where]}).
@@ -196,6 +194,9 @@ def distinct(found):
     drops = defaultdict(list)
     seen = {}
     for where, example in found:
+        # a row would show a text that stands twice in it twice, in place of another
+        example.pos = list(dict.fromkeys(example.pos))
+        example.neg = list(dict.fromkeys(example.neg))
         known = set(map(text_id, example.pos))
         # the loss would push away what it pulls
         true_neg = [text for text in example.neg if text_id(text) not in known]

@@ -108,6 +108,14 @@ def test_formats(tmp_path, row, expected):
     assert read(write_jsonl(tmp_path / "rows.jsonl", [row]))[0] == [expected]
 
 
+def test_a_text_stands_in_a_row_once(tmp_path):
+    row = {"query": "q", "pos": ["p", "p"], "neg": ["n", "m", "n", "p", "p"]}
+    row |= {"pos_scores": [4, 5], "neg_scores": [None, 2, 1, 3, 3]}
+    examples, drops = read(write_jsonl(tmp_path / "rows.jsonl", [row]))
+    assert examples == [Example("q", ["p"], ["n", "m"], None, {"p": 4, "m": 2, "n": 1})]
+    assert drops == {"negatives equal to a positive": 1}
+
+
 def test_columns_may_be_named(tmp_path, capsys):
     path = write_jsonl(
         tmp_path / "rows.jsonl",
