@@ -12,6 +12,7 @@ Shapes: W (out, in), A (r, in), B (out, r). D is what the adapter changes in W, 
 file changes in it.
 """
 
+# ruff: noqa: E402  a wrong flag is answered before torch is imported, which takes seconds
 import argparse
 import ctypes
 import gc
@@ -35,6 +36,57 @@ from errno import EFBIG, ENOSPC
 from functools import partial
 from pathlib import Path
 
+# ---------------------------------------------------------------- arguments
+
+CHOICES = ("auto", "float32", "bfloat16", "float16")  # of --training_precision
+
+
+def parse_args(argv=None):
+    """Parse the command line; exits 2 with one sentence on what is wrong."""
+    parser = argparse.ArgumentParser(
+        "merge.py",
+        usage="%(prog)s --lora_adapter_path DIR --output_path DIR [flags]",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    add = parser.add_argument
+    # fmt: off
+    add("--lora_adapter_path", required=True, metavar="DIR",
+      help="adapter folder, or the .safetensors file in it")
+    add("--output_path", required=True, metavar="DIR", help="where the merged model goes")
+    add("--base_model_path", metavar="ID",
+      help="local folder or hub id [what adapter_config.json names]")
+    add("--training_precision", "--output_dtype", default="auto", type=str.lower, choices=CHOICES,
+      help="of the merged weights [auto: the base's where the fine-tune survives it, else float32]")
+    add("--qlora_base", default="original", type=str.lower, choices=["original", "dequant"],
+      help="after QLoRA, merge into the 16-bit base, or into what 4 bits left of it [original]")
+    add("--verify", type=str.lower, choices=["off", "weights", "full"],
+      help="[full where memory allows, else weights]")
+    add("--overwrite", action="store_true", help="replace an earlier merge at --output_path")
+    add("--device", default="cpu", metavar="NAME", help="where outputs are computed [cpu]")
+    add("--trust_remote_code", action="store_true",
+      help="run the Python code that comes with the base model")
+    # fmt: on
+    args = parser.parse_args(argv)
+    if args.device != "cpu":
+        check_device(parser, args.device)
+    return args
+
+
+def check_device(parser, device):
+    """Exit 2 where torch has no such device."""
+    import torch  # here: it takes seconds, and a CPU is always there
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {device}: {str(error).splitlines()[0]}")
+
+
+if __name__ == "__main__":
+    parse_args()
+
 import torch
 from tqdm import tqdm
 
@@ -46,7 +98,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # as safetensors names them
 CODES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 NAMES = {dtype: code for code, dtype in CODES.items()}
-CHOICES = ["auto", *DTYPES]  # of --training_precision
 PRECISIONS = {"none": "float32", "bf16": "bfloat16", "fp16": "float16"}  # as the trainers record it
 BLOCK_VALUES = 2**20  # of a tensor in memory at once, per worker: 4 MiB in float32
 WORKERS = min(4, os.cpu_count() or 1)  # tensors that are merged at the same time
@@ -115,44 +166,6 @@ def in_one_sentence(what):
     except kinds as error:
         why = str(error).strip() or type(error).__name__  # some come without a word
         raise InputError(f"{what} ({why.splitlines()[0]}).") from None
-
-
-# ---------------------------------------------------------------- arguments
-
-
-def parse_args(argv=None):
-    """Parse the command line; exits 2 with one sentence on what is wrong."""
-    parser = argparse.ArgumentParser(
-        "merge.py",
-        usage="%(prog)s --lora_adapter_path DIR --output_path DIR [flags]",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    add = parser.add_argument
-    # fmt: off
-    add("--lora_adapter_path", required=True, metavar="DIR",
-      help="adapter folder, or the .safetensors file in it")
-    add("--output_path", required=True, metavar="DIR", help="where the merged model goes")
-    add("--base_model_path", metavar="ID",
-      help="local folder or hub id [what adapter_config.json names]")
-    add("--training_precision", "--output_dtype", default="auto", type=str.lower, choices=CHOICES,
-      help="of the merged weights [auto: the base's where the fine-tune survives it, else float32]")
-    add("--qlora_base", default="original", type=str.lower, choices=["original", "dequant"],
-      help="after QLoRA, merge into the 16-bit base, or into what 4 bits left of it [original]")
-    add("--verify", type=str.lower, choices=["off", "weights", "full"],
-      help="[full where memory allows, else weights]")
-    add("--overwrite", action="store_true", help="replace an earlier merge at --output_path")
-    add("--device", default="cpu", metavar="NAME", help="where outputs are computed [cpu]")
-    add("--trust_remote_code", action="store_true",
-      help="run the Python code that comes with the base model")
-    # fmt: on
-    args = parser.parse_args(argv)
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
-    return args
 
 
 # ---------------------------------------------------------------- files
