@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo preference test distributed lint gpu
+.PHONY: demo preference test distributed lint gpu docs
 
 demo: .venv/ready  ## an embedding model, a language model, a merge, all on what this machine has: about five minutes
 	$(BIN)/python examples/stdlib_pairs.py runs/demo/pairs.jsonl
@@ -31,6 +31,9 @@ gpu: .venv/ready  ## everything that is measured on a GPU, in four calls of nine
 	failed=; for part in exact bench t4 ideas; do \
 	  $(BIN)/python benchmarks/gpu.py $$part || failed="$$failed $$part"; \
 	done; test -z "$$failed"
+
+docs: .venv/ready  ## docs/flags.md, from what the scripts declare
+	$(BIN)/python docs/make_flags.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .

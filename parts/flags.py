@@ -20,20 +20,18 @@ OF_ADAPTER = (
 
 
 def bounded(kind, low, high=math.inf, without=()):
-    """Argparse type: a number of `kind` (int or float) from `low` to `high`.
-
-    The ends in `without` are excluded.
-    """
+    """Argparse type: a number of `kind` from `low` to `high`, the ends in `without` excluded."""
     excluded = {math.inf, *without}
+    left = "(" if low in excluded else "["
+    right = ")" if high in excluded else "]"
 
     def number(text):
         value = kind(text)
         if low <= value <= high and value not in excluded:
             return value
-        left = "(" if low in excluded else "["
-        right = ")" if high in excluded else "]"
-        raise argparse.ArgumentTypeError(f"{text} is outside {left}{low}, {high}{right}")
+        raise argparse.ArgumentTypeError(f"{text} is outside {number.interval}")
 
+    number.interval = f"{left}{low}, {high}{right}"  # docs/flags.md shows it, too
     number.__name__ = kind.__name__  # argparse names it: "invalid int value"
     return number
 
@@ -62,6 +60,9 @@ def margin(text):
         f"{text} is neither a difference of cosines from 0 to 2 (0.05) nor a multiple of the "
         "positive's up to 10 (1.05x)"
     )
+
+
+margin.interval = "[0, 2], or a multiple in (0, 10] as 1.05x"
 
 
 def one_of(*names):

@@ -38,6 +38,11 @@ from transformers import (
 )
 
 ROOT = Path(__file__).parent.parent
+# README.md and docs/*.md in one
+DOCUMENTS = "\n".join(
+    path.read_text(encoding="utf-8")
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+)
 TOPICS = "apple bread chair door engine flower guitar house island jacket kettle lamp mirror needle ocean pencil".split()
 SENTENCES = [f"where do I find the {a} with a {b}" for a in TOPICS for b in TOPICS]
 

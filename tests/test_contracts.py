@@ -1,9 +1,12 @@
 """What keeps flags, documents and code in step, and the code as it is meant to be read."""
 
+import argparse
 import copy
 import importlib.metadata
 import io
+import os
 import re
+import runpy
 import shlex
 import statistics
 import subprocess
@@ -14,13 +17,13 @@ import contracts
 import merge
 import train_embed_lora
 import train_sft_lora
-from conftest import ROOT
+from conftest import DOCUMENTS, ROOT
 from density import code_files, density, over_all
 
 import pytest
 
 SCRIPTS = {"train_embed_lora": train_embed_lora, "train_sft_lora": train_sft_lora}
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+FLAG_TABLES = ROOT / "docs/flags.md"
 FLAGS, PLAN = "parts/flags.py", "parts/plan.py"
 SCRIPT_FILES = [f"{script}.py" for script in SCRIPTS]
 
@@ -36,7 +39,9 @@ def names(paths):
 ROOMS = names(sorted((ROOT / "parts").glob("*.py")))
 CODE = names(code_files())  # scripts, merge.py, utils.py and the rooms
 AROUND = names(
-    [*sorted((ROOT / "examples").glob("*.py")), *sorted((ROOT / "benchmarks").glob("*.py"))]
+    path
+    for folder in ("examples", "benchmarks", "docs")
+    for path in sorted((ROOT / folder).glob("*.py"))
 )
 
 
@@ -68,7 +73,7 @@ def test_every_documented_command_parses(script, tmp_path, monkeypatch):
     for continued in ("stage1", "mine", "first"):  # what later commands go on with
         (tmp_path / f"runs/{continued}/final").mkdir(parents=True)
         (tmp_path / f"runs/{continued}/final/adapter_config.json").write_text("{}")
-    lines = (README + SCRIPTS[script].__doc__).replace("\\\n", " ").splitlines()
+    lines = (DOCUMENTS + SCRIPTS[script].__doc__).replace("\\\n", " ").splitlines()
     commands = [
         line.strip().lstrip("!$ ")
         for line in lines
@@ -79,23 +84,47 @@ def test_every_documented_command_parses(script, tmp_path, monkeypatch):
         SCRIPTS[script].parse_args(shlex.split(command, comments=True)[2:])
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_every_flag_is_in_the_readme(script):
-    declared = [
-        name for option in contracts.options_of(SCRIPTS[script]) for name in option.option_strings
-    ]
-    assert len(declared) > 80
-    assert [name for name in declared if f"`{name}`" not in README] == []
+@pytest.mark.parametrize(
+    "script, least", [("train_embed_lora", 65), ("train_sft_lora", 65), ("merge", 9)]
+)
+def test_every_flag_has_a_row_that_says_what_it_takes_and_its_default(script, least):
+    [section] = re.findall(
+        rf"^## {script}\.py\n(.*?)(?=^## |\Z)", FLAG_TABLES.read_text("utf-8"), re.M | re.S
+    )
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line[:3] == "| `"]
+    options = contracts.options_of({**SCRIPTS, "merge": merge}[script])
+    assert len(rows) == len(options) >= least
+    for option, (names_, takes, default, meaning) in zip(options, rows, strict=True):
+        assert names_.split(" / ") == [f"`{name}`" for name in option.option_strings]
+        assert meaning, names_
+        assert (takes == "switch") == (option.nargs == 0), names_
+        assert {str(choice) for choice in option.choices or ()} <= set(re.split("[,;] ?", takes))
+        says_another_word = option.dest == "pooling"  # auto is what the base has
+        if option.default not in (None, argparse.SUPPRESS) and not says_another_word:
+            if option.nargs != 0:
+                assert default.split(":")[0] == str(option.default), names_
 
 
-def test_merge_reads_and_documents_every_flag():
-    options = contracts.options_of(merge)
-    assert len(options) == 9
+def test_the_tables_of_flags_are_current_and_made_without_torch(tmp_path):
+    for library in LIBRARIES:
+        (tmp_path / f"{library}.py").write_text(f"raise AssertionError('imports {library}')\n")
+    made = tmp_path / "flags.md"
+    command = [sys.executable, str(ROOT / "docs/make_flags.py"), str(made)]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert made.read_text("utf-8") == FLAG_TABLES.read_text("utf-8"), "run: make docs"
+    for key in runpy.run_path(str(ROOT / "docs/make_flags.py"))["NOTES"]:
+        assert f"\n| `{key.split()[-1]}`" in made.read_text("utf-8"), "a note on no flag"
+    assert "](docs/flags.md)" in (ROOT / "README.md").read_text("utf-8")
+
+
+def test_merge_reads_every_flag_and_its_documented_commands_parse():
     read = contracts.flags_read(text_of("merge.py"))
+    options = contracts.options_of(merge)
     assert [option.dest for option in options if option.dest not in read] == []
-    declared = [name for option in options for name in option.option_strings]
-    assert [name for name in declared if f"`{name}`" not in README] == []
-    commands = re.findall(r"^\s*python (merge\.py .*)$", README + merge.__doc__, re.M)
+    assert merge.CHOICES == ("auto", *merge.DTYPES)
+    commands = re.findall(r"^\s*python (merge\.py .*)$", DOCUMENTS + merge.__doc__, re.M)
     assert len(commands) >= 5
     for command in commands:
         merge.parse_args(shlex.split(command, comments=True)[1:])

@@ -1,7 +1,11 @@
 """Wrong flags end in a sentence and exit code 2; the names of other trainers are understood."""
 
+import argparse
+
+import merge
 import train_embed_lora
 import train_sft_lora
+from parts.flags import above_zero, count, integer, margin, real, share
 
 import pytest
 
@@ -140,3 +144,30 @@ def test_a_margin_is_a_number_or_a_multiple_as_text():
     for asked, value in (("0.05", 0.05), ("2", 2.0), ("1.050X", "1.05x"), (".95x", "0.95x")):
         flags = ["--train_file", "x.jsonl", "--false_negative_margin", asked]
         assert train_embed_lora.parse_args(flags).false_negative_margin == value
+
+
+@pytest.mark.parametrize(
+    "kind, interval, inside, outside",
+    [
+        (count, "[1, inf)", "1", "0"),
+        (integer(-1), "[-1, inf)", "-1", "-2"),
+        (share, "[0, 1)", "0", "1"),
+        (above_zero, "(0, inf)", "1e-9", "0"),
+        (above_zero, "(0, inf)", "1e9", "inf"),
+        (real(0, 10, {0}), "(0, 10]", "10", "0"),
+        (margin, "[0, 2], or a multiple in (0, 10] as 1.05x", "2", "2.01"),
+        (margin, "[0, 2], or a multiple in (0, 10] as 1.05x", "10x", "10.01x"),
+    ],
+)
+def test_a_number_is_refused_outside_of_the_interval_that_is_shown(kind, interval, inside, outside):
+    assert kind.interval == interval
+    kind(inside)
+    with pytest.raises(argparse.ArgumentTypeError):
+        kind(outside)
+
+
+def test_merge_refuses_a_device_that_torch_does_not_know(capsys):
+    with pytest.raises(SystemExit) as stop:
+        merge.parse_args("--lora_adapter_path a --output_path b --device nowhere".split())
+    assert stop.value.code == 2
+    assert "error: --device nowhere: Expected one of cpu" in capsys.readouterr().err

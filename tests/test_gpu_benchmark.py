@@ -5,7 +5,7 @@ import math
 import signal
 import time
 
-from conftest import ROOT
+from conftest import DOCUMENTS, ROOT
 
 import pytest
 
@@ -102,13 +102,12 @@ def test_every_idea_has_a_toggle_that_patches_a_name_and_puts_it_back(measure):
     assert dict(AttentionInterface._global_mapping) == before
 
 
-def test_the_commands_for_a_t4_are_those_of_the_readme(measure):
+def test_the_commands_for_a_t4_are_those_of_the_documents(measure):
     import gpu
 
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for name, (_, _, batch, accumulation, *_) in gpu.README_COMMANDS.items():
         if "e5" not in name:  # without a flag of either
-            assert f"--batch_size {batch} --gradient_accumulation {accumulation}" in readme, name
+            assert f"--batch_size {batch} --gradient_accumulation {accumulation}" in DOCUMENTS, name
 
 
 def test_what_does_not_fit_into_the_time_is_skipped(measure, monkeypatch):

@@ -5,7 +5,15 @@ import re
 import shlex
 import shutil
 
-from conftest import CHATML, ROOT, SENTENCES, TOPICS, chat_tokenizer, train_tokenizer, write_jsonl
+from conftest import (
+    CHATML,
+    DOCUMENTS,
+    SENTENCES,
+    TOPICS,
+    chat_tokenizer,
+    train_tokenizer,
+    write_jsonl,
+)
 from examples import teacher_scores
 from parts.pairs import Columns, read_examples
 from parts.rows import read_rows
@@ -495,7 +503,7 @@ def test_an_output_of_something_else_is_refused(small_blocks, score, tmp_path, j
 
 
 def test_documented_commands_parse(capsys):
-    text = (ROOT / "README.md").read_text(encoding="utf-8") + teacher_scores.__doc__
+    text = DOCUMENTS + teacher_scores.__doc__
     commands = re.findall(
         r"^\s*python examples/teacher_scores\.py (.*)$", text.replace("\\\n", " "), re.M
     )
