@@ -363,7 +363,7 @@ def find_base(name, revision, cached_only=False):
     from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "model*.safetensors", "*/model*.safetensors", "*.py", "*.jinja", "*.model"]
-    wanted += ["*.tiktoken", "*.txt", "LICENSE*"]
+    wanted += ["*.tiktoken", "*.txt", "LICENSE*", "README.md"]  # the last names the license
     try:
         folder = snapshot_download(
             name, revision=revision, allow_patterns=wanted, local_files_only=cached_only
@@ -2044,52 +2044,230 @@ def recorded_stops(*configs):
 
 
 CARD = """---
-base_model: {base}
-library_name: {library}
+{front}
 ---
 
 # {name}
 
-{base} with the LoRA adapter {adapter} merged into its weights, stored as {dtype}. {verdict}
+{base} with a LoRA adapter merged into its weights, stored as {dtype}. {verdict}
 
 | check | kept of the fine-tune | noise added to it |
 |---|---|---|
 {checks}
 
 `merge_report.json` holds the figures of every tensor.
+{results}
+## Use
+
+`MODEL` is this folder, or its id on the hub.
+
+{uses}
 """
+# of the adapter's card, above the rows of its metrics
+TABLE_HEAD = "| metric | before training | after |"
+RESULTS = """
+## Results
+
+As the adapter's card has them, measured before the merge.
+
+{table}
+"""
+SENTENCE_USES = """\
+With sentence-transformers, pooling and prompts included:
+
+```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("MODEL"{remote_code})
+print(model.encode(["how do I reset it?"]).shape)
+```
+
+With transformers, one vector a token:
+
+```python
+from transformers import AutoModel, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("MODEL"{remote_code})
+model = AutoModel.from_pretrained("MODEL"{remote_code})
+```
+
+With TEI:
+
+    text-embeddings-router --model-id MODEL
+
+With llama.cpp, as GGUF:
+
+    python llama.cpp/convert_hf_to_gguf.py MODEL --outfile model.gguf"""
+LANGUAGE_USES = """\
+With transformers:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("MODEL"{remote_code})
+model = AutoModelForCausalLM.from_pretrained("MODEL", dtype="auto"{remote_code})
+messages = [{{"role": "user", "content": "2+2?"}}]
+inputs = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"{thinking}
+)
+answer = model.generate(**inputs, max_new_tokens=256)
+print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+
+With vLLM:
+
+    vllm serve MODEL
+
+With llama.cpp and Ollama, as GGUF:
+
+    python llama.cpp/convert_hf_to_gguf.py MODEL --outfile model.gguf"""
+OTHER_USES = """\
+With transformers:
+
+```python
+from transformers import AutoModel, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("MODEL"{remote_code})
+model = AutoModel.from_pretrained("MODEL"{remote_code})
+```"""
 
 
-def write_card(folder, report, name):
-    """Write README.md: base, adapter, and the figures of the proof."""
-    proof = report["verification"]
-    weights = proof["weights"]
-    outputs = proof["outputs"]
-    checks = []
-    if weights:
-        figures = f"{weights['retained']:.2%} | {weights['residual']:.2%}"
-        checks.append(f"| all tensors, read back | {figures} |")
-    if outputs:
-        figures = f"{outputs['retained']:.2%} | {outputs['residual']:.2%}"
-        checks.append(f"| {outputs['kind']}, float32 | {figures} |")
-    verdict = "Not verified."
-    if proof["passed"] and outputs:
-        verdict = "The merge was verified."
-    elif proof["passed"]:
-        verdict = "The merge was verified on its weights alone."
-    elif proof["passed"] is False:
-        verdict = "**The merge failed its verification.**"
-    is_sentence_transformer = (folder / "modules.json").is_file()
+def write_card(folder, job, report):
+    """Write README.md: base, figures of the proof, what the adapter's card says, how to load it.
+
+    It names no folders of this machine.
+    """
+    # of another trainer's card it is not known what it says
+    adapters_card = read_card(job.adapter.folder) if job.adapter.trained else ""
+    hub_id = base_on_hub(job, adapters_card)
+    table = metrics_table(adapters_card)
+    thinking = flags_of(job.adapter.trained).get("enable_thinking")
+    asked = f", enable_thinking={thinking.title()}" if thinking in ("true", "false") else ""
+    uses = LANGUAGE_USES if job.causal else OTHER_USES
+    if (folder / "modules.json").is_file():
+        uses = SENTENCE_USES
     card = CARD.format(
-        base=report["base"],
-        library="sentence-transformers" if is_sentence_transformer else "transformers",
-        name=name,
-        adapter=report["adapter"],
+        front="\n".join(front_matter(folder, job, hub_id, adapters_card)),
+        name=Path(job.output_path).resolve().name,
+        base=f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else "A base model",
         dtype=report["dtype"],
-        verdict=verdict,
-        checks="\n".join(checks) or "| none | | |",
+        verdict=verdict_of(report["verification"]),
+        checks="\n".join(check_rows(report["verification"])) or "| none | | |",
+        results=RESULTS.format(table=table) if table else "",
+        uses=uses.format(
+            remote_code=", trust_remote_code=True" if job.trust_remote_code else "",
+            thinking=asked,
+        ),
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def check_rows(proof):
+    """Return the rows of the card's table of what the proof compared."""
+    rows = []
+    weights = proof["weights"]
+    outputs = proof["outputs"]
+    if weights:
+        figures = f"{weights['retained']:.2%} | {weights['residual']:.2%}"
+        rows.append(f"| all tensors, read back | {figures} |")
+    if outputs:
+        figures = f"{outputs['retained']:.2%} | {outputs['residual']:.2%}"
+        rows.append(f"| {outputs['kind']}, float32 | {figures} |")
+    return rows
+
+
+def verdict_of(proof):
+    """Return in one sentence how the verification ended."""
+    if proof["passed"] and proof["outputs"]:
+        return "The merge was verified."
+    if proof["passed"]:
+        return "The merge was verified on its weights alone."
+    if proof["passed"] is False:
+        return "**The merge failed its verification.**"
+    return "Not verified."
+
+
+def front_matter(folder, job, hub_id, adapters_card):
+    """Return the lines of the card that the hub reads: https://huggingface.co/docs/hub/model-cards.
+
+    hub_id: of the base, or None.
+    """
+    lines = []
+    if hub_id:
+        # a merge, to the hub, is one of several models
+        lines += [f'base_model: "{hub_id}"', "base_model_relation: finetune"]
+    is_sentence_transformer = (folder / "modules.json").is_file()
+    library = "sentence-transformers" if is_sentence_transformer else "transformers"
+    lines.append(f"library_name: {library}")
+    if is_sentence_transformer:
+        lines.append("pipeline_tag: sentence-similarity")
+    elif job.causal:
+        lines.append("pipeline_tag: text-generation")
+    # the base's own, else what the adapter's card has taken from it
+    lines += license_lines(read_card(job.base.folder)) or license_lines(adapters_card)
+    datasets = re.search(r"^datasets:\n((?:- [\w./\'\"-]+\n)+)", front_of(adapters_card), re.M)
+    if datasets:
+        lines += ["datasets:", *datasets[1].splitlines()]
+    return lines
+
+
+def read_card(folder):
+    """Return the text of a folder's README.md, "" where there is none that can be read."""
+    try:
+        return (folder / "README.md").read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def front_of(card):
+    """Return the lines of a card that the hub reads, without a YAML parser: "" if it has none."""
+    found = re.match(r"---[ \t]*\n(.*?\n)---[ \t]*(\n|$)", card, re.S)
+    return found[1] if found else ""
+
+
+def value_of(card, key):
+    """Return a text that stands behind a key in front of a card, None if it is no plain one."""
+    found = re.search(
+        rf"^{key}:[ \t]+([\"']?)([^\s\"'\[{{|>#]+)\1[ \t]*(#.*)?$", front_of(card), re.M
+    )
+    return found[2] if found else None
+
+
+def license_lines(card):
+    """Return the lines of a card that name its license; [] where it names none."""
+    if not value_of(card, "license"):
+        return []
+    lines = []
+    for key in ("license", "license_name", "license_link"):
+        value = value_of(card, key)
+        # a link to a file beside that card leads nowhere from here
+        if value and (key != "license_link" or value.startswith(("https://", "http://"))):
+            lines.append(f"{key}: {json.dumps(value)}")
+    return lines
+
+
+def base_on_hub(job, adapters_card):
+    """Return the hub id of the base, None if it is not known to be there."""
+    name = job.base_name
+    if os.path.exists(name):  # a copy: the adapter's card may say of what
+        # peft's cards have folders there; without a fingerprint any other base may be in this one
+        is_ours = value_of(adapters_card, "base_model_relation") is not None
+        if not is_ours or not job.adapter.trained.get("base_fingerprint"):
+            return None
+        name = value_of(adapters_card, "base_model") or ""
+    is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name, re.ASCII)
+    return name if is_id and not os.path.exists(name) else None
+
+
+def metrics_table(card):
+    """Return the table of metrics in an adapter's card; "" if it has none."""
+    _, head, rest = card.partition(TABLE_HEAD)
+    rows = []
+    for line in rest.splitlines()[2:]:
+        if not re.fullmatch(r"\|[^|]*\|( [-\w.]+ \|){2}", line):
+            break
+        rows.append(line)
+    return "\n".join([head, "|---|---|---|", *rows]) if rows else ""
 
 
 def open_output(path, overwrite):
@@ -2359,7 +2537,7 @@ def main(argv=None):
         job, merged = merge_without_loss(temporary, job, mode)
         report = make_report(job, merged)
         write_json(temporary / "merge_report.json", report)
-        write_card(temporary, report, output.name)
+        write_card(temporary, job, report)
         failed = merged.proof.passed is False
         if not failed or not output.exists():  # else the earlier merge stays, which may be good
             put_in_place(temporary, output)

@@ -1288,7 +1288,7 @@ def train_and_prove(prepared):
     untrained = prepared.outputs(prepared.inputs(prepared.trainer.processing_class))
     before, after, warnings = runs.train(prepared)
     seconds = time.perf_counter() - started
-    save_final(prepared)
+    save_final(prepared, before, after)
     proof = prove(prepared, untrained)
     results = Results(before, after, proof, warnings, seconds, resumed_after)
     report = write_report(

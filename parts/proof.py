@@ -2,6 +2,7 @@
 
 import tempfile
 
+from parts.card import write_card
 from parts.tokenizer import saved_inputs
 from utils import InputError, say, write_json
 
@@ -21,8 +22,11 @@ def check_saved_tokenizer(prepared):
         saved_inputs(trial, tokenizer, prepared.inputs, prepared.origin)
 
 
-def save_final(prepared):
-    """Write final/: weights, tokenizer, what made them, in files that everybody may read."""
+def save_final(prepared, before, after):
+    """Write final/: weights, tokenizer, what made them, in files that everybody may read.
+
+    before, after: the metrics of the dev sets, which its model card shows.
+    """
     trainer = prepared.trainer
     folder = prepared.output_dir / "final"
     trainer.save_model(str(folder))
@@ -31,7 +35,19 @@ def save_final(prepared):
         for file in folder.glob("*.safetensors"):
             file.chmod(0o644)  # safetensors writes 0600, which a server's user cannot read
         prepared.write_files(folder)
+        metrics = before_and_after(before, after, prepared.plan.shown)
+        write_card(folder, prepared.origin, prepared.record, metrics)
     trainer.accelerator.wait_for_everyone()
+
+
+def before_and_after(before, after, shown):
+    """Return {name: (before, after)} of the shown metrics that both have."""
+    metrics = {}
+    for name in shown:
+        key = f"eval_{name}"  # as Trainer has it
+        if key in before and key in after:
+            metrics[name] = before[key], after[key]
+    return metrics
 
 
 def prove(prepared, untrained):

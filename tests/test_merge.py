@@ -720,7 +720,7 @@ def test_the_folder_is_complete(run_sft, tiny_chat, tmp_path):
         0o666 & ~os.umask(os.umask(0o22))
     }
     card = (merged / "README.md").read_text()
-    assert tiny_chat in card and str(final) in card and "100.00%" in card
+    assert tiny_chat not in card and str(tmp_path) not in card and "100.00%" in card
     recorded = json.loads((merged / "training_config.json").read_text())["base_fingerprint"]
     assert report["base_fingerprint"] == recorded
 

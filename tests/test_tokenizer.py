@@ -168,8 +168,8 @@ def changed_after_saving(monkeypatch, script, change):
     """Have final/ changed by change(folder) once it is saved."""
     save = script.save_final
 
-    def save_and_change(prepared):
-        save(prepared)
+    def save_and_change(prepared, *metrics):
+        save(prepared, *metrics)
         change(prepared.output_dir / "final")
 
     monkeypatch.setattr(script, "save_final", save_and_change)
