@@ -120,6 +120,7 @@ from parts.behaviour import hidden_states, what_an_embedder_does
 from parts.checkpoints import stored_cut
 from parts.corpus import read_corpus
 from parts.dev_sets import HELD_OUT, dev_indices, dev_sizes, fill_pools, read_data
+from parts.examples import carry_over, draw, shortened, showing
 from parts.mined_files import copy_mined, mined_file, read_mined, write_mined
 from parts.mining import Miner, MiningRules, Pool, show_pool
 from parts.pairs import Columns
@@ -127,8 +128,8 @@ from parts.plan import advice, chosen_metric, make_plan, named
 from parts.processes import agree
 from parts.proof import check_saved_tokenizer, prove, save_final
 from parts.rehearsal import note_inexact, rehearse
-from parts.report import Results, write_report
-from parts.retrieval import METRICS, Vectors, retrieval_metrics
+from parts.report import Results, command_of, write_report
+from parts.retrieval import METRICS, Vectors, rank, retrieval_metrics
 from parts.rows import HubSet, text_id
 from parts.sentence_files import (
     Prompts,
@@ -840,6 +841,48 @@ def make_measure(dev_sets, texts, rules, dims):
     return measure
 
 
+def make_look(dev, texts, rules, seed):
+    """Return look(trainer): what three queries of a dev set find, as parts/examples.py keeps it."""
+    documents = [dev.corpus[key] for key in sorted(dev.corpus)]
+    column = {key: i for i, key in enumerate(sorted(dev.corpus))}
+    queries, places = dev_indices(dev, texts, rules.query_prefix, rules.doc_prefix)
+    drawn = draw(list(enumerate(dev.queries)), seed)  # (place, query id)
+    own = [column.get(dev.own.get(key)) for _, key in drawn]
+
+    def look(trainer):
+        # those that were just measured: no text is embedded again
+        query_emb = F.normalize(trainer.vectors.of([queries[i] for i, _ in drawn]).float(), dim=1)
+        corpus_emb = F.normalize(trainer.vectors.of(places).float(), dim=1)
+        cosines = (query_emb @ corpus_emb.T).tolist()
+        shown = []
+        for row, ranked in enumerate(rank(query_emb, corpus_emb, own)):
+            key = drawn[row][1]
+            relevant = {column[name] for name in dev.relevant[key]}
+            example = {
+                "asked": shortened(dev.queries[key][0]),
+                "expected": [shortened(documents[i]) for i in sorted(relevant)[:1]],
+                "note": place_in_words(ranked, relevant, len(documents)),
+            }
+            found = []
+            for i in ranked[:3]:
+                note = f"cosine {cosines[row][i]:.3f}"
+                found.append(
+                    {"text": shortened(documents[i]), "note": note, "is_right": i in relevant}
+                )
+            shown.append(example | {"found": found})
+        return shown
+
+    return look
+
+
+def place_in_words(ranked, relevant, count):
+    """Return where the first relevant document of a query stands among `count` documents."""
+    for place, column in enumerate(ranked, 1):
+        if column in relevant:
+            return f"a right document stands at place {place} of {count:,}"
+    return f"no right document among the first {len(ranked)} of {count:,}"
+
+
 # ---------------------------------------------------------------- display
 
 
@@ -1124,7 +1167,7 @@ def make_trainer(args, output_dir, checkpoint, data, dev_sets, plan, embedder):
         eval_dataset=data.train_set,  # never read: Trainer refuses to evaluate without one
         data_collator=Collator(data.texts),
         processing_class=data.tokenizer,
-        measure=make_measure(dev_sets, data.texts, data.rules, args.matryoshka_dims),
+        measure=measure_of(args, output_dir, data, dev_sets),
         rules=loss_rules(args),
         pooling=embedder.pooling,
         causal=embedder.causal,
@@ -1136,6 +1179,15 @@ def make_trainer(args, output_dir, checkpoint, data, dev_sets, plan, embedder):
         max_length=data.rules.passage_max_len,  # as documents are what evaluations embed most
         **flags.asked_cut(args),
     )
+
+
+def measure_of(args, output_dir, data, dev_sets):
+    """Return measure(trainer), which keeps what three queries of the first dev set find as well."""
+    measure = make_measure(dev_sets, data.texts, data.rules, args.matryoshka_dims)
+    if not dev_sets:
+        return measure
+    first = next(iter(dev_sets.values()))  # which decides on the best state, too
+    return showing(measure, make_look(first, data.texts, data.rules, args.seed), output_dir)
 
 
 def loss_rules(args):
@@ -1255,7 +1307,7 @@ def prepare(argv=None):
         origin=origin,
         auto_class=AutoModel,
         output_dir=output_dir,
-        record=record | {"data": counts},
+        record=record | {"data": counts, "command": command_of("train_embed_lora.py", argv)},
         checkpoint=checkpoint,
         row_tokens=row_tokens,
         inputs=compared_inputs(data.texts, data.rules),
@@ -1283,6 +1335,7 @@ def train_and_prove(prepared):
     started = time.perf_counter()
     resumed_after = runs.resumed_after(prepared.checkpoint)
     runs.begin(prepared)
+    carry_over(prepared)
     # for the proof: what is saved must differ from these. The checkpoint of a resumed run is not
     # loaded yet
     untrained = prepared.outputs(prepared.inputs(prepared.trainer.processing_class))

@@ -150,7 +150,13 @@ if __name__ == "__main__":
 
 from parts import run as runs
 from parts.adapters import Lora
-from parts.answers import DevSet, choose_asked, choose_generated, measure_trainer
+from parts.answers import (
+    DevSet,
+    choose_asked,
+    choose_generated,
+    first_answers,
+    measure_trainer,
+)
 from parts.base import (
     Origin,
     base_json,
@@ -165,12 +171,13 @@ from parts.causal import CausalTrainer, predicted, token_losses, token_scores
 from parts.chats import TAG_RESIDUE, has_reasoning, read_data
 from parts.checkpoints import stored_cut
 from parts.endpoint import Endpoint, measure_endpoint
+from parts.examples import carry_over, showing
 from parts.masks import Rules, find_frame
 from parts.plan import advice, chosen_metric, make_plan, named
 from parts.preference import Preference, PreferenceTrainer
 from parts.proof import check_saved_tokenizer, prove, save_final
 from parts.rehearsal import note_inexact, rehearse
-from parts.report import Results, write_evaluation, write_report
+from parts.report import Results, command_of, write_evaluation, write_report
 from parts.rows import HubSet
 from parts.samples import TrainSet, first_ids, flat, make_samples, tokens_of, unknown_share
 from parts.scores import LOWER_IS_BETTER, WATCHED, metric_names, shown_of
@@ -603,7 +610,6 @@ def make_trainer(args, output_dir, data, plan, language_model):
         dropout = language_model.dropout or args.model_dropout
         half = language_model.precision != "none"
         note_inexact(dropout=dropout, half=half)
-    folder = None if args.dry_run else output_dir  # of predictions; a dry run leaves nothing
     trainer_class = partial(SftTrainer, data_collator=collate)
     if args.pref_loss:
         trainer_class = preference_trainer(args, data)
@@ -613,7 +619,7 @@ def make_trainer(args, output_dir, data, plan, language_model):
         train_dataset=data.train_set,
         eval_dataset=data.train_set,  # never read: Trainer refuses to evaluate without one
         processing_class=tokenizer,
-        measure=partial(measure_trainer, data.dev_sets, folder),
+        measure=measure_of(args, output_dir, data.dev_sets),
         chat=data.chat,
         frame=find_frame(data.chat),
         plain_head=language_model.plain_head,
@@ -622,6 +628,16 @@ def make_trainer(args, output_dir, data, plan, language_model):
         position_limit=data.position_limit,
         **flags.asked_cut(args),
     )
+
+
+def measure_of(args, output_dir, dev_sets):
+    """Return measure(trainer), which keeps a few answers for report.html as well, if there are."""
+    folder = None if args.dry_run else output_dir  # of predictions; a dry run leaves nothing
+    measure = partial(measure_trainer, dev_sets, folder)
+    answered = [name for name, dev in dev_sets.items() if dev.generated]
+    if not answered or args.dry_run or args.eval_only:
+        return measure
+    return showing(measure, partial(first_answers, folder, answered[0]), folder)
 
 
 def preference_trainer(args, data):
@@ -709,6 +725,7 @@ def prepare(argv=None):
     )
     if not args.eval_only:
         show_examples(data.train_set, examples, data.chat)
+    counts = merged_counts(counts, data.counts)
     compared = flat(data.train_set[:8])[:8]  # samples for the proof; of pairs the first four
     return runs.Prepared(
         trainer=trainer,
@@ -716,7 +733,7 @@ def prepare(argv=None):
         origin=origin,
         auto_class=AutoModelForCausalLM,
         output_dir=output_dir,
-        record=record | {"data": merged_counts(counts, data.counts)},
+        record=record | {"data": counts, "command": command_of("train_sft_lora.py", argv)},
         checkpoint=checkpoint,
         row_tokens=[tokens_of(sample) for sample in data.train_set],
         inputs=partial(first_ids, examples, data.chat, data.rules, len(compared)),
@@ -743,6 +760,7 @@ def train_and_prove(prepared):
     started = time.perf_counter()
     resumed_after = runs.resumed_after(prepared.checkpoint)
     runs.begin(prepared)
+    carry_over(prepared)
     # for the proof: what is saved must differ from these. The checkpoint of a resumed run is not
     # loaded yet
     untrained = prepared.outputs(prepared.inputs(prepared.trainer.processing_class))

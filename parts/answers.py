@@ -3,8 +3,10 @@
 import json
 import random
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
+from parts.examples import COUNT, shortened
 from parts.masks import turn
 from parts.messages import Drop
 from parts.plan import named
@@ -140,3 +142,22 @@ def write_predictions(folder, name, examples, answers):
         lines.append(prediction_line(example, text, stopped))
     part.write_text("".join(lines), encoding="utf-8")
     part.replace(path)
+
+
+def first_answers(folder, dev_name, trainer):
+    """Return the first predictions of a step that are written, as parts/examples.py keeps them.
+
+    They are random ones: the rows were drawn.
+    """
+    path = predictions_file(folder, label_of(dev_name, trainer.state.global_step))
+    shown = []
+    with path.open(encoding="utf-8") as file:
+        for text in islice(file, COUNT):
+            line = json.loads(text)
+            answer = {"text": shortened(line["prediction"]), "note": "", "is_right": None}
+            if not line["stopped"]:
+                answer["note"] = "cut at --max_new_tokens"
+            example = {"asked": shortened(str(line["messages"][-1]["content"])), "note": ""}
+            example["expected"] = [shortened(line["reference"])]
+            shown.append(example | {"found": [answer]})
+    return shown

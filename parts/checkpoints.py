@@ -224,7 +224,7 @@ def delete_run(folder):
         shutil.rmtree(path, ignore_errors=True)
     names = ("training_*", "predictions-*", "mined_negatives-*")
     files = [path for name in names for path in folder.glob(name)]
-    for path in [*files, folder / "detailed_training_logs.json"]:
+    for path in [*files, folder / "detailed_training_logs.json", folder / "report.html"]:
         path.unlink(missing_ok=True)
 
 

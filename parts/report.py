@@ -7,6 +7,8 @@ from pathlib import Path
 from statistics import fmean
 
 import utils
+from parts.examples import before_and_after
+from parts.page import page
 from utils import say, write_json
 
 import torch
@@ -131,17 +133,50 @@ def draw_metric(axes, log, name):
     axes.plot(steps, values, marker="o", markersize=4, label=label)
 
 
+def command_of(script, argv):
+    """Return the command of a run as a list of words; argv: as main has it, None: the shell's.
+
+    Without --resume_from_checkpoint: the command is for whoever repeats the run from its start.
+    """
+    words = ["python", script]
+    is_name = False  # of a checkpoint, behind the flag
+    for word in sys.argv[1:] if argv is None else argv:
+        is_name = is_name and not word.startswith("-")
+        if word.partition("=")[0] == "--resume_from_checkpoint":
+            is_name = word == "--resume_from_checkpoint"
+        elif not is_name:
+            words.append(word)
+        else:
+            is_name = False  # the flag has one
+    return words
+
+
 def write_report(trainer, output_dir, record, plan, results):
-    """Write logs, curves and report of a finished run, print three lines, and return the report."""
+    """Write logs, curves, page and report of a finished run, say so, and return the report."""
     folder = Path(output_dir)
     log = trainer.state.log_history
     report = record | summary(trainer, plan, results)
     if trainer.is_world_process_zero():
         write_logs(folder, log, plan.steps_per_epoch)
         draw_curves(folder / "training_curves.png", log, plan.shown, report["best_step"])
+        write_page(folder, report)
+        # last: a run that has it is finished
         write_json(folder / "training_summary_report.json", report)
     say_results(report, plan.shown, trainer.seconds_aside, results)
+    say(f"page      {folder}/report.html")
     return report
+
+
+def write_page(folder, report):
+    """Write report.html, at once, of what stands in a run's folder and its report."""
+    pairs = []
+    if report["plan"]["has_dev"]:
+        step = report["best_step"] or report["steps"]  # of what final/ holds
+        pairs = before_and_after(folder, step)
+    curves = (folder / "training_curves.png").read_bytes()
+    part = folder / "report.html.part"
+    part.write_text(page(report, curves, pairs), encoding="utf-8")
+    part.replace(folder / "report.html")
 
 
 def summary(trainer, plan, results):
