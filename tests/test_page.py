@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import utils
 from conftest import back_to, make_rows, write_jsonl
 from parts import examples
+from parts.checkpoints import delete_run
 from parts.page import page
 from parts.report import command_of
 
@@ -191,6 +192,8 @@ def test_an_sft_run_shows_answers_where_some_are_generated(run_sft, tmp_path):
     run_sft("--max_steps", 1, "--overwrite")
     assert count_examples(read_page(tmp_path / "out")) == 0
     assert not (tmp_path / "out" / examples.FILE).exists()  # the old run's is gone
+    delete_run(tmp_path / "out")
+    assert not (tmp_path / "out/report.html").exists()
 
 
 def test_without_a_dev_set_a_page_has_no_examples(run_embed, tmp_path):
