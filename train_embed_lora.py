@@ -7,7 +7,7 @@
 
 A row: {"query": "how do I reset it?", "pos": ["Hold the button."], "neg": ["It weighs 2 kg."]}
 output_dir: final/ (adapter, loads in sentence-transformers), checkpoints, logs,
-training_curves.png, a report.
+training_curves.png, report.html.
 Shapes: B sequences, T tokens, D embedding, Q queries and N documents of a step, C corpus of a set.
 """
 

@@ -9,7 +9,7 @@
 A row: {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}
 With --pref_loss: {"prompt": "2+2?", "chosen": "4", "rejected": "5"}
 output_dir: final/ (adapter, tokenizer, stop tokens), checkpoints, logs, training_curves.png,
-predictions, a report.
+predictions, report.html.
 Shapes: B sequences, T tokens, N supervised tokens, V vocabulary, P pairs; (P, 2): chosen, rejected.
 """
 
