@@ -15,8 +15,8 @@ Seconds are those of the processor, since other work on the machine does not cou
 step and a mining take is measured first, in short runs of each kind in turn; a setting's plain run
 has as many steps as take the seconds of its mining and its steps. Evaluations count for neither.
 
-All take some three hours of one core: a seed of stdlib 46 minutes (one epoch plain 155 s, mined 250,
-with four negatives 385, mined each of two epochs 415, and as much again in plain runs beside them,
+All take some three hours of one core: a seed of stdlib 46 minutes (one epoch plain 155 s, mined
+250, with four negatives 385, mined each of two epochs 415, as much again in plain runs beside them,
 two evaluations of 37 s each counted), banking77 with its 21 runs as much as one seed.
 """
 
