@@ -188,8 +188,8 @@ def join_labelled(found, by_file):
 def distinct(found):
     """Return each Example of [(where, Example)] once, its texts too, no positive as a negative.
 
-    Rows that differ in scores alone are one, with the first one's score of each text that has any.
-    Returns (Examples, {reason: [where]}).
+    Rows that differ in scores alone are one, with the first one's score of each text that has any;
+    with another prompt a query is another one. Returns (Examples, {reason: [where]}).
     """
     drops = defaultdict(list)
     seen = {}
@@ -205,8 +205,9 @@ def distinct(found):
             drops["negatives equal to a positive"] += [where] * false_neg
         example.neg = true_neg
         example.scores = own_scores(example, example.scores)
-        key = (by_query(example), *sorted(known), *sorted(map(text_id, true_neg)))
-        if key in seen:  # in one step each of the two would be the other's negative
+        texts = (tuple(sorted(known)), tuple(sorted(map(text_id, true_neg))))
+        key = (by_query(example), example.prompt, *texts)
+        if key in seen:
             drops["duplicate rows"].append(where)
             seen[key].scores = own_scores(seen[key], example.scores | seen[key].scores)
         else:

@@ -242,6 +242,22 @@ def test_drops_are_counted_with_their_place(tmp_path, capsys):
     assert f"2 rows with an empty positive (first: {path}, line 3)" in said
 
 
+def test_rows_that_teach_something_else_are_no_duplicates(tmp_path):
+    row = {"query": "q", "pos": ["p"], "neg": ["n"]}
+    files = [[row, row | {"prompt": "Find: "}], [row | {"prompt": "Find: "}, row]]
+    files[1].append({"query": "q", "pos": ["n", "p"]})
+    files[1].append({"query": "q", "pos": ["p", "n"]})
+    paths = [write_jsonl(tmp_path / f"{i}.jsonl", rows) for i, rows in enumerate(files)]
+    rows = [pair for path in paths for pair in read_rows(path)]
+    examples, drops = read_examples(rows, Columns(), None)
+    assert [(example.prompt, example.pos) for example in examples] == [
+        (None, ["p"]),
+        ("Find: ", ["p"]),
+        (None, ["n", "p"]),
+    ]
+    assert drops == {"duplicate rows": 3}
+
+
 LABELLED = [{"query": "r", "pos": text, "label": i} for i, text in enumerate("yz")]
 PLAIN_ROW = {"query": "q", "pos": ["p"]}
 SCORED = {"query": "q", "pos": ["p"], "neg": ["n"], "pos_scores": [2], "neg_scores": [1]}
