@@ -212,9 +212,6 @@ def on_files(args, plan, each):
     small = sum(rows < size for rows in each)
     if small:
         yield f"{small} of {len(each)} files have fewer rows than a step: each makes one of them"
-    left = sum(rows % size for rows in each if rows >= size)
-    if left:
-        yield f"each epoch leaves out {left} rows, drawn anew, that fill no step of their file"
 
 
 def on_interval(plan, interval):
