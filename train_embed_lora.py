@@ -80,7 +80,7 @@ def add_embedding_flags(parser):
         help="contrast with the documents of all processes [on]")
     add("--distill_weight", type=real(0), default=0, metavar="X",
         help="learn a teacher's pos_scores and neg_scores, with this weight beside the labels [0]")
-    add("--teacher_temperature", type=flags.above_zero, default=1, metavar="X",
+    add("--teacher_temperature", type=real(1e-6), default=1, metavar="X",
         help="divides the teacher's scores [1]")
     add("--matryoshka_dims", type=integer(1), nargs="+", metavar="D",
         help="train these prefixes of the vector too")

@@ -17,7 +17,7 @@ from utils import InputError
 # those of sentence-transformers among them; the plural ones are columns of lists elsewhere
 LABEL_NAMES = ("label", "labels", "relevance", "score", "scores")
 PLURAL = ("labels", "scores")
-LARGEST = 3e38  # about the largest float32
+LARGEST = 1e20  # of a score: divided by the smallest --teacher_temperature, float32 holds it
 # of FlagEmbedding: what its documents are, and what does the same here
 TYPES = {
     "only_1neg": ("one negative of each query is shown", "--max_negs 1"),
@@ -111,15 +111,15 @@ def scores_in(value, where, name):
     for item in listed(value):
         if item is not None and not is_score(item):
             raise InputError(
-                f"{where}: {name} has {item!r:.60}, no finite number. Write one for each text, "
-                "null where there is none."
+                f"{where}: {name} has {item!r:.60}, no finite number up to {LARGEST:g}. Write one "
+                "for each text, null where there is none."
             )
         scores.append(item if item is None else float(item))
     return scores
 
 
 def is_score(item):
-    """Tell whether a value is a number that float32 can hold: not NaN, infinity, or true."""
+    """Tell whether a value is a number that a loss can bear: not NaN, infinity, 1e30, or true."""
     return isinstance(item, int | float) and not isinstance(item, bool) and abs(item) < LARGEST
 
 

@@ -34,13 +34,36 @@ def advised_temperature(teacher):
     return min(STEPS, key=lambda step: abs(entropy_share(teacher, step) - WANTED))
 
 
+def mass_on_positive(teacher, temperature):
+    """Return the mean share of the first document, of rows where it has a score; NaN without any.
+
+    A row without would count as 0: its teacher has not said that the positive is wrong.
+    """
+    has_score = ~teacher[:, 0].isnan()
+    return distributions(teacher[has_score], temperature)[:, 0].mean().item()
+
+
 def flaw_of(teacher, temperature):
     """Return in words why a teacher's distributions will not teach much, None where they will."""
-    if distributions(teacher, temperature)[:, 0].mean() > LABEL:
+    if mass_on_positive(teacher, temperature) > LABEL:
         return "says little beyond the label"
     if entropy_share(teacher, temperature) > FLAT:
         return "tells nearly nothing"
     return None
+
+
+def in_words(teacher, temperature):
+    """Return what a teacher (R, W) says of the positives, to stand behind how many rows it has."""
+    has_score = ~teacher[:, 0].isnan()
+    lacking = int((~has_score).sum())
+    none_of = f", in {lacking:,} of them the positive has none" if lacking else ""
+    if lacking == len(teacher):
+        return none_of
+    shares = 1 / (~teacher[has_score].isnan()).sum(1)
+    return (
+        f"{none_of}; it puts {mass_on_positive(teacher, temperature):.2f} on the positive at "
+        f"--teacher_temperature {temperature:g} (all alike: {shares.mean().item():.2f})"
+    )
 
 
 def show_teacher(rows, weight, temperature):
@@ -63,12 +86,7 @@ def show_teacher(rows, weight, temperature):
         return
     width = max(map(len, taught))
     teacher = torch.tensor([scores + [math.nan] * (width - len(scores)) for scores in taught])
-    on_positive = distributions(teacher, temperature)[:, 0].mean().item()
-    even = (1 / (~teacher.isnan()).sum(1)).mean().item()
-    say(
-        f"teacher   {counted}; it puts {on_positive:.2f} on the positive at --teacher_temperature "
-        f"{temperature:g} (all alike: {even:.2f})"
-    )
+    say(f"teacher   {counted}{in_words(teacher, temperature)}")
     if width <= 3:
         note(
             f"--distill_weight teaches the order of a row's documents, of which a step shows "

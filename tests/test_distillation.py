@@ -157,7 +157,7 @@ def test_rows_for_which_nothing_is_mined_are_counted(run_embed, tmp_path, capsys
     [
         ("--max_negs 0 --no-in_batch_negatives", "leave no negatives"),
         ("--max_negs 0 --distill_weight 1", "of which --max_negs 0 shows one"),
-        ("--teacher_temperature 0", "0 is outside"),
+        ("--teacher_temperature 1e-7", "1e-7 is outside"),
         ("--distill_weight -1", "-1 is outside"),
     ],
 )
@@ -190,7 +190,18 @@ def test_the_preflight_tells_what_a_teacher_says(capsys):
         shares.append(1 / sum(math.exp((score - scores[0]) / 5) for score in scores))
     mean = sum(shares) / 2
     assert f"2 of 3 rows show documents with scores; it puts {mean:.2f} on the positive" in said
-    assert "(all alike: 0.25)" in said and "note" not in said
+    assert "(all alike: 0.25)" in said and "note" not in said and "has none" not in said
+    # rows whose positive has no score say nothing of it
+    teacher.show_teacher([*rows, [math.nan, 98, 95, 84], [math.nan, 7, 7]], 1, 5)
+    said = capsys.readouterr().out
+    told = "4 of 5 rows show documents with scores, in 2 of them the positive has none; it puts"
+    assert f"{told} {mean:.2f} on the positive" in said and "(all alike: 0.25)" in said
+    teacher.show_teacher([[math.nan, 9, 5, 3]] * 2, 1, 1)
+    said = capsys.readouterr().out
+    assert (
+        said
+        == "teacher   2 of 2 rows show documents with scores, in 2 of them the positive has none\n"
+    )
     teacher.show_teacher(rows, 1, 1)
     said = capsys.readouterr().out
     assert "the teacher says little beyond the label at --teacher_temperature 1: pass 5" in said

@@ -5,6 +5,7 @@ import math
 import train_embed_lora
 from conftest import relative
 from parts import flags
+from parts.relevance import LARGEST, is_score
 from parts.rows import text_id
 from train_embed_lora import (
     Collator,
@@ -66,6 +67,22 @@ def test_kl_equals_a_hand_worked_number_and_is_zero_for_equal_orders():
     first = (s - t) / 0.1
     expected = torch.tensor([[first, -first, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]])
     assert torch.allclose(scores.grad, expected, atol=1e-5)
+
+
+def test_the_largest_scores_at_the_smallest_temperature_are_a_label():
+    scores = torch.tensor([[0.5, 0.4, 0.3]]).repeat(3, 1).requires_grad_()
+    largest = 0.99 * LARGEST
+    assert is_score(largest) and not is_score(LARGEST)
+    teacher = torch.tensor(
+        [[largest, -largest, math.nan], [-largest, largest, 0], [7, 7, math.nan]]
+    )
+    found = distillation_losses(scores, teacher, temperature=1, teacher_temperature=1e-6)
+    of_two = math.log(1 + math.exp(-0.1))  # -log of the share of the first, ahead by 0.1
+    of_three = math.log(math.exp(0.1) + 1 + math.exp(-0.1))
+    even = math.log(1 + math.exp(0.1)) - 0.1 / 2 - math.log(2)
+    assert found.tolist() == pytest.approx([of_two, of_three, even], abs=1e-5)
+    found.sum().backward()
+    assert scores.grad.isfinite().all()
 
 
 def test_matryoshka_loss_is_the_mean_over_the_prefixes():
