@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-from parts.rows import MINED, read_rows, text_id
+from parts.rows import MINED, OWN_FILE, read_rows, text_id
 from utils import InputError
 
 
@@ -49,6 +49,7 @@ def file_rows(miner, found, vectors):
             "pos_cosines": rounded(cosines[:count]),
             "neg_cosines": rounded(cosines[count:] + scores),
             "source": ["own"] * len(example.neg) + ["mined"] * len(columns),
+            OWN_FILE: example.file,
         }
         if example.prompt is not None:
             row["prompt"] = example.prompt

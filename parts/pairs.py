@@ -13,7 +13,7 @@ from parts.relevance import (
     refuse_types,
     scores_by_text,
 )
-from parts.rows import file_of, text_id
+from parts.rows import OWN_FILE, file_of, own_file, text_id
 from parts.splits import say_drops
 from utils import InputError, say
 
@@ -41,7 +41,8 @@ class Example:
     """One training row.
 
     `prompt` is BGE's, which replaces the query prefix; `scores` are a teacher's, {text: score} of
-    its documents; `file` is where the row stands: a file, or a data set on the hub and its split.
+    its documents; `file` is where the row stands, or, of a mined one, stood: a file, or a data set
+    on the hub and its split.
     """
 
     query: str
@@ -110,7 +111,7 @@ def read_examples(rows, columns, query_prefix, by_file=False):
             f"{query_prefix!r} does not replace. Drop the flag, or rename the column."
         )
     for roles, of_format in formats:
-        files = {file_of(where) for where, _ in of_format}
+        files = {own_file(where, row) for where, row in of_format}
         own = [example for example in examples if example.file in files]
         refuse_ids(of_format[0][0], roles.query, [example.query for example in own])
         refuse_ids(of_format[0][0], roles.positive, [example.pos[0] for example in own])
@@ -152,7 +153,8 @@ def read_each(rows, roles):
             scores = scores_by_text(pos + neg)
             pos = [document.text for document in pos]
             neg = [document.text for document in neg]
-            found.append((where, Example(query[0], pos, neg, prompt, scores, file_of(where))))
+            file = own_file(where, row)
+            found.append((where, Example(query[0], pos, neg, prompt, scores, file)))
     return found, dict(drops)
 
 
@@ -309,7 +311,10 @@ def say_roles(roles, others, whose):
         said += f", scores = {', '.join(scores)}"
     if roles.has_prompt:
         said += ", query prefix = prompt"
-    unused = [name for name in others if name not in (roles.label, roles.labels, *scores)]
+    if OWN_FILE in others:
+        said += f", file = {OWN_FILE}"
+    read = {roles.label, roles.labels, *scores, OWN_FILE}
+    unused = [name for name in others if name not in read]
     if unused:
         said += f" (unused: {', '.join(unused)})"
     say(said)

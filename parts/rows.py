@@ -21,6 +21,7 @@ from datasets import get_dataset_split_names, load_dataset
 from datasets.exceptions import DatasetsError
 
 MINED = "mined_negatives-"  # what names of files begin with that runs write
+OWN_FILE = "train_file"  # the column of such a file that says which one a row was read of
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,14 @@ def file_of(where):
     """Return the file that `where` of a row names, or the data set on the hub and its split."""
     # the same text for all rows of a file
     return sys.intern(where.rpartition(", ")[0])  # ", line 7", ", row 7"
+
+
+def own_file(where, row):
+    """Return the file of a row: of a mined one that which it was mined for."""
+    named = row.get(OWN_FILE)
+    if isinstance(named, str) and named.strip():
+        return sys.intern(named)
+    return file_of(where)
 
 
 # ---------------------------------------------------------------- JSON

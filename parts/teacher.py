@@ -56,12 +56,12 @@ def in_words(teacher, temperature):
     """Return what a teacher (R, W) says of the positives, to stand behind how many rows it has."""
     has_score = ~teacher[:, 0].isnan()
     lacking = int((~has_score).sum())
-    none_of = f", in {lacking:,} of them the positive has none" if lacking else ""
+    unscored = f", in {lacking:,} of them the positive has none" if lacking else ""
     if lacking == len(teacher):
-        return none_of
+        return unscored
     shares = 1 / (~teacher[has_score].isnan()).sum(1)
     return (
-        f"{none_of}; it puts {mass_on_positive(teacher, temperature):.2f} on the positive at "
+        f"{unscored}; it puts {mass_on_positive(teacher, temperature):.2f} on the positive at "
         f"--teacher_temperature {temperature:g} (all alike: {shares.mean().item():.2f})"
     )
 

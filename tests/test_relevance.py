@@ -248,6 +248,17 @@ def test_an_example_knows_its_file(tmp_path):
     assert [example.file for example in read_examples(read_from, Columns(), None)[0]] == paths
 
 
+def test_a_row_may_say_of_which_file_it_is(tmp_path):
+    rows = [{"query": f"q{i}", "positive": f"p{i}"} for i in range(3)]
+    rows[0]["train_file"] = "a.jsonl"
+    rows[1]["train_file"] = " "
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert [example.file for example in read(path)[0]] == ["a.jsonl", path, path]
+    ids = [row | {"query": f"{i}", "train_file": "a.jsonl"} for i, row in enumerate(rows)]
+    with pytest.raises(InputError, match="every query is a number"):
+        read(write_jsonl(tmp_path / "ids.jsonl", ids))
+
+
 def test_an_example_of_the_hub_knows_its_data_set_and_split(tmp_path):
     rows = [{"query": f"q{i}", "positive": f"p{i}"} for i in range(2)]
     write_jsonl(tmp_path / "train.jsonl", rows)

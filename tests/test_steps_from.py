@@ -284,7 +284,7 @@ def test_two_processes_take_the_same_file(embed_argv, files, tmp_path):
 # ---------------------------------------------------------------- mined negatives
 
 
-def test_a_query_mines_in_its_own_file_and_the_corpus(embed_argv, tmp_path):
+def test_a_query_mines_in_its_own_file_and_the_corpus(embed_argv, tmp_path, capsys):
     rows = make_rows(24)
     rows[20]["query"] = rows[2]["query"]  # one query in two files
     corpus = [{"text": f"look behind the {word}"} for word in ("door", "lamp", "chair")]
@@ -313,6 +313,10 @@ def test_a_query_mines_in_its_own_file_and_the_corpus(embed_argv, tmp_path):
     train_embed_lora.train_and_prove(prepared)
     for example, row in zip(miner.examples, mined_rows(tmp_path / "out"), strict=True):
         assert row["neg"] == example.neg + expected[example.file, example.query]
+    # as a training file its rows are of the files that they were read of
+    mined, _ = read_examples(read_rows(tmp_path / "out/mined_negatives-1.jsonl"), Columns(), None)
+    assert rows_of_files(mined, 1) == rows_of_files(miner.examples, 1)
+    assert "file = train_file (unused: pos_cosines" in capsys.readouterr().out
 
 
 def test_a_file_with_too_few_documents_to_mine_is_named(embed_argv, files):
