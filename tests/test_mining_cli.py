@@ -69,10 +69,8 @@ def test_a_file_of_mined_negatives_is_training_data(run_embed, rows, tmp_path, c
     mined = tmp_path / "out/mined_negatives-1.jsonl"
     run_embed("--dry_run", out=tmp_path / "again", data=str(mined))
     said = capsys.readouterr().out
-    columns = (
-        "query = query, positive = pos, negatives = neg (unused: pos_cosines, neg_cosines, source)"
-    )
-    assert columns in said and "label" not in said
+    columns = "query = query, positive = pos, negatives = neg, file = train_file (unused: "
+    assert f"{columns}pos_cosines, neg_cosines, source)" in said and "label" not in said
 
 
 def test_three_queries_are_shown_and_how_many_found_fewer(run_embed, rows, capsys):
