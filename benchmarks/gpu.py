@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py exact     # gradients on CUDA, cut and uncut; a forced out of memory
     python benchmarks/gpu.py bench     # against TRL and sentence-transformers; MFU, peak memory
-    python benchmarks/gpu.py t4        # README's Colab commands, on a T4 as torch can play one
+    python benchmarks/gpu.py t4        # commands of the documents, on a T4 as torch can play one
     python benchmarks/gpu.py ideas     # what was built for GPUs, each switched on and off; profiles
     make gpu                           # all four
     python benchmarks/gpu.py exact --smoke      # tiny models, on a CPU: the same code, no figures
@@ -440,7 +440,7 @@ def on_t4(job, folder):
 
 
 def t4(report, folder, smoke):
-    """Record README's commands for a T4."""
+    """Record the documents' commands for a T4."""
     for name, (kind, shape, batch, accumulation, length, flags, words) in README_COMMANDS.items():
         if not report.wants(name):
             continue

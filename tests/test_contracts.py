@@ -7,7 +7,6 @@ import io
 import os
 import re
 import runpy
-import shlex
 import statistics
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import contracts
 import merge
 import train_embed_lora
 import train_sft_lora
-from conftest import DOCUMENTS, ROOT
+from conftest import ROOT
 from density import code_files, density, over_all
 
 import pytest
@@ -67,23 +66,6 @@ def test_every_flag_is_read(script):
     assert [name for name in declared if name not in read] == []
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_every_documented_command_parses(script, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for continued in ("stage1", "mine", "first"):  # what later commands go on with
-        (tmp_path / f"runs/{continued}/final").mkdir(parents=True)
-        (tmp_path / f"runs/{continued}/final/adapter_config.json").write_text("{}")
-    lines = (DOCUMENTS + SCRIPTS[script].__doc__).replace("\\\n", " ").splitlines()
-    commands = [
-        line.strip().lstrip("!$ ")
-        for line in lines
-        if re.match(rf"\s*[!$ ]*python {script}\.py", line)
-    ]
-    assert len(commands) >= 8
-    for command in commands:
-        SCRIPTS[script].parse_args(shlex.split(command, comments=True)[2:])
-
-
 @pytest.mark.parametrize(
     "script, least", [("train_embed_lora", 65), ("train_sft_lora", 65), ("merge", 9)]
 )
@@ -119,15 +101,11 @@ def test_the_tables_of_flags_are_current_and_made_without_torch(tmp_path):
     assert "](docs/flags.md)" in (ROOT / "README.md").read_text("utf-8")
 
 
-def test_merge_reads_every_flag_and_its_documented_commands_parse():
+def test_merge_reads_every_flag():
     read = contracts.flags_read(text_of("merge.py"))
     options = contracts.options_of(merge)
     assert [option.dest for option in options if option.dest not in read] == []
     assert merge.CHOICES == ("auto", *merge.DTYPES)
-    commands = re.findall(r"^\s*python (merge\.py .*)$", DOCUMENTS + merge.__doc__, re.M)
-    assert len(commands) >= 5
-    for command in commands:
-        merge.parse_args(shlex.split(command, comments=True)[1:])
 
 
 def test_the_oldest_python_is_named_alike_and_a_notebook_keeps_its_torch():
