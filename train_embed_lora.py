@@ -1284,9 +1284,8 @@ def prepare(argv=None):
     with state.main_process_first():  # data first: a mistake in them shows in seconds
         examples, dev_sets, counts = read_rows(args)
         corpus = read_corpus(args.mine_corpus) if args.mine_corpus else []
-    # their pools depend on the steps of the run
-    by_file = args.steps_from == "one_file"
-    fingerprint = fingerprint_of(examples, dev_sets, corpus, by_file)
+    # before pools are filled, which depends on the steps of the run
+    fingerprint = fingerprint_of(examples, dev_sets, corpus, args.steps_from == "one_file")
     origin = Origin(args.model_name, args.model_revision, args.trust_remote_code, args.init_adapter)
     config = load_config(origin)
     data = tokenise_rows(args, state, origin, config, examples, dev_sets, corpus)
@@ -1297,8 +1296,9 @@ def prepare(argv=None):
     embedder = load_model(args, origin, config, data)
     trainer = make_trainer(args, output_dir, checkpoint, data, dev_sets, plan, embedder)
     settled = settled_of(data, embedder)
+    defaults = vars(parse_args(["--train_file", "any"]))
     record = runs.record_of(
-        origin, checkpoint, vars(args), settled, embedder.precision, fingerprint
+        origin, checkpoint, vars(args), defaults, settled, embedder.precision, fingerprint
     )
     show_examples(data.train_set, data.texts, data.tokenizer)
     return runs.Prepared(

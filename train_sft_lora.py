@@ -715,13 +715,11 @@ def prepare(argv=None):
     plan = plan_run(args, data.train_set, data.dev_sets, state.num_processes)
     language_model = load_model(args, origin, config)
     trainer = make_trainer(args, output_dir, data, plan, language_model)
+    settled = settled_of(data, language_model)
+    fingerprint = fingerprint_of(examples, dev_examples, data.chat.tokenizer.chat_template)
+    defaults = vars(parse_args(["--train_file", "any"]))
     record = runs.record_of(
-        origin,
-        checkpoint,
-        asked=vars(args),
-        settled=settled_of(data, language_model),
-        precision=language_model.precision,
-        data_fingerprint=fingerprint_of(examples, dev_examples, data.chat.tokenizer.chat_template),
+        origin, checkpoint, vars(args), defaults, settled, language_model.precision, fingerprint
     )
     if not args.eval_only:
         show_examples(data.train_set, examples, data.chat)

@@ -255,18 +255,21 @@ def describe(asked, settled, precision, *, data_fingerprint, base_fingerprint, p
     }
 
 
-def refuse_changes(checkpoint, stored, record):
+def refuse_changes(checkpoint, stored, record, defaults):
     """Raise InputError if a run is resumed with other flags, data, precision or processes.
 
     stored: the training_config.json beside the checkpoint; record: what `describe` says of this
-    run. A flag's value is the settled one where there is one: a --max_length that the base lowers
-    and one that names the same limit are the same run.
+    run; defaults: {flag: value}. A flag's value is the settled one where there is one: a
+    --max_length that the base lowers and one that names the same limit are the same run.
     """
     old = recorded_flags(stored)
     new = recorded_flags(record)
-    if "settled" not in stored:  # an older run's: it lacks the flags that came later
-        old.setdefault("bits", None)  # its base was not quantised
-        new = {name: value for name, value in new.items() if name in old}
+    for name in record["flags"].keys() - old.keys():
+        # the flag came later, and that run did what is its default. It has written down no settled
+        # value to compare with
+        old[name] = defaults.get(name)
+        new[name] = record["flags"][name]
+    new = {name: value for name, value in new.items() if name in old}
     for name in COMPARED:
         old[name] = stored.get(name)
         new[name] = record[name]

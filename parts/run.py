@@ -133,11 +133,12 @@ def check_base_of_checkpoint(origin, checkpoint, stored):
         )
 
 
-def record_of(origin, checkpoint, asked, settled, precision, data_fingerprint):
+def record_of(origin, checkpoint, asked, defaults, settled, precision, data_fingerprint):
     """Return what makes a run repeatable, for training_config.json.
 
-    asked: {flag: value} as parsed, settled: what was decided of it. Raises InputError if the run of
-    `checkpoint` is resumed with others, or with other data, precision, processes or base.
+    asked: {flag: value} as parsed, defaults: the same of a command that gives none; settled: what
+    was decided of it. Raises InputError if the run of `checkpoint` is resumed with others, or with
+    other data, precision, processes or base.
     """
     record = describe(
         asked,
@@ -149,7 +150,7 @@ def record_of(origin, checkpoint, asked, settled, precision, data_fingerprint):
     )
     stored = checkpoint and utils.checked_json(checkpoint.parent / "training_config.json")
     if stored:
-        refuse_changes(checkpoint, stored, record)
+        refuse_changes(checkpoint, stored, record, defaults)
         check_base_of_checkpoint(origin, checkpoint, stored)
     return record
 
@@ -181,12 +182,7 @@ def merge_or_tell(prepared):
     if not has_adapter or not trainer.is_world_process_zero():
         return
     folder = prepared.output_dir
-    command = [
-        "--lora_adapter_path",
-        str(folder / "final"),
-        "--output_path",
-        str(folder / "merged"),
-    ]
+    command = ["--lora_adapter_path", f"{folder}/final", "--output_path", f"{folder}/merged"]
     if prepared.origin.trust_remote_code:
         command.append("--trust_remote_code")
     if not prepared.merges:

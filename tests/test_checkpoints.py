@@ -4,6 +4,7 @@ import json
 import shutil
 
 import utils
+from conftest import back_to
 from parts.checkpoints import (
     FREE_ON_RESUME,
     describe,
@@ -241,11 +242,11 @@ def test_a_run_is_described_by_what_was_asked_and_what_was_settled():
 
 @pytest.mark.parametrize("stored", [written, older])
 def test_a_run_with_the_same_values_goes_on(stored):
-    refuse_changes("checkpoint-1", stored(record_of()), record_of())
+    refuse_changes("checkpoint-1", stored(record_of()), record_of(), {})
     again = record_of({"max_length": 128, "pooling": "mean"})  # what the base decided, typed
-    refuse_changes("checkpoint-1", stored(record_of()), again)
+    refuse_changes("checkpoint-1", stored(record_of()), again, {})
     for name in FREE_ON_RESUME:
-        refuse_changes("checkpoint-1", stored(record_of()), record_of({name: "other"}))
+        refuse_changes("checkpoint-1", stored(record_of()), record_of({name: "other"}), {})
 
 
 @pytest.mark.parametrize("stored", [written, older])
@@ -263,23 +264,51 @@ def test_a_run_with_the_same_values_goes_on(stored):
 )
 def test_a_run_that_changed_is_refused(stored, change, said):
     with pytest.raises(InputError, match=rf"^cannot resume checkpoint-1: {said}. Give the flags"):
-        refuse_changes("checkpoint-1", stored(record_of()), record_of(**change))
+        refuse_changes("checkpoint-1", stored(record_of()), record_of(**change), {})
 
 
 def test_all_that_changed_is_named_in_one_sentence():
     changed = record_of({"lr": 1e-3}, {"pooling": "cls"}, processes=2)
     with pytest.raises(InputError, match="lr was .* 0.001, pooling was .* cls, processes was"):
-        refuse_changes("checkpoint-1", record_of(), changed)
+        refuse_changes("checkpoint-1", record_of(), changed, {})
 
 
-def test_an_older_run_lacks_flags_that_came_later():
-    stored = older(record_of())
-    refuse_changes("checkpoint-1", stored, record_of({"new_flag": 3}, {"newly_settled": True}))
-    with pytest.raises(InputError, match="new_flag was None and is 3"):
-        refuse_changes("checkpoint-1", written(record_of()), record_of({"new_flag": 3}))
-    stored["flags"]["dropped_flag"] = 5
+@pytest.mark.parametrize("stored", [written, older])
+def test_a_flag_that_a_run_did_not_know_had_its_default(stored):
+    old = stored(record_of())
+    new = record_of({"new_flag": "auto"}, {"new_flag": "on", "newly_settled": True})
+    refuse_changes("checkpoint-1", old, new, {"new_flag": "auto", "lr": 1})
+    with pytest.raises(InputError, match="checkpoint-1: new_flag was off and is auto. Give"):
+        refuse_changes("checkpoint-1", old, new, {"new_flag": "off"})
+    old["flags"]["dropped_flag"] = 5
     with pytest.raises(InputError, match="dropped_flag was 5 and is None"):
-        refuse_changes("checkpoint-1", stored, record_of())
+        refuse_changes("checkpoint-1", old, record_of(), {"dropped_flag": 5})
+
+
+def without_flags(out, names):
+    """Rewrite a run's record as of a version that did not have these flags."""
+    record = utils.read_json(out / "training_config.json")
+    for name in names:
+        del record["flags"][name]
+    utils.write_json(out / "training_config.json", record)
+
+
+def test_a_run_that_was_begun_before_a_flag_existed_goes_on(run_embed, run_sft, tmp_path):
+    flags = ["--max_steps", 2, "--checkpoint_steps", 1, "--eval_strategy", "no"]
+    changes = {
+        run_embed: (["--mine_margin", 0.5], "mine_margin was 0.95 and is 0.5"),
+        run_sft: (["--max_new_tokens", 9], "max_new_tokens was 256 and is 9"),
+    }
+    for number, (run, (changed, said)) in enumerate(changes.items()):
+        out = tmp_path / f"{number}"
+        whole = run(*flags, out=out)
+        back_to(out, 1)
+        names = [changed[0].removeprefix("--"), "use_rslora", "target_modules", "lr_scheduler"]
+        without_flags(out, names)
+        with pytest.raises(InputError, match=f"cannot resume .*checkpoint-1: {said}. Give"):
+            run(*flags, *changed, "--resume_from_checkpoint", out=out)
+        again = run(*flags, "--resume_from_checkpoint", out=out)
+        assert again["resumed_after"] == 1 and again["last_loss"] == whole["last_loss"]
 
 
 def as_older_run(out):

@@ -150,9 +150,9 @@ def test_a_run_leaves_the_parsed_command_line_as_it_was(script, run_embed, run_s
     monkeypatch.setattr(module, "parse_args", keep)
     run = run_embed if module is train_embed_lora else run_sft
     run("--max_steps", 1, "--max_length", 9999, "--dev_sample_limit", 4)  # lowered to the base's
-    assert parsed
+    assert 9999 in [before["max_length"] for _, before in parsed]
     for args, before in parsed:
-        assert vars(args) == before and before["max_length"] == 9999
+        assert vars(args) == before
 
 
 def test_rooms_take_values_and_never_the_command_line():
