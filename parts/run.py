@@ -280,6 +280,9 @@ def finished_report(prepared):
     report = read_json(prepared.output_dir / "training_summary_report.json")
     if report:
         say(f"resume    {prepared.output_dir} is finished: final/ and the report are there")
+        is_merged = (prepared.output_dir / "merged").exists()
+        if prepared.merges and not prepared.dry_run and not is_merged:  # asked for only now
+            merge_or_tell(prepared)
     return report
 
 

@@ -740,6 +740,14 @@ def test_both_trainers_merge_at_the_end_or_say_how(script, request, tmp_path, ca
         assert "outputs " in capsys.readouterr().out
     run("--max_steps", "2", "--overwrite", out=out)
     assert not (out / "merged").exists()
+    # asked for when all else is done
+    again = ["--max_steps", "2", "--resume_from_checkpoint"]
+    for flags in (["--dry_run", "--merge_adapter"], []):
+        run(*again, *flags, out=out)
+        assert not (out / "merged").exists()
+    for _ in range(2):  # the second one finds it there
+        run(*again, "--merge_adapter", out=out)
+        assert json.loads((out / "merged/merge_report.json").read_text())["verified"]
     with pytest.raises(SystemExit):
         run("--finetune_type", "full", "--merge_adapter", out=out)
     assert "drop --merge_adapter" in capsys.readouterr().err
