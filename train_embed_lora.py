@@ -128,6 +128,7 @@ from parts.plan import advice, chosen_metric, make_plan, named
 from parts.processes import agree
 from parts.proof import check_saved_tokenizer, prove, save_final
 from parts.rehearsal import note_inexact, rehearse
+from parts.relevance import types_served
 from parts.report import Results, command_of, write_report
 from parts.retrieval import METRICS, Vectors, rank, retrieval_metrics
 from parts.rows import HubSet, text_id
@@ -937,6 +938,7 @@ def read_rows(args):
         corpus,
         by_file=args.steps_from == "one_file",
         own_alone=not (args.in_batch_negatives or args.mine_negatives),
+        served=types_served(args.max_negs, args.in_batch_negatives, args.doc_prefix),
     )
 
 

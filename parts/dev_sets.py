@@ -41,16 +41,24 @@ class DevSet:
 
 
 def read_data(
-    source, sizes, columns, query_prefix, max_negs, corpus=None, by_file=False, own_alone=False
+    source,
+    sizes,
+    columns,
+    query_prefix,
+    max_negs,
+    corpus=None,
+    by_file=False,
+    own_alone=False,
+    served=(),
 ):
     """Read, check and split the data.
 
-    corpus: the documents of --dev_corpus, or None; by_file: see read_examples; own_alone: rows
-    without negatives of their own cannot be trained on. Returns (training Examples,
+    corpus: the documents of --dev_corpus, or None; by_file, served: see read_examples; own_alone:
+    rows without negatives of their own cannot be trained on. Returns (training Examples,
     {name: DevSet}, counts for the report).
     """
     as_examples = partial(
-        read_examples, columns=columns, query_prefix=query_prefix, by_file=by_file
+        read_examples, columns=columns, query_prefix=query_prefix, by_file=by_file, served=served
     )
     split = partial(
         split_rows, sizes=sizes, as_examples=as_examples, corpus=corpus, own_alone=own_alone

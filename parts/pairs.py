@@ -83,13 +83,13 @@ def by_query(example):
 # ---------------------------------------------------------------- rows
 
 
-def read_examples(rows, columns, query_prefix, by_file=False):
+def read_examples(rows, columns, query_prefix, by_file=False, served=()):
     """Turn [(where, row)] into (Examples, {reason: count}); says what cannot be learnt from.
 
     Files may have formats of their own. by_file: an Example's documents all stand in one file, also
-    where labels join rows.
+    where labels join rows; served: see refuse_types.
     """
-    formats = find_formats(rows, columns)
+    formats = find_formats(rows, columns, served)
     found = []
     labelled = []  # what labels are to join
     drops = defaultdict(list)
@@ -235,7 +235,7 @@ def refuse_ids(where, name, texts):
 # ---------------------------------------------------------------- columns
 
 
-def find_formats(rows, columns):
+def find_formats(rows, columns, served):
     """Return [(Roles, [(where, row)])] of the files that have the same columns; says what they are.
 
     A flag names a column where there is one of that name; other files' are found by name.
@@ -256,7 +256,7 @@ def find_formats(rows, columns):
         if len(together) > 1:
             more = f" and {len(files) - 1} more" if len(files) > 1 else ""
             whose = f"{files[0]}{more}: "
-        formats.append((find_roles(of_format, here, whose), of_format))
+        formats.append((find_roles(of_format, here, served, whose), of_format))
     return formats
 
 
@@ -265,10 +265,10 @@ def fields_of(rows):
     return list(dict.fromkeys(name for _, row in rows for name in row))
 
 
-def find_roles(rows, columns, whose=""):
+def find_roles(rows, columns, served, whose):
     """Find by name what each column is, and say it; raises InputError for what is unclear.
 
-    whose: what stands before that, where other files have other columns.
+    served: see refuse_types; whose: what stands before that, where other files have other columns.
     """
     where = rows[0][0]
     fields = fields_of(rows)
@@ -278,7 +278,7 @@ def find_roles(rows, columns, whose=""):
     negatives = find_negatives(fields, columns.negative, where)
     unused = [name for name in fields if name not in {query, positive, *negatives, "prompt"}]
     has_prompt = any("prompt" in row for _, row in rows) and "prompt" not in (query, positive)
-    refuse_types(rows, unused, negatives)
+    refuse_types(rows, unused, negatives, served)
     # beside negatives of its own, a row's label says something else than "no match"
     has_negatives = columns.negative or any_filled(rows, negatives)
     labels = find_list_of_labels(rows, unused, positive)

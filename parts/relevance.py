@@ -215,24 +215,38 @@ def labels_of(row, where, roles, count):
 # ---------------------------------------------------------------- types
 
 
-def refuse_types(rows, names, negatives):
+def types_served(max_negs, in_batch, doc_prefix):
+    """Return those of TYPES that flags do the same as; doc_prefix: None where it is not given."""
+    served = set()
+    if max_negs == 1:
+        served.add("only_1neg")
+    if not in_batch:
+        served |= {"no_in_batch_neg", "symmetric_class"}
+    if doc_prefix is not None:
+        served.add("symmetric_sts")
+    if not in_batch and doc_prefix is not None:
+        served.add("symmetric_clustering")
+    return served
+
+
+def refuse_types(rows, names, negatives, served):
     """Raise InputError for a row of whose `type` nothing here makes what FlagEmbedding does.
 
-    names: the columns without another role. Other values, as "normal", say nothing, and only_1neg
-    nothing new of a row with one negative.
+    names: the columns without another role; served: types that flags do the same as. Other values,
+    as "normal", say nothing, and only_1neg nothing new of a row with one negative.
     """
     column = next((name for name in names if name.lower() == "type"), None)
     for where, row in rows:
         kind = row.get(column)
-        if not isinstance(kind, str) or kind not in TYPES:
+        if not isinstance(kind, str) or kind not in TYPES or kind in served:
             continue
         texts = [text for name in negatives for text in texts_of(row.get(name), where, name)]
         if kind == "only_1neg" and len(texts) < 2:
             continue
         meaning, flag = TYPES[kind]
         raise InputError(
-            f"{where}: type is {kind} (in FlagEmbedding: {meaning}). Pass {flag}, and drop or "
-            "rename the column."
+            f"{where}: type is {kind} (in FlagEmbedding: {meaning}). Pass {flag}, or rename "
+            "the column."
         )
 
 

@@ -215,13 +215,13 @@ TYPED = {"query": "q", "pos": ["p"], "neg": ["a", "b"]}
         (
             TYPED | {"type": "only_1neg"},
             "type is only_1neg (in FlagEmbedding: one negative of each query is shown). Pass "
-            "--max_negs 1, and drop or rename the column.",
+            "--max_negs 1, or rename the column.",
         ),
-        (TYPED | {"type": "no_in_batch_neg"}, "Pass --no-in_batch_negatives, and drop"),
-        (TYPED | {"Type": "no_in_batch_neg"}, "Pass --no-in_batch_negatives, and drop"),
-        (TYPED | {"type": "symmetric_class"}, "Pass --no-in_batch_negatives, and drop"),
-        (TYPED | {"type": "symmetric_clustering"}, "and the prompt as --doc_prefix, and drop"),
-        (TYPED | {"type": "symmetric_sts"}, "Pass it as --doc_prefix, and drop"),
+        (TYPED | {"type": "no_in_batch_neg"}, "Pass --no-in_batch_negatives, or rename"),
+        (TYPED | {"Type": "no_in_batch_neg"}, "Pass --no-in_batch_negatives, or rename"),
+        (TYPED | {"type": "symmetric_class"}, "Pass --no-in_batch_negatives, or rename"),
+        (TYPED | {"type": "symmetric_clustering"}, "and the prompt as --doc_prefix, or rename"),
+        (TYPED | {"type": "symmetric_sts"}, "Pass it as --doc_prefix, or rename"),
     ],
 )
 def test_what_is_unclear_is_refused_in_a_sentence_that_names_the_line(tmp_path, row, sentence):
@@ -234,6 +234,35 @@ def test_what_is_unclear_is_refused_in_a_sentence_that_names_the_line(tmp_path, 
         read(path)
     assert str(error.value).startswith(f"{path}, line 2: ")
     assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "kind, flags, refused",
+    [
+        ("only_1neg", "--max_negs 1", "--max_negs 2"),
+        ("no_in_batch_neg", "--no-in_batch_negatives", "--max_negs 1"),
+        ("symmetric_class", "--no-in_batch_negatives", "--doc_prefix x"),
+        (
+            "symmetric_clustering",
+            "--no-in_batch_negatives --doc_prefix x",
+            "--no-in_batch_negatives",
+        ),
+        ("symmetric_clustering", "--no-in_batch_negatives --doc_prefix x", "--doc_prefix x"),
+        ("symmetric_sts", "--doc_prefix x", "--no-in_batch_negatives"),
+    ],
+)
+def test_a_type_is_taken_where_flags_do_what_it_says(tmp_path, kind, flags, refused):
+    rows = [TYPED | {"query": f"q{i}", "pos": [f"p{i}"], "type": kind} for i in range(4)]
+    argv = ["--train_file", write_jsonl(tmp_path / "rows.jsonl", rows)]
+
+    def read_with(given):
+        args = train_embed_lora.parse_args([*argv, *given.split()])
+        return train_embed_lora.read_rows(args)
+
+    examples, _, _ = read_with(flags)
+    assert examples[0].neg == ["a", "b"]
+    with pytest.raises(InputError, match=f"line 1: type is {kind}"):
+        read_with(refused)
 
 
 # ---------------------------------------------------------------- where a row stands
