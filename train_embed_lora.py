@@ -1009,11 +1009,11 @@ def plan_run(args, train_set, dev_sets, processes, files):
     each = [len(rows) for rows in (files or {}).values()]
     dims = [f"ndcg@10_dim{dim}" for dim in args.matryoshka_dims or []]
     # the metric of a dev set without a name has no prefix; of several sets the first decides
-    known = [named(name, key) for name in dev_sets for key in METRICS + dims]
+    known = {named(name, key): name for name in dev_sets for key in METRICS + dims}
     metric = args.metric_for_best or named(next(iter(dev_sets), ""), "ndcg@10")
     if args.metric_for_best and dev_sets:
         metric = chosen_metric(metric, known)
-    shown = [named(name, key) for name in dev_sets for key in ("ndcg@10", "recall@10")]
+    shown = {named(name, key): name for name in dev_sets for key in ("ndcg@10", "recall@10")}
     plan = make_plan(
         args,
         len(train_set),
@@ -1022,7 +1022,7 @@ def plan_run(args, train_set, dev_sets, processes, files):
         metric=metric,
         greater_is_better=True,
         watched=[[metric, True]],
-        shown=list(dict.fromkeys([metric, *shown])) if dev_sets else [],
+        shown={metric: known[metric]} | shown if dev_sets else {},
         drop_last=True,  # a smaller step has fewer negatives, and another loss
         each=each,
     )

@@ -513,7 +513,7 @@ def plan_run(args, train_set, dev_sets, processes):
     measured = measured_metrics(dev_sets, bool(args.pref_loss))
     pairs = [(name, key) for name, keys in measured.items() for key in keys]
     # length_accuracy is of the data: no training changes it
-    known = [named(name, key) for name, key in pairs if key != "length_accuracy"]
+    known = {named(name, key): name for name, key in pairs if key != "length_accuracy"}
     metric = args.metric_for_best
     if metric and dev_sets:
         hint = "" if args.eval_generate else " More are with --eval_generate N."
@@ -521,7 +521,7 @@ def plan_run(args, train_set, dev_sets, processes):
     metric = metric or named(next(iter(dev_sets), ""), "accuracy" if args.pref_loss else "loss")
     # of these, less is better; a run without dev sets has its loss alone
     lower = [named(name, key) for name in measured for key in LOWER_IS_BETTER]
-    shown = [named(name, key) for name in measured for key in shown_of(measured[name])]
+    shown = {named(name, key): name for name in measured for key in shown_of(measured[name])}
     plan = make_plan(
         args,
         len(train_set),
@@ -530,7 +530,7 @@ def plan_run(args, train_set, dev_sets, processes):
         metric=metric,
         greater_is_better=metric not in (*lower, "loss"),
         watched=[[named(name, key), WATCHED[key]] for name, key in pairs if key in WATCHED],
-        shown=list(dict.fromkeys([metric, *shown])) if dev_sets else [],
+        shown={metric: known[metric]} | shown if dev_sets else {},
         drop_last=False,  # the loss is a mean over tokens: a smaller step is as good as any
     )
     for sentence in (*advice(args, plan, len(train_set)), *own_advice(args)):

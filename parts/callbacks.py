@@ -9,6 +9,7 @@ from threading import current_thread, main_thread
 
 import utils
 from parts.checkpoints import CUT
+from parts.lines import best_step_of, evaluation_lines
 from parts.report import write_logs
 from utils import InputError, say
 
@@ -111,14 +112,30 @@ class RunCallback(ProgressCallback):
         return stop
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        shown = []
-        for name in ["loss", "learning_rate", *(f"eval_{name}" for name in self.plan.shown)]:
-            if name in logs:
-                shown.append(f"{label_of(name)} {logs[name]:.4g}")
-        if "loss" in logs and not utils.shows_bars():  # a bar shows it by itself
-            shown.append(self.time_left(state))
-        if shown and state.is_world_process_zero:  # others have no bar
-            self.training_bar.write(f"step {state.global_step:6}  {'   '.join(shown)}")
+        if not state.is_world_process_zero:  # others have no bar
+            return
+        lines = self.lines_of(state, logs)
+        if "loss" in logs:
+            lines.append(self.training_line(state, logs))
+        for line in lines:
+            self.training_bar.write(line)
+        print(end="", flush=True)  # whoever follows a log file waits for no full buffer
+
+    def training_line(self, state, logs):
+        """Return the line of a training loss, with the time left where no bar shows it."""
+        left = "" if utils.shows_bars() else self.time_left(state)
+        loss = f"loss {logs['loss']:<9.4g}"
+        rate = f"learning_rate {logs['learning_rate']:<9.4g}"
+        return f"step {state.global_step:6}  {loss}  {rate}  {left}".rstrip()
+
+    def lines_of(self, state, logs):
+        """Return the lines of an evaluation, none where `logs` are those of training."""
+        plan = self.plan
+        step = state.global_step
+        before = self.before if step else {}
+        best_step = best_step_of(state.log_history, plan.metric, plan.greater_is_better)
+        best = plan.metric if step and step == best_step else None
+        return evaluation_lines(step, logs, before, plan.shown, best)
 
     def time_left(self, state):
         """Return how long the rest will take at this pace, as "02:31 left"; "" before a step."""
@@ -146,13 +163,6 @@ class RunCallback(ProgressCallback):
             raise KeyboardInterrupt
         self.signal = number
         say("\nstopping after this step, with a checkpoint; once more stops at once")
-
-
-def label_of(name):
-    """Return a metric's name as the log lines show it."""
-    if name == "eval_loss":  # a dev set without a name, beside the training loss
-        return "dev_loss"
-    return name.removeprefix("eval_")
 
 
 @contextmanager

@@ -35,7 +35,7 @@ class Plan:
     logging_steps: int  # as the flag has it: -1 = every step, 0 = off
     drop_last: bool  # rows that do not fill an epoch's last step are left out
     watched: list  # [metric, greater is better]: warned about if they worsen while the loss falls
-    shown: list  # metrics of the log lines, the curves and the report
+    shown: dict  # {metric of the log lines, the curves and the report: its dev set}
     negatives_per_query: float | None = (
         None  # embeddings: other documents that a query is held against
     )

@@ -1,13 +1,14 @@
-"""What a run leaves to be read: logs, curves and the summary; the lines it ends with."""
+"""What a run leaves to be read: logs, curves, page and summary; the lines it ends with."""
 
 import dataclasses
 import sys
 from collections import defaultdict
 from pathlib import Path
-from statistics import fmean
 
 import utils
+from parts.curves import draw_curves, entries_with
 from parts.examples import before_and_after
+from parts.lines import display_width, number, padded, result_lines
 from parts.page import page
 from utils import say, write_json
 
@@ -37,11 +38,6 @@ def peak_gib():
     return resident / unit
 
 
-def entries_with(log, key):
-    """Return the log's entries that hold a key: "loss", or the name of a metric."""
-    return [entry for entry in log if key in entry]
-
-
 def write_logs(folder, log, steps_per_epoch):
     """Write every logged step, and the mean training loss of each epoch."""
     folder = Path(folder)
@@ -65,72 +61,6 @@ def epoch_losses(log, steps_per_epoch):
         sums[epoch] += entry["loss"] * steps
         counts[epoch] += steps
     return {epoch: total / counts[epoch] for epoch, total in sums.items()}
-
-
-def running_mean(values):
-    """Return the mean of each value and those before it, over at most a tenth of all and 50."""
-    window = max(1, min(50, len(values) // 10))
-    means = []
-    for end in range(1, len(values) + 1):
-        means.append(fmean(values[max(0, end - window) : end]))
-    return means
-
-
-def can_be_drawn(text):
-    """Tell whether the figures' fonts have every character: matplotlib's own lack Japanese."""
-    from matplotlib import rcParams
-    from matplotlib.font_manager import FontProperties, findfont, get_font
-
-    fonts = []
-    for name in rcParams["font.family"]:
-        fonts.append(get_font(findfont(FontProperties(family=[name]))))
-    return all(any(font.get_char_index(ord(letter)) for font in fonts) for letter in text)
-
-
-def draw_curves(path, log, metrics, best_step):
-    """Draw the training loss of each step, its running mean, and the named metrics over steps."""
-    from matplotlib.figure import Figure  # not pyplot, whose backend belongs to the notebook
-
-    figure = Figure(figsize=(8, 7), layout="constrained")
-    top, bottom = figure.subplots(2, sharex=True)
-    draw_losses(top, log)
-    for name in metrics:
-        draw_metric(bottom, log, name)
-    for axes in (top, bottom):
-        if best_step:
-            axes.axvline(best_step, color="grey", linestyle=":", label=f"best, step {best_step}")
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend()
-    title = str(path.parent)
-    top.set(ylabel="training loss", title=title if can_be_drawn(title) else "")
-    bottom.set(xlabel="optimizer step", ylabel="dev sets")
-    figure.savefig(path, dpi=120)
-
-
-def draw_losses(axes, log):
-    """Draw the logged losses, pale, and their running mean."""
-    trained = entries_with(log, "loss")
-    if not trained:  # --logging_steps 0
-        return
-    steps = [entry["step"] for entry in trained]
-    losses = [entry["loss"] for entry in trained]
-    smooth = running_mean(losses)
-    label = f"loss: {smooth[0]:.3f} to {smooth[-1]:.3f} (running mean)"
-    axes.plot(steps, losses, color="C0", alpha=0.3)
-    axes.plot(steps, smooth, color="C0", label=label)
-
-
-def draw_metric(axes, log, name):
-    """Draw one metric of the dev sets, where it was measured."""
-    key = f"eval_{name}"
-    measured = entries_with(log, key)
-    if not measured:
-        return
-    steps = [entry["step"] for entry in measured]
-    values = [entry[key] for entry in measured]
-    label = f"{name}: {values[0]:.3f} to {values[-1]:.3f}"
-    axes.plot(steps, values, marker="o", markersize=4, label=label)
 
 
 def command_of(script, argv):
@@ -158,7 +88,7 @@ def write_report(trainer, output_dir, record, plan, results):
     report = record | summary(trainer, plan, results)
     if trainer.is_world_process_zero():
         write_logs(folder, log, plan.steps_per_epoch)
-        draw_curves(folder / "training_curves.png", log, plan.shown, report["best_step"])
+        draw_curves(folder / "training_curves.png", log, report)
         write_page(folder, report)
         # last: a run that has it is finished
         write_json(folder / "training_summary_report.json", report)
@@ -216,11 +146,8 @@ def tokens_of_all_processes(trainer):
 
 def say_results(report, shown, seconds_aside, results):
     """Print the metrics before and after, what the steps took, and how fast they were."""
-    before = report["metrics"]["before"]
-    after = report["metrics"]["after"]
-    for name in shown:
-        if name in before and name in after:
-            say(f"result    {name} {before[name]:.4f} before, {after[name]:.4f} after")
+    for line in result_lines(report["metrics"]["before"], report["metrics"]["after"], shown):
+        say(line)
     steps = f"{report['steps'] - results.resumed_after} steps"
     if results.resumed_after:  # seconds and tokens are those of the steps behind it
         steps += f" after step {results.resumed_after}"
@@ -236,8 +163,9 @@ def say_results(report, shown, seconds_aside, results):
 
 def write_evaluation(output_dir, record, metrics):
     """Print and write the metrics of --eval_only; return the report."""
+    width = max(map(display_width, metrics), default=0)
     for name, value in metrics.items():
-        say(f"result    {name} {value:.4f}")
+        say(f"result    {padded(name, width)} {number(value)}")
     folder = Path(output_dir)
     report = record | {"metrics": metrics}
     folder.mkdir(parents=True, exist_ok=True)

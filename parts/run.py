@@ -24,9 +24,9 @@ from parts.checkpoints import (
     open_output_dir,
     refuse_changes,
 )
+from parts.curves import running_mean
 from parts.memory import memory_errors_as_ours
 from parts.plan import Plan
-from parts.report import running_mean
 from parts.step import StepTrainer
 from parts.token_cache import trim_token_cache
 from utils import InputError, Stopped, note, read_json, say

@@ -39,7 +39,7 @@ FOUND = {
     "metric": "loss",
     "greater_is_better": False,
     "watched": [["loss", False]],
-    "shown": ["loss"],
+    "shown": {"loss": ""},
     "drop_last": False,
 }
 

@@ -1,6 +1,6 @@
 """What a run leaves to be read."""
 
-from parts.report import running_mean, write_logs
+from parts.report import write_logs
 from utils import read_json
 
 
@@ -11,11 +11,3 @@ def test_epoch_losses_are_means_over_steps(tmp_path):
         {"epoch": 1, "loss": 4.0},
         {"epoch": 2, "loss": 1.0},
     ]
-
-
-def test_running_mean_is_over_a_tenth_of_all_values():
-    assert running_mean([3.0, 1.0]) == [3.0, 1.0]  # a tenth of two is one
-    values = [float(i) for i in range(30)]
-    assert running_mean(values)[:4] == [0.0, 0.5, 1.0, 2.0]
-    assert running_mean(values)[-1] == 28.0
-    assert running_mean([]) == []
