@@ -810,20 +810,26 @@ def count_early(pieces, step, tokens_at_once):
     return min(early, len(pieces) - 1)  # one must fit in any case
 
 
+def columns_of(dev, texts, rules):
+    """Return a DevSet in numbers: text indices of its queries and documents, relevant, own.
+
+    A column is a document's place by ascending id, in which sentence-transformers ranks documents
+    of equal scores. relevant: the set of each query's columns; own: the column of a query that
+    stands in the corpus, too, else None: it would be found by itself, and ranks last.
+    """
+    column = {key: i for i, key in enumerate(sorted(dev.corpus))}
+    relevant = [{column[key] for key in dev.relevant[query]} for query in dev.queries]
+    own = [column.get(dev.own.get(query)) for query in dev.queries]
+    queries, documents = dev_indices(dev, texts, rules.query_prefix, rules.doc_prefix)
+    return queries, documents, relevant, own
+
+
 def make_measure(dev_sets, texts, rules, dims):
     """Return measure(trainer) -> {metric: value} over all dev sets, whose names stand in front.
 
     dims: prefixes of the vector to measure as well, or None.
     """
-    prepared = {}
-    for name, dev in dev_sets.items():
-        # by ascending id, as sentence-transformers ranks documents of equal scores
-        column = {key: i for i, key in enumerate(sorted(dev.corpus))}
-        # a query that stands in the corpus, too, would be found by itself: `own`, which ranks last
-        relevant = [{column[key] for key in dev.relevant[query]} for query in dev.queries]
-        own = [column.get(dev.own.get(query)) for query in dev.queries]
-        queries, documents = dev_indices(dev, texts, rules.query_prefix, rules.doc_prefix)
-        prepared[name] = (queries, documents, relevant, own)
+    prepared = {name: columns_of(dev, texts, rules) for name, dev in dev_sets.items()}
 
     def measure(trainer):
         metrics = {}
@@ -844,33 +850,31 @@ def make_measure(dev_sets, texts, rules, dims):
 
 def make_look(dev, texts, rules, seed):
     """Return look(trainer): what three queries of a dev set find, as parts/examples.py keeps it."""
-    documents = [dev.corpus[key] for key in sorted(dev.corpus)]
-    column = {key: i for i, key in enumerate(sorted(dev.corpus))}
-    queries, places = dev_indices(dev, texts, rules.query_prefix, rules.doc_prefix)
-    drawn = draw(list(enumerate(dev.queries)), seed)  # (place, query id)
-    own = [column.get(dev.own.get(key)) for _, key in drawn]
+    queries, documents, relevant, own = columns_of(dev, texts, rules)
+    words = [dev.corpus[key] for key in sorted(dev.corpus)]
+    asked = [text for text, _ in dev.queries.values()]
+    drawn = draw(range(len(queries)), seed)
 
     def look(trainer):
         # those that were just measured: no text is embedded again
-        query_emb = F.normalize(trainer.vectors.of([queries[i] for i, _ in drawn]).float(), dim=1)
-        corpus_emb = F.normalize(trainer.vectors.of(places).float(), dim=1)
+        query_emb = F.normalize(trainer.vectors.of([queries[i] for i in drawn]).float(), dim=1)
+        corpus_emb = F.normalize(trainer.vectors.of(documents).float(), dim=1)
         cosines = (query_emb @ corpus_emb.T).tolist()
+        ranking = rank(query_emb, corpus_emb, [own[i] for i in drawn])
         shown = []
-        for row, ranked in enumerate(rank(query_emb, corpus_emb, own)):
-            key = drawn[row][1]
-            relevant = {column[name] for name in dev.relevant[key]}
-            example = {
-                "asked": shortened(dev.queries[key][0]),
-                "expected": [shortened(documents[i]) for i in sorted(relevant)[:1]],
-                "note": place_in_words(ranked, relevant, len(documents)),
-            }
+        for i, of_query, ranked in zip(drawn, cosines, ranking, strict=True):
             found = []
-            for i in ranked[:3]:
-                note = f"cosine {cosines[row][i]:.3f}"
-                found.append(
-                    {"text": shortened(documents[i]), "note": note, "is_right": i in relevant}
-                )
-            shown.append(example | {"found": found})
+            for column in ranked[:3]:
+                note = f"cosine {of_query[column]:.3f}"
+                is_right = column in relevant[i]
+                found.append({"text": shortened(words[column]), "note": note, "is_right": is_right})
+            example = {
+                "asked": shortened(asked[i]),
+                "expected": [shortened(words[column]) for column in sorted(relevant[i])[:1]],
+                "note": place_in_words(ranked, relevant[i], len(words)),
+                "found": found,
+            }
+            shown.append(example)
         return shown
 
     return look
