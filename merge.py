@@ -46,9 +46,9 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         "merge.py",
         usage="%(prog)s --lora_adapter_path DIR --output_path DIR [flags]",
-        description=__doc__,
+        description=__doc__.partition("\nShapes: ")[0],  # what follows is for readers of the code
         allow_abbrev=False,
-        formatter_class=argparse.RawTextHelpFormatter,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     # fmt: off

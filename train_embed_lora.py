@@ -1,7 +1,7 @@
 """Fine-tune a text-embedding model with LoRA: in-batch negatives, recall before, during and after.
 
     python train_embed_lora.py --train_file examples/sample_data.jsonl --output_dir runs/first
-    python train_embed_lora.py --model_name Qwen/Qwen3-Embedding-0.6B --train_file pairs.jsonl \
+    python train_embed_lora.py --model_name Qwen/Qwen3-Embedding-0.6B --train_file pairs.jsonl \\
       --load_in_4bit
     python train_embed_lora.py --train_file pairs.jsonl --dry_run
 
@@ -32,12 +32,13 @@ BASE = "sentence-transformers/all-MiniLM-L6-v2"
 def parse_args(argv=None):
     """Parse and check the command line; exits 2 with one sentence on what is wrong."""
     parser = flags.make_parser("train_embed_lora.py", __doc__)
-    flags.add_model_flags(parser, BASE)
-    flags.add_data_flags(parser, dev_size="0.1, of at most 1000 queries")
-    flags.add_lora_flags(parser)
-    flags.add_training_flags(parser, batch=32, step=32, epochs=2, checkpointing="off")
-    flags.add_output_flags(parser, metric="ndcg@10")
+    flags.add_first_flags(parser, BASE, batch=32, epochs=2)
     add_embedding_flags(parser)
+    flags.add_data_flags(parser, dev_size="0.1, of at most 1000 queries")
+    flags.add_training_flags(parser, step=32, checkpointing="off")
+    flags.add_output_flags(parser, metric="ndcg@10")
+    flags.add_lora_flags(parser)
+    flags.add_model_flags(parser)
     args = parser.parse_args(argv)
     refuse_contradictions(parser, args)
     if args.max_negs is None:
@@ -88,9 +89,9 @@ def add_embedding_flags(parser):
         help="documents that dev queries are searched in too [the training's]")
     add("--steps_from", default="all", **one_of("all", "one_file"),
         help="rows of a step are drawn from all files, or from one --train_file alone [all]")
-    add("--query_column", metavar="NAME", help="where its name is not recognised")
-    add("--positive_column", metavar="NAME", help="where its name is not recognised")
-    add("--negative_column", metavar="NAME", help="where its name is not recognised")
+    add("--query_column", metavar="NAME", help="column of queries [recognised by its name]")
+    add("--positive_column", metavar="NAME", help="column of positives [recognised by its name]")
+    add("--negative_column", metavar="NAME", help="column of negatives [recognised by its name]")
 
 
 def refuse_contradictions(parser, args):

@@ -1,9 +1,9 @@
 """Fine-tune a causal language model with LoRA, on the responses alone or on preferences.
 
     python train_sft_lora.py --train_file examples/sample_chats.jsonl --output_dir runs/first
-    python train_sft_lora.py --model_name Qwen/Qwen3-4B --train_file chats.jsonl --load_in_4bit \
+    python train_sft_lora.py --model_name Qwen/Qwen3-4B --train_file chats.jsonl --load_in_4bit \\
       --eval_generate 100
-    python train_sft_lora.py --train_file pairs.jsonl --pref_loss sigmoid \
+    python train_sft_lora.py --train_file pairs.jsonl --pref_loss sigmoid \\
       --init_adapter runs/first/final
 
 A row: {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}
@@ -35,13 +35,14 @@ BASE = "Qwen/Qwen3-0.6B"
 def parse_args(argv=None):
     """Parse and check the command line; exits 2 with one sentence on what is wrong."""
     parser = flags.make_parser("train_sft_lora.py", __doc__)
-    flags.add_model_flags(parser, BASE)
-    flags.add_data_flags(parser, dev_size="0.2")
-    flags.add_lora_flags(parser)
-    flags.add_training_flags(parser, batch=2, step=16, epochs=1, checkpointing="auto")
-    flags.add_output_flags(parser, metric="loss")
+    flags.add_first_flags(parser, BASE, batch=2, epochs=1)
     add_sft_flags(parser)
     add_preference_flags(parser)
+    flags.add_data_flags(parser, dev_size="0.2")
+    flags.add_training_flags(parser, step=16, checkpointing="auto")
+    flags.add_output_flags(parser, metric="loss")
+    flags.add_lora_flags(parser)
+    flags.add_model_flags(parser)
     args = parser.parse_args(argv)
     refuse_contradictions(parser, args)
     names_adapter = args.model_name and (Path(args.model_name) / "adapter_config.json").is_file()

@@ -81,23 +81,43 @@ def make_parser(name, doc):
     return argparse.ArgumentParser(
         name,
         usage="%(prog)s --train_file FILE [flags, see --help]",
-        description=doc,
+        description=doc.partition("\nShapes: ")[0],  # what follows is for readers of the code
         allow_abbrev=False,
-        formatter_class=argparse.RawTextHelpFormatter,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
 
 # fmt: off
 
 
-def add_model_flags(parser, model):
-    """Declare what names the base model and how it is loaded; `model` is the default, in words."""
-    add = parser.add_argument_group("model").add_argument
+def add_first_flags(parser, model, batch, epochs):
+    """Declare what most runs need; the arguments are the defaults in which the trainers differ."""
+    add = parser.add_argument_group("what most runs need").add_argument
+    add("--train_file", "--train_dataset", nargs="+", metavar="FILE",
+        help="your rows: .jsonl .json .csv .tsv .parquet, or globs")
+    add("--dev_file", action="append", metavar="[NAME=]PATH",
+        help="rows to measure on, repeatable [held out of the training rows]")
     add("--model_name", "--model_name_or_path", metavar="ID",
         help=f"hub id or local folder [{model}]")
+    add("--output_dir", metavar="DIR", help="where everything goes [runs/<script>-<date-time>]")
+    add("--dry_run", action="store_true", help="check everything, train nothing")
+    add("--epochs", "--num_train_epochs", type=above_zero, default=epochs, metavar="X",
+        help=f"passes over the training rows; fractions are fine [{epochs}]")
+    add("--lr", "--learning_rate", type=real(0, 1, {0, 1}), metavar="X",
+        help="peak learning rate [2e-4; full fine-tuning 2e-5]")
+    add("--batch_size", "--per_device_train_batch_size", type=count, default=batch, metavar="N",
+        help=f"examples that must fit into memory, per process [{batch}]")
+    add("--load_in_4bit", action="store_true",
+        help="quantise the base to 4 bits, for a small GPU (bitsandbytes NF4)")
+    add("--resume_from_checkpoint", nargs="?", const="last", metavar="DIR",
+        help="go on where --output_dir stopped")
+
+
+def add_model_flags(parser):
+    """Declare how the base model is loaded, and what of it is trained."""
+    add = parser.add_argument_group("model").add_argument
     add("--model_revision", metavar="REV", help="branch, tag or commit of a hub model [main]")
-    add("--trust_remote_code", action="store_true",
-        help="run the Python code that comes with the base model")
+    add("--trust_remote_code", action="store_true", help="run the Python code of the base model")
     kernels = one_of("auto", "eager", "sdpa", "flash_attention_2")
     add("--attn_implementation", default="auto", **kernels,
         help="how attention is computed [auto: as the model prefers]")
@@ -106,10 +126,8 @@ def add_model_flags(parser, model):
     add("--finetune_type", "--training_type", default="lora", **one_of("lora", "qlora", "full"),
         help="train adapters, adapters on a quantised base (qlora), or all weights (full) [lora]")
     add("--load_in_8bit", action="store_true", help="quantise the base to 8 bits (bitsandbytes)")
-    add("--load_in_4bit", action="store_true",
-        help="quantise the base to 4 bits (bitsandbytes NF4)")
     add("--quantization_bits", "--quantization_bit", type=int, choices=[4, 8],
-        help="the same as a number [qlora alone means 4]")
+        help="--load_in_4bit or --load_in_8bit as a number [qlora alone means 4]")
     add("--init_adapter", metavar="DIR",
         help="go on training an adapter, with a fresh optimizer and its own rank")
 
@@ -117,10 +135,6 @@ def add_model_flags(parser, model):
 def add_data_flags(parser, dev_size):
     """Declare what rows are read; `dev_size`, in words, is how many are held out by default."""
     add = parser.add_argument_group("data").add_argument
-    add("--train_file", "--train_dataset", nargs="+", metavar="FILE",
-        help=".jsonl .json .csv .tsv .parquet, or globs")
-    add("--dev_file", action="append", metavar="[NAME=]PATH",
-        help="evaluation set, repeatable [held out of train]")
     add("--dataset_name", metavar="ID", help="data set on the hub, or a local folder of one")
     add("--dataset_subset", metavar="NAME", help="configuration of that data set")
     add("--dataset_split", default="train", metavar="NAME", help="split to train on [train]")
@@ -131,7 +145,8 @@ def add_data_flags(parser, dev_size):
         help="train on N rows, drawn with --seed [all]")
     add("--dev_sample_limit", type=count, metavar="N",
         help="evaluate on (or hold out) N rows [all, --dev_size]")
-    add("--dev_size", type=share, metavar="X", help=f"else this share [{dev_size}]")
+    add("--dev_size", type=share, metavar="X",
+        help=f"share of the rows to hold out where no dev set is named [{dev_size}]")
     add("--num_workers", type=natural, default=0, metavar="N",
         help="extra processes that tokenise and load [0]")
 
@@ -151,29 +166,21 @@ def add_lora_flags(parser):
         help="run merge.py at the end, into OUTPUT_DIR/merged")
 
 
-def add_training_flags(parser, batch, step, epochs, checkpointing):
+def add_training_flags(parser, step, checkpointing):
     """Declare how steps are made; the arguments are the defaults in which the trainers differ."""
     add = parser.add_argument_group("training").add_argument
-    add("--batch_size", "--per_device_train_batch_size", type=count, default=batch, metavar="N",
-        help=f"examples that must fit into memory, per process [{batch}]")
-    default_step = f"[a step of {step} examples]"
     add("--gradient_accumulation", "--gradient_accumulation_steps", type=count, metavar="N",
-        help=f"pieces that make one exact step of batch_size x N examples {default_step}")
-    add("--epochs", "--num_train_epochs", type=above_zero, default=epochs, metavar="X",
-        help=f"passes over the training rows; fractions are fine [{epochs}]")
+        help=f"pieces that make one exact step of batch_size x N examples [a step of {step}]")
     add("--max_steps", type=count, metavar="N", help="optimizer steps, in place of --epochs")
-    add("--lr", "--learning_rate", type=real(0, 1, {0, 1}), metavar="X",
-        help="peak [2e-4; full fine-tuning 2e-5]")
     add("--lr_scheduler", "--lr_scheduler_type", default="cosine",
-        **one_of("linear", "cosine", "constant"), help="after the warm-up [cosine]")
+        **one_of("linear", "cosine", "constant"), help="learning rate after the warm-up [cosine]")
     add("--warmup_steps", "--lr_warmup_steps", type=natural, metavar="N",
         help="steps of linear warm-up; beats --warmup_ratio")
     add("--warmup_ratio", "--warmup_proportion", "--lr_warmup_ratio", type=share, default=0.05,
         metavar="X", help="share of the steps that warm up [0.05]")
-    add("--optimizer", "--optim", default="adamw", **one_of("adamw", "adamw_8bit", "sgd"),
-        help="optimizer [adamw]")
-    add("--weight_decay", type=real(0), default=0.01, metavar="X",
-        help="decoupled weight decay [0.01]")
+    optimizers = one_of("adamw", "adamw_8bit", "sgd")
+    add("--optimizer", "--optim", default="adamw", **optimizers, help="optimizer [adamw]")
+    add("--weight_decay", type=real(0), default=0.01, metavar="X", help="decoupled [0.01]")
     add("--max_grad_norm", type=real(0), default=1.0, metavar="X",
         help="clip the gradient's norm; 0 = off [1.0]")
     add("--fp16", action="store_true", help="float16 with loss scaling")
@@ -189,21 +196,17 @@ def add_training_flags(parser, batch, step, epochs, checkpointing):
         help="keep to --batch_size on a GPU that has memory for more")
     add("--seed", type=integer(0, 2**32 - 1), default=42, metavar="N",
         help="of rows, adapters and dropout [42]")
-    add("--full_determinism", action="store_true",
-        help="bit-for-bit repeatable kernels on a GPU (slower)")
-    add("--resume_from_checkpoint", nargs="?", const="last", metavar="DIR",
-        help="go on where --output_dir stopped")
+    add("--full_determinism", action="store_true", help="bit for bit the same on a GPU (slower)")
 
 
 def add_output_flags(parser, metric):
     """Declare when a run measures, saves and logs; `metric` is what best means by default."""
     add = parser.add_argument_group("evaluation and output").add_argument
-    add("--output_dir", metavar="DIR", help="where everything goes [runs/<script>-<date-time>]")
     add("--overwrite", action="store_true", help="delete what an earlier run left in --output_dir")
     add("--save_best", type=int, choices=[0, 1],
         help="final/ is the best state, not the last [1 with a dev set]")
     add("--eval_every", "--eval_steps", type=natural, metavar="N",
-        help="steps; 0 = each epoch [a tenth of the run]")
+        help="measure every N steps; 0 = each epoch [a tenth of the run]")
     add("--eval_strategy", **one_of("no", "epoch", "steps"),
         help="steps without --eval_every: every --logging_steps")
     add("--early_stopping_patience", type=count, metavar="N",
@@ -215,14 +218,13 @@ def add_output_flags(parser, metric):
     add("--save_on_epoch_end", type=natural, default=0, metavar="N",
         help="checkpoint every N epochs and keep them all; 0 = off [0]")
     add("--checkpoint_steps", "--save_steps", type=count, metavar="N",
-        help="in steps [a tenth of the run]")
+        help="write one every N steps [a tenth of the run]")
     add("--save_total_limit", type=count, metavar="N",
-        help="checkpoints kept [2; all with --save_on_epoch_end]")
+        help="checkpoints that are kept [2; all with --save_on_epoch_end]")
     add("--logging_steps", type=integer(-1), default=10, metavar="N",
-        help="in steps; -1 = every step, 0 = off [10]")
+        help="print the loss every N steps; -1 = every step, 0 = off [10]")
     add("--report_to", "--log_with", **one_of("none", "tensorboard", "mlflow", "wandb"),
         help="logs go to [tensorboard, if installed]")
-    add("--dry_run", action="store_true", help="check everything, train nothing")
 
 
 # fmt: on

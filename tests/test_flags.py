@@ -1,13 +1,63 @@
 """Wrong flags end in a sentence and exit code 2; the names of other trainers are understood."""
 
 import argparse
+import os
+import resource
+import subprocess
+import sys
 
+import contracts
 import merge
 import train_embed_lora
 import train_sft_lora
+from conftest import ROOT
 from parts.flags import above_zero, count, integer, margin, real, share
 
 import pytest
+
+# of each, importing fails where a script must answer without it
+SLOW = ("torch", "transformers", "datasets", "peft", "accelerate", "safetensors", "numpy", "tqdm")
+
+
+def run_without_libraries(folder, *words):
+    """Run Python where no library can be imported: (its end, seconds of a processor)."""
+    for library in SLOW:
+        (folder / f"{library}.py").write_text(f"raise AssertionError('imports {library}')\n")
+    environment = {**os.environ, "PYTHONPATH": str(folder), "COLUMNS": "102"}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, *words], env=environment, capture_output=True, text=True, cwd=ROOT
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+@pytest.mark.parametrize("script", ["train_embed_lora.py", "train_sft_lora.py", "merge.py"])
+def test_help_and_a_wrong_flag_are_answered_at_once(script, tmp_path):
+    done, seconds = run_without_libraries(tmp_path, script, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert seconds < 1  # of this process alone: others may keep the machine busy
+    assert "Shapes:" not in done.stdout  # which are for readers of the code
+    for line in done.stdout.splitlines():
+        assert len(line) <= 100 or line.startswith("  --"), line  # names of a flag, not its meaning
+        assert "     --" not in line.strip(), line  # a command that goes on in the next line
+    for wrong in (["--bacth_size", "4"], ["--train_file", "x", "--lr", "7"]):
+        done, seconds = run_without_libraries(tmp_path, script, *wrong)
+        assert done.returncode == 2 and done.stdout == "" and seconds < 1
+        assert f"{script}: error: " in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "script, second", [(train_embed_lora, "embedding"), (train_sft_lora, "SFT")]
+)
+def test_help_begins_with_what_most_runs_need(script, second):
+    groups = [group for group in contracts.parser_of(script)._action_groups if group._group_actions]
+    assert [group.title for group in groups[:3]] == ["options", "what most runs need", second]
+    first = [option.dest for option in groups[1]._group_actions]
+    assert first[:5] == ["train_file", "dev_file", "model_name", "output_dir", "dry_run"]
+    assert {"epochs", "lr", "batch_size", "load_in_4bit", "resume_from_checkpoint"} < set(first)
+    assert len(first) <= 12  # or nobody reads them
+
 
 BROKEN_FLAGS = {
     "--bacth_size 4": "unrecognized arguments: --bacth_size 4",
