@@ -130,7 +130,7 @@ from parts.processes import agree
 from parts.proof import check_saved_tokenizer, prove, save_final
 from parts.rehearsal import note_inexact, rehearse
 from parts.relevance import types_served
-from parts.report import Results, command_of, write_report
+from parts.report import Report, Results, command_of, write_report
 from parts.retrieval import METRICS, Vectors, rank, retrieval_metrics
 from parts.rows import HubSet, text_id
 from parts.sentence_files import (
@@ -1359,9 +1359,9 @@ def train_and_prove(prepared):
 
 
 def main(argv=None):
-    """Run the command line `argv`; return what training_summary_report.json holds."""
+    """Run the command line `argv`; return what training_summary_report.json holds, a Report."""
     prepared = prepare(argv)
-    return runs.finished_report(prepared) or train_and_prove(prepared)
+    return Report(runs.finished_report(prepared) or train_and_prove(prepared))
 
 
 if __name__ == "__main__":

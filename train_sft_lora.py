@@ -178,7 +178,7 @@ from parts.plan import advice, chosen_metric, make_plan, named
 from parts.preference import Preference, PreferenceTrainer
 from parts.proof import check_saved_tokenizer, prove, save_final
 from parts.rehearsal import note_inexact, rehearse
-from parts.report import Results, command_of, write_evaluation, write_report
+from parts.report import Report, Results, command_of, write_evaluation, write_report
 from parts.rows import HubSet
 from parts.samples import TrainSet, first_ids, flat, make_samples, tokens_of, unknown_share
 from parts.scores import LOWER_IS_BETTER, WATCHED, metric_names, shown_of
@@ -792,7 +792,7 @@ def ask_server(args):
     settled = {"eval_generate": count, "enable_thinking": str(thinking).lower()}
     record = {"flags": vars(args), "settled": settled, "data": counts}
     if args.dry_run:
-        return record
+        return Report(record)
     endpoint = Endpoint(args.endpoint, args.endpoint_model, thinking, args.max_new_tokens)
     return write_evaluation(output_dir, record, measure_endpoint(dev_sets, output_dir, endpoint))
 
@@ -809,14 +809,14 @@ def evaluate(prepared):
 
 
 def main(argv=None):
-    """Run the command line `argv`; return what training_summary_report.json holds."""
+    """Run the command line `argv`; return what training_summary_report.json holds, a Report."""
     args = parse_args(argv)  # prepare parses again: tests and notebooks call it alone
     if args.endpoint:  # no model is loaded
         return ask_server(args)
     prepared = prepare(argv)
     if args.eval_only:
-        return evaluate(prepared)
-    report = runs.finished_report(prepared) or train_and_prove(prepared)
+        return Report(evaluate(prepared))
+    report = Report(runs.finished_report(prepared) or train_and_prove(prepared))
     if args.sanity_overfit and "metrics" in report:
         check_overfit(report["metrics"]["after"], prepared.trainer.train_dataset)
     return report

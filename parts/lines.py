@@ -126,6 +126,12 @@ def result_lines(before, after, shown):
     return lines
 
 
+def metric_lines(metrics):
+    """Return what was measured, {name: value}, without training."""
+    width = max(map(display_width, metrics), default=0)
+    return [f"result    {padded(name, width)} {number(value)}" for name, value in metrics.items()]
+
+
 def best_step_of(log, metric, greater_is_better):
     """Return the step of the best evaluation in a log, of equals the first; None without one.
 

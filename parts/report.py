@@ -8,7 +8,7 @@ from pathlib import Path
 import utils
 from parts.curves import draw_curves, entries_with
 from parts.examples import before_and_after
-from parts.lines import display_width, number, padded, result_lines
+from parts.lines import metric_lines, result_lines
 from parts.page import page
 from utils import say, write_json
 
@@ -25,6 +25,27 @@ class Results:
     warnings: list  # sentences
     seconds: float  # evaluations included
     resumed_after: int  # the step of the checkpoint that the run went on from, or 0
+
+
+class Report(dict):
+    """What main returns; at the end of a notebook's cell it shows its main figures alone."""
+
+    def __repr__(self):
+        title = "Report"
+        if "flags" in self:
+            title += f" of {self['flags']['output_dir']}"
+        if "steps" in self:
+            title += f", {self['steps']} steps"
+        metrics = self.get("metrics", {})
+        if "before" in metrics:  # those of training
+            lines = result_lines(metrics["before"], metrics["after"], self["plan"]["shown"])
+        else:
+            lines = metric_lines(metrics)
+        lines = [f"  {line.removeprefix('result').lstrip()}" for line in lines]
+        if len(lines) > 10:
+            lines[10:] = [f"  ... {len(lines) - 10} more"]
+        keys = f"its keys: {', '.join(self)}; all of it: dict(report)"
+        return "\n".join([title, *lines, keys])
 
 
 def peak_gib():
@@ -85,7 +106,7 @@ def write_report(trainer, output_dir, record, plan, results):
     """Write logs, curves, page and report of a finished run, say so, and return the report."""
     folder = Path(output_dir)
     log = trainer.state.log_history
-    report = record | summary(trainer, plan, results)
+    report = Report(record | summary(trainer, plan, results))
     if trainer.is_world_process_zero():
         write_logs(folder, log, plan.steps_per_epoch)
         draw_curves(folder / "training_curves.png", log, report)
@@ -163,11 +184,10 @@ def say_results(report, shown, seconds_aside, results):
 
 def write_evaluation(output_dir, record, metrics):
     """Print and write the metrics of --eval_only; return the report."""
-    width = max(map(display_width, metrics), default=0)
-    for name, value in metrics.items():
-        say(f"result    {padded(name, width)} {number(value)}")
+    for line in metric_lines(metrics):
+        say(line)
     folder = Path(output_dir)
-    report = record | {"metrics": metrics}
+    report = Report(record | {"metrics": metrics})
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "evaluation_report.json", report)
     return report

@@ -737,10 +737,14 @@ def test_a_signal_saves_a_checkpoint_and_says_how_to_resume(number, tiny_bert, p
     assert not (tmp_path / "out/final").exists()
 
 
-def test_a_finished_run_is_left_as_it_is(run_embed, capsys):
+def test_a_finished_run_is_left_as_it_is(run_embed, tmp_path, capsys):
     report = run_embed("--max_steps", 2)
-    assert run_embed("--max_steps", 2, "--resume_from_checkpoint") == report
+    again = run_embed("--max_steps", 2, "--resume_from_checkpoint")
+    assert again == report
     assert "is finished" in capsys.readouterr().out
+    dry = run_embed("--dry_run", out=tmp_path / "dry")
+    for each in (report, again, dry):  # as a cell shows them
+        assert len(repr(each)) < 1000 < len(repr(dict(each)))
 
 
 def test_resume_refuses_other_flags_and_other_data(run_embed, tmp_path, pairs):

@@ -511,6 +511,8 @@ def test_endpoint_is_asked_and_scored(run_sft, stages, tmp_path):
         == pytest.approx(right)
     )
     assert "all_loss" not in report["metrics"]
+    assert utils.read_json(tmp_path / "out/evaluation_report.json") == report
+    assert len(repr(report)) < 1000 < len(repr(dict(report)))
     lines = [
         json.loads(line)
         for line in (tmp_path / "out/predictions-all-0.jsonl").read_text().splitlines()
