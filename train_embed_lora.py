@@ -22,7 +22,7 @@ from functools import partial
 
 import utils
 from parts import flags
-from parts.flags import integer, one_of, real
+from parts.flag_types import integer, margin, one_of, real
 
 # ---------------------------------------------------------------- arguments
 
@@ -73,7 +73,7 @@ def add_embedding_flags(parser):
         help="tokens to one vector [the base's]")
     add("--append_eos", action="store_true",
         help="end every text with the EOS token, truncated ones too")
-    add("--false_negative_margin", type=flags.margin, metavar="X",
+    add("--false_negative_margin", type=margin, metavar="X",
         help="mask other rows' documents so much above the positive: 0.05, or 1.05x its cosine")
     add("--in_batch_negatives", action=argparse.BooleanOptionalAction, default=True,
         help="contrast with the documents of a step's other rows [on]")
@@ -120,13 +120,14 @@ from parts.batches import FileSteps, loader_of, mean_fullness, rows_of_files, sh
 from parts.behaviour import hidden_states, what_an_embedder_does
 from parts.checkpoints import stored_cut
 from parts.corpus import read_corpus
+from parts.cutting import cut, moved
 from parts.dev_sets import HELD_OUT, dev_indices, dev_sizes, fill_pools, read_data
 from parts.examples import carry_over, draw, shortened, showing
 from parts.mined_files import copy_mined, mined_file, read_mined, write_mined
 from parts.mining import Miner, MiningRules, Pool, show_pool
 from parts.pairs import Columns
 from parts.plan import advice, chosen_metric, make_plan, named
-from parts.processes import agree
+from parts.processes import agree, largest
 from parts.proof import check_saved_tokenizer, prove, save_final
 from parts.rehearsal import note_inexact, rehearse
 from parts.relevance import types_served
@@ -141,8 +142,9 @@ from parts.sentence_files import (
     read_sentence_files,
     write_sentence_files,
 )
+from parts.shards import is_in_parts, note_savings
 from parts.splits import Sizes, Source
-from parts.step import StepTrainer, cut, get_rng_state, moved, replayed
+from parts.step import StepTrainer, get_rng_state, replayed
 from parts.teacher import show_teacher
 from parts.texts import TextRules, Texts, encode_texts, note_cut_texts, note_unknown
 from parts.tokenizer import append_eos, check_vocabulary, load_tokenizer, within_limit
@@ -630,6 +632,18 @@ class EmbedTrainer(StepTrainer):
         parts = padded.chunk(len(sizes))
         return [part[:size] for part, size in zip(parts, sizes, strict=True)]
 
+    def cut_step(self, step):
+        """Return pieces as StepTrainer does; with the base in parts of as many sequences on each.
+
+        Shared texts stand in a step once, so that processes differ in how many they have. What a
+        step is filled up with no query and no document refers to: its gradient is 0.
+        """
+        sequences = step["sequences"]
+        if self.in_parts:
+            missing = largest(self.accelerator, len(sequences)) - len(sequences)
+            sequences += [min(sequences, key=len)] * missing
+        return super().cut_step(step)
+
     def run_step(self, model, step, pieces, tokens_at_once):
         """Forward and backward of one step by gradient caching (Gao et al. 2021, section 3.2).
 
@@ -644,6 +658,8 @@ class EmbedTrainer(StepTrainer):
             again       g b, g b, g b   one early piece after the other
         """
         early = count_early(pieces, step, tokens_at_once)
+        if self.in_parts:  # or processes would make different numbers of passes
+            early = largest(self.accelerator, early)
         inputs = self.inputs_of(step, pieces)
         vectors, states = self.embed_pieces(model, inputs, early)
         loss, gradients = self.loss_and_gradients(vectors, step, pieces)
@@ -700,38 +716,42 @@ class EmbedTrainer(StepTrainer):
         Returns vectors (len(sequences), D) on each process.
         """
         world = self.accelerator.num_processes
-        own = range(self.accelerator.process_index, len(sequences), world)
+        own, fillers = self.own_share(len(sequences))
         if len(sequences) < world:  # each does all: one without any would have nothing to gather
             world = 1
-            own = range(len(sequences))
-        step = {"sequences": sequences}
-        lengths = [len(sequences[i]) for i in own]
-        # without a backward pass twice as many fit
-        at_once = max(self.batch_size * self.max_length, self.piece_tokens or 0)
-        limit = 2 * min(self.device_tokens, at_once)
-
-        def encode_own():
-            pieces = cut(lengths, limit // 2**self.halvings)
-            # the largest first, and the results in one place: a pass then fits into what the ones
-            # before have freed. Else the heap grew by 347 MiB for 2,000 documents, so by 140
-            pieces.sort(key=lambda piece: -len(piece) * lengths[piece[0]])
-            vectors = None
-            done = 0
-            for piece in pieces:
-                [inputs] = self.inputs_of(step, [[own[i] for i in piece]])
-                found = self.encode(self.model, inputs)
-                if vectors is None:
-                    vectors = found.new_empty(len(own), found.shape[1])
-                vectors[done : done + len(piece)] = found
-                done += len(piece)
-            return [own[i] for piece in pieces for i in piece], vectors
-
-        places, vectors = self.evaluated(encode_own)
-        [order] = moved([torch.tensor(places)], self.args.device)
+            own, fillers = range(len(sequences)), []
+        rows = [*own, *fillers]
+        places, vectors = self.evaluated(lambda: self.embed_share(sequences, rows))
+        if fillers:
+            counted = [k for k, i in enumerate(places) if i < len(own)]
+            places = [places[k] for k in counted]
+            vectors = vectors[counted]
+        [order] = moved([torch.tensor([own[i] for i in places])], self.args.device)
         if world > 1:
             order = torch.cat(self.gather(order))
             vectors = torch.cat(self.gather(vectors))
         return vectors[order.argsort()]
+
+    def embed_share(self, sequences, rows):
+        """Embed the sequences of `rows`; returns (places in rows, the vectors of these)."""
+        lengths = [len(sequences[i]) for i in rows]
+        # without a backward pass twice as many fit
+        at_once = max(self.batch_size * self.max_length, self.piece_tokens or 0)
+        limit = 2 * min(self.device_tokens, at_once)
+        pieces = self.in_step(cut(lengths, limit // 2**self.halvings), lengths)
+        # the largest first, and the results in one place: a pass then fits into what the ones
+        # before have freed. Else the heap grew by 347 MiB for 2,000 documents, so by 140
+        pieces.sort(key=lambda piece: -len(piece) * lengths[piece[0]])
+        vectors = None
+        done = 0
+        for piece in pieces:
+            [inputs] = self.inputs_of({"sequences": sequences}, [[rows[i] for i in piece]])
+            found = self.encode(self.model, inputs)
+            if vectors is None:
+                vectors = found.new_empty(len(rows), found.shape[1])
+            vectors[done : done + len(piece)] = found
+            done += len(piece)
+        return list(itertools.chain.from_iterable(pieces)), vectors
 
     def embed_texts(self, indices):
         """Embed texts of the run by index; returns vectors (len(indices), D)."""
@@ -1121,6 +1141,7 @@ def load_model(args, origin, config, data):
         full=args.finetune_type == "full",
         merges=args.merge_adapter,
     )
+    note_savings(args.zero_stage, model)
     return Embedder(model, does.is_causal, does.dimension, precision, pooling, loaded.bits, dropout)
 
 
@@ -1234,6 +1255,7 @@ def settled_of(data, embedder):
     return {
         **asdict(data.rules),
         "pooling": embedder.pooling,
+        "zero_stage": 3 if is_in_parts(embedder.model) else 0,
         "bits": embedder.bits,
         "lora_dropout": embedder.dropout,
     }

@@ -25,7 +25,7 @@ from statistics import fmean as mean
 
 import utils
 from parts import flags
-from parts.flags import integer, one_of, real
+from parts.flag_types import integer, one_of, real
 
 # ---------------------------------------------------------------- arguments
 
@@ -171,6 +171,7 @@ from parts.behaviour import middle_logits, what_a_language_model_does
 from parts.causal import CausalTrainer, predicted, token_losses, token_scores
 from parts.chats import TAG_RESIDUE, has_reasoning, read_data
 from parts.checkpoints import stored_cut
+from parts.cutting import pad
 from parts.endpoint import Endpoint, measure_endpoint
 from parts.examples import carry_over, showing
 from parts.masks import Rules, find_frame
@@ -182,8 +183,8 @@ from parts.report import Report, Results, command_of, write_evaluation, write_re
 from parts.rows import HubSet
 from parts.samples import TrainSet, first_ids, flat, make_samples, tokens_of, unknown_share
 from parts.scores import LOWER_IS_BETTER, WATCHED, metric_names, shown_of
+from parts.shards import is_in_parts, note_savings
 from parts.splits import Sizes, Source
-from parts.step import pad
 from parts.template import Chat, note_oddities, read_template, stored_stops
 from parts.tokenizer import check_vocabulary, load_tokenizer, within_limit
 from utils import InputError, note, say
@@ -289,7 +290,10 @@ class SftTrainer(CausalTrainer):
 
     def score(self, samples):
         """Return {"loss", "token_accuracy"} over the supervised tokens of samples."""
-        own = collate([samples[i] for i in self.own_share(len(samples))])
+        rows, fillers = self.own_share(len(samples))
+        own = collate([samples[i] for i in (*rows, *fillers)])
+        for i in range(len(rows), len(own["supervised"])):
+            own["supervised"][i] = own["supervised"][i] & False  # counted by another process
 
         def score_own():
             scores = []
@@ -591,6 +595,7 @@ def load_model(args, origin, config):
         full=args.finetune_type == "full",
         merges=args.merge_adapter,
     )
+    note_savings(args.zero_stage, model)
     return LanguageModel(model, does.plain_head, precision, loaded.bits, dropout)
 
 
@@ -677,6 +682,7 @@ def settled_of(data, language_model):
     return {
         "max_length": data.rules.max_length,
         "enable_thinking": str(data.chat.thinking).lower(),
+        "zero_stage": 3 if is_in_parts(language_model.model) else 0,
         "bits": language_model.bits,
         "lora_dropout": language_model.dropout,
     }

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import utils
 from parts.base import LOADING_ERRORS, Origin, base_json
 from parts.causal import generate_greedily
-from parts.flags import integer
+from parts.flag_types import integer
 from parts.masks import decode_answer, find_frame
 from parts.messages import Drop
 from parts.scores import answer_of

@@ -36,7 +36,7 @@ from parts.base import (
     position_limit,
 )
 from parts.cells import texts_of, written
-from parts.flags import count
+from parts.flag_types import count
 from parts.memory import is_out_of_memory
 from parts.pairs import QUERY_NAMES, fields_of, find_column, find_negatives, positive_names
 from parts.relevance import is_score

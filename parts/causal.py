@@ -6,12 +6,16 @@ Shapes: B sequences, T tokens, N supervised tokens, D hidden size, V vocabulary.
 import contextlib
 import math
 
+from parts.cutting import cut
 from parts.masks import decode_answer
-from parts.step import StepTrainer, cut
+from parts.processes import largest
+from parts.shards import gathered
+from parts.step import StepTrainer
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
+from torch import nn
 from torch.utils.checkpoint import checkpoint as recomputed
 from transformers import GenerationConfig
 
@@ -110,8 +114,7 @@ class CausalTrainer(StepTrainer):
         """
         labels = inputs["labels"]
         chunk = max(1, LOGITS_AT_ONCE // self.model.config.get_text_config().vocab_size)
-        # behind a head that is not plain stands code of the model's own
-        in_chunks = self.plain_head and len(labels) > chunk
+        in_chunks = self.scores_chunks(len(labels), chunk)
         with self.accelerator.autocast():
             with self.head_at(inputs["positions"], runs=not in_chunks):
                 # no attention mask: a causal model never sees the padding on its right
@@ -119,6 +122,15 @@ class CausalTrainer(StepTrainer):
             if in_chunks:
                 return self.scores_in_chunks(score, found, labels, chunk)
             return score(found, labels)
+
+    def scores_chunks(self, count, chunk):
+        """Tell whether the scores of `count` tokens are taken `chunk` at a time."""
+        if not self.plain_head:  # behind the head stands code of the model's own
+            return False
+        if self.in_parts:
+            # always, as all processes must; but an adapter on the head would gather it each time
+            return isinstance(self.head, nn.Linear)
+        return count > chunk
 
     @contextlib.contextmanager
     def head_at(self, positions, runs):
@@ -145,10 +157,17 @@ class CausalTrainer(StepTrainer):
         The backward pass computes their logits again: those of all positions at once are what
         memory is short of, at a vocabulary of 150,000.
         """
+        head = self.head
+        if self.in_parts:
+            # once a piece: processes have different numbers of chunks, and all gather it together
+            weight, bias = gathered(head.weight), gathered(head.bias)
+
+            def head(hidden):
+                return F.linear(hidden, weight, bias)
 
         def score_chunk(hidden, labels):
             with self.accelerator.autocast():  # once more, as the backward pass calls it outside
-                return score(self.head(hidden), labels)
+                return score(head(hidden), labels)
 
         scores = []
         for part in zip(hidden.split(chunk), labels.split(chunk), strict=True):
@@ -175,10 +194,6 @@ class CausalTrainer(StepTrainer):
         # written by the device: torch.tensor(count) would be copied, and wait for its queue
         return self.accelerator.reduce(torch.full((), count, device=self.args.device))
 
-    def own_share(self, count):
-        """Return which of `count` rows this process measures."""
-        return range(self.accelerator.process_index, count, self.accelerator.num_processes)
-
     def over_processes(self, sums):
         """Return sums added up over all processes."""
         if self.accelerator.num_processes == 1:
@@ -189,7 +204,8 @@ class CausalTrainer(StepTrainer):
         """Cut rows that are only measured; without a backward pass twice as many fit."""
         at_once = max(self.batch_size * self.max_length, self.piece_tokens or 0)
         limit = min(self.device_tokens, 2 * at_once)
-        return cut(self.lengths_of(step), limit // 2**self.halvings)
+        lengths = self.lengths_of(step)
+        return self.in_step(cut(lengths, limit // 2**self.halvings), lengths)
 
     def warnings_about(self, after):
         """Return a warning for each dev set whose answers seldom stop."""
@@ -210,7 +226,8 @@ class CausalTrainer(StepTrainer):
         Returns [(text, whether it stopped)].
         """
         # the longest first: memory that runs out does so at once, and parts are padded little
-        own = sorted(self.own_share(len(prompts)), key=lambda i: -len(prompts[i]))
+        own, fillers = self.own_share(len(prompts))
+        own = sorted([*own, *fillers], key=lambda i: -len(prompts[i]))
         answers = self.evaluated(lambda: self.generate_own(prompts, own))
         if self.accelerator.num_processes > 1:
             answers = dict(gather_object(list(answers.items())))
@@ -223,6 +240,8 @@ class CausalTrainer(StepTrainer):
         for start in range(0, len(own), size):
             part = own[start : start + size]
             room = self.position_limit - len(prompts[part[0]])  # behind the longest of the part
+            if self.in_parts:  # all go on until the last process has its answers
+                room = -largest(self.accelerator, -room)
             with self.accelerator.autocast():
                 found = generate_greedily(
                     self.model,

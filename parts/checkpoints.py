@@ -26,6 +26,7 @@ FREE_ON_RESUME = {
     "piece_tokens",
     "halvings",
     "shares_prompts",
+    "zero_stage",
     "report_to",
     "save_total_limit",
     "dry_run",

@@ -1,12 +1,11 @@
 """The flags that both trainers have: declared, checked against one another, filled in; no torch."""
 
 import argparse
-import math
 import os
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 
+from parts.flag_types import above_zero, count, integer, natural, one_of, real, share
 from utils import InputError, checked_json
 
 PREFERENCE_LOSSES = ("sigmoid", "hinge", "ipo", "kto_pair", "orpo", "simpo")
@@ -17,57 +16,6 @@ OF_ADAPTER = (
     ("use_rslora", "use_rslora"),
     ("target_modules", "target_modules"),
 )
-
-
-def bounded(kind, low, high=math.inf, without=()):
-    """Argparse type: a number of `kind` from `low` to `high`, the ends in `without` excluded."""
-    excluded = {math.inf, *without}
-    left = "(" if low in excluded else "["
-    right = ")" if high in excluded else "]"
-
-    def number(text):
-        value = kind(text)
-        if low <= value <= high and value not in excluded:
-            return value
-        raise argparse.ArgumentTypeError(f"{text} is outside {number.interval}")
-
-    number.interval = f"{left}{low}, {high}{right}"  # docs/flags.md shows it, too
-    number.__name__ = kind.__name__  # argparse names it: "invalid int value"
-    return number
-
-
-integer = partial(bounded, int)
-real = partial(bounded, float)
-count = integer(1)
-natural = integer(0)
-share = real(0, 1, {1})
-above_zero = real(0, without={0})
-
-
-def margin(text):
-    """Argparse type: a difference of cosines as a number, 0.05, or a multiple as text, "1.05x"."""
-    number = text.strip().lower()
-    is_relative = number.endswith("x")
-    try:
-        value = float(number.removesuffix("x"))
-    except ValueError:
-        value = math.nan
-    if is_relative and 0 < value <= 10:
-        return f"{value:g}x"
-    if not is_relative and 0 <= value <= 2:
-        return value
-    raise argparse.ArgumentTypeError(
-        f"{text} is neither a difference of cosines from 0 to 2 (0.05) nor a multiple of the "
-        "positive's up to 10 (1.05x)"
-    )
-
-
-margin.interval = "[0, 2], or a multiple in (0, 10] as 1.05x"
-
-
-def one_of(*names):
-    """Keyword arguments of a flag that takes one of `names`, in any case: Bf16, AdamW, None."""
-    return {"type": str.lower, "choices": list(names)}
 
 
 def add_switch(add, name, flag, value, meaning):
@@ -130,6 +78,8 @@ def add_model_flags(parser):
         help="--load_in_4bit or --load_in_8bit as a number [qlora alone means 4]")
     add("--init_adapter", metavar="DIR",
         help="go on training an adapter, with a fresh optimizer and its own rank")
+    add("--zero_stage", type=int, choices=[0, 1, 2, 3], default=0,
+        help="3: of several processes each holds its share of the frozen base [0]")
 
 
 def add_data_flags(parser, dev_size):
@@ -244,6 +194,7 @@ def finish(parser, args, model, step):
     """
     bits = asked_bits(args)
     refuse_contradictions(parser, args, bits)
+    refuse_shares(parser, args, bits)
     stored = adapter_of(parser, args)
     take_from_adapter(parser, args, stored)
     args.bits = next(iter(bits), None)
@@ -305,6 +256,16 @@ def refuse_contradictions(parser, args, bits):
     # fmt: on
 
 
+def refuse_shares(parser, args, bits):
+    """Exit 2 where several processes cannot hold the base in parts, as --zero_stage asks."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # torchrun's
+        return  # one process holds all in any case
+    if args.zero_stage and args.finetune_type == "full":
+        parser.error("--zero_stage shares out a frozen base: --finetune_type full has none")
+    if args.zero_stage == 3 and (bits or args.finetune_type == "qlora"):
+        parser.error("--zero_stage 3 would lose the statistics of a quantised base: pass one")
+
+
 def adapter_of(parser, args):
     """Return the adapter_config.json of --init_adapter, {} without one; exits 2 if unreadable."""
     if not args.init_adapter:
@@ -358,6 +319,7 @@ def asked_base(args):
         "bits": args.bits,
         "attention": args.attn_implementation,
         "keep_dropout": args.model_dropout,
+        "zero_stage": args.zero_stage,
     }
 
 

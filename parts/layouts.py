@@ -4,8 +4,8 @@ Shapes: P pairs of a piece, B sequences, T tokens, N tokens of answers.
 """
 
 from parts.causal import predicted
+from parts.cutting import pad
 from parts.samples import first_answer
-from parts.step import pad
 
 import numpy as np
 import torch

@@ -9,10 +9,10 @@ from functools import partial
 from statistics import fmean as mean
 
 from parts.causal import CausalTrainer, token_losses
+from parts.cutting import moved
 from parts.layouts import collate_pairs, lay_out_pairs, positions_and_mask
 from parts.processes import agree
 from parts.samples import longest_side
-from parts.step import moved
 from utils import InputError, say
 
 import torch
@@ -302,13 +302,17 @@ class PreferenceTrainer(CausalTrainer):
 
         That is: their rows in `samples`, their logps, lengths, reference.
         """
-        own = self.own_share(len(samples))
-        step = collate_pairs(self.shares, [samples[i] for i in own])
+        own, fillers = self.own_share(len(samples))
+        step = collate_pairs(self.shares, [samples[i] for i in (*own, *fillers)])
         for piece in self.pieces_of(step):
             [inputs] = self.inputs_of(step, [piece])
             [reference] = self.references(step, [piece])
-            logps = self.pair_logps(self.model, inputs)
-            yield [own[i] for i in piece], logps, inputs["lengths"], reference
+            found = [self.pair_logps(self.model, inputs), inputs["lengths"], reference]
+            if fillers:
+                counted = [k for k, i in enumerate(piece) if i < len(own)]
+                piece = [piece[k] for k in counted]
+                found = [None if each is None else each[counted] for each in found]
+            yield [own[i] for i in piece], *found
 
     def score(self, samples):
         """Return pair_means of a dev set, and its length_accuracy.

@@ -5,10 +5,12 @@ import random
 import time
 from functools import partial
 
+from parts.cutting import cut, padded_tokens
 from parts.memory import BUDGET, bytes_to_come, gpu_memory, held, is_out_of_memory, tokens_that_fit
 from parts.processes import OutOfMemoryElsewhere, agree, largest
 from parts.report import peak_gib
-from parts.step import cut, get_rng_state, padded_tokens, replayed
+from parts.shards import bytes_of
+from parts.step import get_rng_state, replayed
 from utils import InputError, note, say
 
 import torch
@@ -174,6 +176,10 @@ def show_plan(trainer, plan):
     if isinstance(model, PeftModel):
         adapter = f", LoRA r {model.peft_config['default'].r}, scale {plan.lora_scale:g}"
     say(f"trains    {trainable:,} weights ({share:.1%}){adapter}")
+    if trainer.accelerator.num_processes > 1:
+        held, whole = bytes_of(model)
+        of_it = f"{held / 1e9:.2f} of its " if held < whole else ""
+        say(f"base      each process holds {of_it}{whole / 1e9:.2f} GB")
     in_memory = f"{plan.batch_size} in memory x {math.ceil(plan.step_rows / plan.batch_size)}"
     if trainer.accelerator.num_processes > 1:
         in_memory += f" x {trainer.accelerator.num_processes} processes"

@@ -1,7 +1,4 @@
-"""The exact step: cut into pieces that fit in memory, with the gradient of the uncut step.
-
-Shapes: B sequences of a piece, T tokens.
-"""
+"""The exact step: cut into pieces that fit in memory, with the gradient of the uncut step."""
 
 import gc
 import itertools
@@ -9,39 +6,18 @@ import math
 import time
 from contextlib import contextmanager
 
+from parts.cutting import cut, moved, pad, padded_tokens, split
 from parts.figures import Figures
 from parts.memory import is_out_of_memory
-from parts.processes import OutOfMemoryElsewhere, agree, average_gradients
+from parts.processes import OutOfMemoryElsewhere, agree, average_gradients, largest
+from parts.shards import is_in_parts, leave_to_fsdp, let_go
 from utils import InputError, say
 
 import torch
 from peft import PeftModel
-from torch import nn
 from transformers import Trainer
 
 PIECE_TOKENS = {"cpu": 448, "cuda": 32768}  # padded tokens of a forward pass: each device's fastest
-
-
-def cut(lengths, budget):
-    """Cut sequences, longest first, into pieces of at most `budget` padded tokens (or of one).
-
-    lengths: of each sequence, in tokens. Returns lists of indices.
-    """
-    # sorted, sequences of a piece are of nearly one length: 1.1 padded tokens a real one, not 2.2
-    pieces = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if pieces:
-            longest = lengths[pieces[-1][0]]  # all of a piece are padded to its first
-            if (len(pieces[-1]) + 1) * longest <= budget:
-                pieces[-1].append(i)
-                continue
-        pieces.append([i])
-    return pieces
-
-
-def padded_tokens(pieces, lengths):
-    """Return the tokens of pieces as `cut` makes them, padding included."""
-    return sum(len(piece) * lengths[piece[0]] for piece in pieces)
 
 
 def broken_weight(model, untrained):
@@ -54,28 +30,6 @@ def broken_weight(model, untrained):
         if unchanged and not parameter.isfinite().all():
             return name.removeprefix("base_model.model.").replace(".base_layer", "")  # peft's
     return None
-
-
-def pad(sequences):
-    """Return input_ids (B, T) of token sequences, padded on the right with 0, and lengths (B,)."""
-    rows = [torch.tensor(ids) for ids in sequences]
-    lengths = torch.tensor([len(row) for row in rows])
-    # any id would do: nobody looks behind a sequence's length
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True).long(), lengths
-
-
-def moved(tensors, device):
-    """Return tensors (of one dtype, on the CPU) as views of one copy on the device.
-
-    The CPU goes on at once. A copy from memory that is not pinned would wait until the device has
-    done all that is queued, and so would anything that asks the device for a number or a size.
-    """
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
-    on_cuda = device.type == "cuda"
-    if on_cuda:
-        flat = flat.pin_memory()
-    parts = flat.to(device, non_blocking=on_cuda).split([tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 class StepTrainer(Trainer):
@@ -98,6 +52,9 @@ class StepTrainer(Trainer):
         gradient_checkpointing: "on", "off", or "auto", which leaves it to the rehearsal on a GPU.
         """
         super().__init__(**kwargs)
+        self.in_parts = is_in_parts(self.model)
+        if self.in_parts:
+            leave_to_fsdp(self.model)
         self.batch_size = batch_size  # not Trainer's, for which a whole step is one batch
         self.grow_pieces = grow_pieces
         self.gradient_checkpointing = gradient_checkpointing
@@ -232,6 +189,8 @@ class StepTrainer(Trainer):
                     raise InputError(
                         "out of memory: lower --max_length or --batch_size, or quantise."
                     ) from error
+                if self.in_parts:
+                    raise self.out_of_memory_alone() from error
                 ran_out = True
             # outside the except block, where the error no longer holds the graph
             self.free_memory()
@@ -239,6 +198,20 @@ class StepTrainer(Trainer):
                 self.take_less_memory()
                 if together:
                     agree(self.accelerator, fits=False)
+
+    def out_of_memory_alone(self):
+        """Return the InputError on a process that runs out of memory with the base in parts.
+
+        The others wait in the middle of a pass for its share of a layer, and cannot be told.
+        """
+        less = "--gradient_checkpointing"
+        if self.recomputes:
+            less = f"--batch_size {self.batch_size // 2}" if self.batch_size > 1 else "--max_length"
+        return InputError(
+            f"out of memory in process {self.accelerator.process_index}, and with --zero_stage 3 "
+            f"no process can start again by itself: pass {less}, "
+            "--no-grow_pieces, or more processes."
+        )
 
     def take_less_memory(self):
         """Recompute activations from here on, if that is left to us, or halve the pieces."""
@@ -327,11 +300,31 @@ class StepTrainer(Trainer):
         tokens = max(math.ceil(sum(lengths) / parts), self.piece_tokens or 0)
         # the device's: less in a piece than fits may be faster
         pieces = cut(lengths, min(self.device_tokens, tokens) // 2**self.halvings)
+        pieces = self.in_step(pieces, lengths)
         padded = padded_tokens(pieces, lengths)
         self.real_tokens += sum(map(len, step["sequences"]))
         self.padded_tokens += padded
         at_once = max(padded / parts, self.piece_tokens or 0)
         return pieces, at_once / 2**self.halvings
+
+    def in_step(self, pieces, lengths):
+        """Return pieces as many as the process with the most has, where the base is in parts.
+
+        All gather each layer together, so that all make the same number of passes.
+        """
+        if not self.in_parts:
+            return pieces
+        return split(pieces, lengths, largest(self.accelerator, len(pieces)))
+
+    def own_share(self, count):
+        """Return which of `count` rows this process measures, and which only fill its share up.
+
+        These are to be computed and not counted: with the base in parts all have as many rows.
+        """
+        world = self.accelerator.num_processes
+        own = range(self.accelerator.process_index, count, world)
+        fillers = [0] * (math.ceil(count / world) - len(own)) if self.in_parts else []
+        return own, fillers
 
     def lengths_of(self, step):
         """Return how many tokens each sequence takes in a piece."""
@@ -348,6 +341,11 @@ class StepTrainer(Trainer):
         tensors = itertools.chain.from_iterable(inputs.values() for inputs in laid_out)
         on_device = iter(moved(list(tensors), self.args.device))
         return [{name: next(on_device) for name in inputs} for inputs in laid_out]
+
+    def save_model(self, *args, **kwargs):
+        """Save; what a pass has left gathered is let go first, by all processes."""
+        let_go(self.model)
+        super().save_model(*args, **kwargs)
 
     def before_training(self):
         """Do what needs the model of before the first step, on which a resumed run starts too."""

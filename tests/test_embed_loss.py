@@ -4,7 +4,7 @@ import math
 
 import train_embed_lora
 from conftest import relative
-from parts import flags
+from parts.flag_types import margin
 from parts.relevance import LARGEST, is_score
 from parts.rows import text_id
 from train_embed_lora import (
@@ -215,7 +215,7 @@ def test_margin_masks_other_rows_documents_alone(asked, scores_at_once, monkeypa
     naive, masked, spared = naive_margin_loss(query_emb, doc_emb, documents, limit)
     assert (masked > 3 and spared > 2) or asked == "2"
     loss, expected = loss_and_gradient(naive, query_emb, doc_emb)
-    rules = LossRules(0.05, margin_of(flags.margin(asked)))
+    rules = LossRules(0.05, margin_of(margin(asked)))
     columns = [step[name] for name in ("own", "known", "spared", "teacher")]
 
     def mean(*block):
@@ -242,11 +242,11 @@ def test_own_columns_are_a_rows_documents_and_its_positive_again():
 
 def test_a_margin_that_hides_what_is_still_wrong_is_noted(capsys):
     for asked in ("0.95x", "1x", "0"):
-        margin_of(flags.margin(asked))
+        margin_of(margin(asked))
         said = capsys.readouterr().out
         assert "hides what ranks above a positive: the queries that are still wrong" in said
     for asked in ("1.05x", "0.05"):
-        margin_of(flags.margin(asked))
+        margin_of(margin(asked))
     assert margin_of(None) is None
     assert capsys.readouterr().out == ""
 

@@ -11,7 +11,7 @@ import merge
 import train_embed_lora
 import train_sft_lora
 from conftest import ROOT
-from parts.flags import above_zero, count, integer, margin, real, share
+from parts.flag_types import above_zero, count, integer, margin, real, share
 
 import pytest
 

@@ -11,9 +11,9 @@ here: whether any row is padded (encoders), or holds several texts (decoders).
 from conftest import make_pairs, write_jsonl
 from parts import causal, run
 from parts import step as step_room
+from parts.cutting import moved
 from parts.figures import Figures
 from parts.preference import collate_pairs
-from parts.step import moved
 from train_embed_lora import count_early
 
 import pytest

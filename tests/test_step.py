@@ -3,7 +3,7 @@
 import re
 
 from conftest import gradient, relative
-from parts import step
+from parts import cutting
 from utils import InputError
 
 import pytest
@@ -12,7 +12,7 @@ import torch
 
 def test_cut_sorts_and_respects_the_budget():
     lengths = [5, 50, 7, 6, 49, 200]
-    pieces = step.cut(lengths, 100)
+    pieces = cutting.cut(lengths, 100)
     assert pieces == [[5], [1, 4], [2, 3, 0]]
 
 
