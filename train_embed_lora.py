@@ -142,7 +142,7 @@ from parts.sentence_files import (
     read_sentence_files,
     write_sentence_files,
 )
-from parts.shards import is_in_parts, note_savings
+from parts.shards import note_savings
 from parts.splits import Sizes, Source
 from parts.step import StepTrainer, get_rng_state, replayed
 from parts.teacher import show_teacher
@@ -1255,7 +1255,6 @@ def settled_of(data, embedder):
     return {
         **asdict(data.rules),
         "pooling": embedder.pooling,
-        "zero_stage": 3 if is_in_parts(embedder.model) else 0,
         "bits": embedder.bits,
         "lora_dropout": embedder.dropout,
     }

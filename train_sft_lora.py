@@ -183,7 +183,7 @@ from parts.report import Report, Results, command_of, write_evaluation, write_re
 from parts.rows import HubSet
 from parts.samples import TrainSet, first_ids, flat, make_samples, tokens_of, unknown_share
 from parts.scores import LOWER_IS_BETTER, WATCHED, metric_names, shown_of
-from parts.shards import is_in_parts, note_savings
+from parts.shards import note_savings
 from parts.splits import Sizes, Source
 from parts.template import Chat, note_oddities, read_template, stored_stops
 from parts.tokenizer import check_vocabulary, load_tokenizer, within_limit
@@ -682,7 +682,6 @@ def settled_of(data, language_model):
     return {
         "max_length": data.rules.max_length,
         "enable_thinking": str(data.chat.thinking).lower(),
-        "zero_stage": 3 if is_in_parts(language_model.model) else 0,
         "bits": language_model.bits,
         "lora_dropout": language_model.dropout,
     }

@@ -79,7 +79,7 @@ def add_model_flags(parser):
     add("--init_adapter", metavar="DIR",
         help="go on training an adapter, with a fresh optimizer and its own rank")
     add("--zero_stage", type=int, choices=[0, 1, 2, 3], default=0,
-        help="3: of several processes each holds its share of the frozen base [0]")
+        help="share out among processes: 3 the frozen base, 1 a full run's optimizer [0]")
 
 
 def add_data_flags(parser, dev_size):
@@ -260,8 +260,10 @@ def refuse_shares(parser, args, bits):
     """Exit 2 where several processes cannot hold the base in parts, as --zero_stage asks."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # torchrun's
         return  # one process holds all in any case
-    if args.zero_stage and args.finetune_type == "full":
-        parser.error("--zero_stage shares out a frozen base: --finetune_type full has none")
+    if args.finetune_type == "full" and args.zero_stage > 1:
+        parser.error("--finetune_type full: of --zero_stage it takes 1, which shares out AdamW's")
+    if args.finetune_type == "full" and args.zero_stage and args.optimizer == "adamw_8bit":
+        parser.error("--zero_stage 1 cannot share out --optimizer adamw_8bit: drop one of the two")
     if args.zero_stage == 3 and (bits or args.finetune_type == "qlora"):
         parser.error("--zero_stage 3 would lose the statistics of a quantised base: pass one")
 
@@ -340,6 +342,7 @@ def asked_cut(args):
         "batch_size": args.batch_size,
         "grow_pieces": args.grow_pieces,
         "gradient_checkpointing": args.gradient_checkpointing,
+        "zero_stage": args.zero_stage,
     }
 
 

@@ -1,7 +1,8 @@
-"""A frozen base in parts: each process holds its share of every block (FSDP2, as ZeRO 3 does).
+"""What several processes share out: a frozen base (as ZeRO 3 does), or an optimizer's state (1).
 
-The base is cut while it is loaded, by transformers, so that all that comes before the first step
-has it in parts, too. Adapters, their gradients and optimizer stay whole on every process.
+The base is cut while it is loaded, by transformers (FSDP2), so that all that comes before the first
+step has it in parts, too: each process holds its share of every block. Adapters, their gradients
+and optimizer stay whole on every process.
 """
 
 import re
@@ -10,9 +11,11 @@ from utils import InputError, note
 
 import torch
 from accelerate import PartialState
+from peft import PeftModel
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 
 OLDEST_TORCH = (2, 8)
 # of transformers' models, not public
@@ -59,7 +62,7 @@ def note_savings(asked, model):
     model: with its adapter, whole on each process.
     """
     processes = PartialState().num_processes
-    if asked not in (1, 2) or processes == 1:
+    if asked not in (1, 2) or processes == 1 or not isinstance(model, PeftModel):
         return
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     numbers = 2 + (asked == 2)  # AdamW's moments, and the gradient
@@ -155,3 +158,35 @@ def bytes_of(model):
         held += local.nbytes
         whole += parameter.numel() * parameter.element_size()
     return held, whole
+
+
+# ---------------------------------------------------------------- an optimizer that is shared out
+
+
+class SharedOptimizer(ZeroRedundancyOptimizer):
+    """An optimizer of which each process holds the state of its share of the weights."""
+
+    def state_dict(self):
+        """Return the state of all shares as it was at the last `collect`; none before the first."""
+        try:
+            return super().state_dict()
+        except RuntimeError:  # accelerate asks before the first step, when there is no state
+            return torch.optim.Optimizer.state_dict(self)
+
+
+def shared_optimizer(asked, model, arguments):
+    """Return Trainer's (class, keywords) of an optimizer that is shared out, None for its own.
+
+    asked: --zero_stage; an adapter's optimizer is too small to be worth it.
+    """
+    if asked != 1 or isinstance(model, PeftModel) or PartialState().num_processes == 1:
+        return None
+    kind, keywords = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    return SharedOptimizer, {"optimizer_class": kind, **keywords}
+
+
+def collect(optimizer):
+    """Collect a shared optimizer's state on the process that saves; all must call this."""
+    shared = getattr(optimizer, "optimizer", None)  # accelerate's wrapper around it
+    if isinstance(shared, SharedOptimizer):
+        shared.consolidate_state_dict(to=0)

@@ -10,7 +10,7 @@ from parts.cutting import cut, moved, pad, padded_tokens, split
 from parts.figures import Figures
 from parts.memory import is_out_of_memory
 from parts.processes import OutOfMemoryElsewhere, agree, average_gradients, largest
-from parts.shards import is_in_parts, leave_to_fsdp, let_go
+from parts.shards import collect, is_in_parts, leave_to_fsdp, let_go, shared_optimizer
 from utils import InputError, say
 
 import torch
@@ -45,13 +45,16 @@ class StepTrainer(Trainer):
     keeps_graphs = False  # of several pieces at once
     file_steps = None  # FileSteps, where each step is of one file's rows
 
-    def __init__(self, *, batch_size, grow_pieces, gradient_checkpointing, measure, **kwargs):
+    def __init__(
+        self, *, batch_size, grow_pieces, gradient_checkpointing, zero_stage, measure, **kwargs
+    ):
         """batch_size: examples that must fit into memory; measure(trainer): {metric: value}.
 
         grow_pieces: whether more may be in memory, where there is a GPU to ask for how many.
         gradient_checkpointing: "on", "off", or "auto", which leaves it to the rehearsal on a GPU.
         """
-        super().__init__(**kwargs)
+        optimizer = shared_optimizer(zero_stage, kwargs["model"], kwargs["args"])
+        super().__init__(**kwargs, optimizer_cls_and_kwargs=optimizer)
         self.in_parts = is_in_parts(self.model)
         if self.in_parts:
             leave_to_fsdp(self.model)
@@ -278,6 +281,7 @@ class StepTrainer(Trainer):
             "gradient_checkpointing": "on" if self.recomputes else "off",
             "piece_tokens": self.piece_tokens,
             "halvings": self.halvings,
+            "zero_stage": 3 if self.in_parts else int(self.optimizer_cls_and_kwargs is not None),
         }
 
     def take_over(self, settled, may_grow):
@@ -343,8 +347,9 @@ class StepTrainer(Trainer):
         return [{name: next(on_device) for name in inputs} for inputs in laid_out]
 
     def save_model(self, *args, **kwargs):
-        """Save; what a pass has left gathered is let go first, by all processes."""
+        """Save; what all processes must do for one that saves is done first."""
         let_go(self.model)
+        collect(self.optimizer)
         super().save_model(*args, **kwargs)
 
     def before_training(self):

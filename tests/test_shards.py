@@ -28,6 +28,8 @@ from utils import InputError
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -227,6 +229,26 @@ def test_an_adapter_is_measured_and_compared(sft_argv, tmp_path):
     assert measured[0] == pytest.approx(measured[1], rel=1e-4)
 
 
+@pytest.mark.distributed
+def test_an_optimizer_in_parts_trains_the_same_and_resumes(run_sft, sft_argv, tmp_path):
+    flags = "--finetune_type full --batch_size 2 --gradient_accumulation 2 --max_steps 6"
+    flags += " --eval_every 3 --lr 1e-3 --zero_stage"
+    found = []
+    for stage in (0, 1):
+        argv = sft_argv(*flags.split(), stage, out=tmp_path / f"out{stage}")
+        torchrun(2, "train_sft_lora.py", *argv)
+        report = json.loads((tmp_path / f"out{stage}/training_summary_report.json").read_text())
+        assert report["settled"]["zero_stage"] == stage
+        found.append(load_file(tmp_path / f"out{stage}/final/model.safetensors"))
+    for name, weight in found[0].items():
+        assert relative(found[1][name], weight) < 1e-6
+    state = torch.load(tmp_path / "out1/checkpoint-3/optimizer.pt", weights_only=False)["state"]
+    assert len(state) == len(found[0])  # of all weights, though each process has half of them
+    back_to(tmp_path / "out1", 3)
+    torchrun(2, "train_sft_lora.py", *argv, "--resume_from_checkpoint")
+    assert same(found[1], load_file(tmp_path / "out1/final/model.safetensors"))
+
+
 # ---------------------------------------------------------------- what goes wrong in one process
 
 IN_ONE = """
@@ -279,7 +301,8 @@ def test_contradictions_are_refused_before_anything_is_read(sft_argv, monkeypatc
     for flags, said in (
         ("--zero_stage 3 --load_in_4bit", "statistics of a quantised base"),
         ("--zero_stage 3 --finetune_type qlora", "statistics of a quantised base"),
-        ("--zero_stage 1 --finetune_type full", "--finetune_type full has none"),
+        ("--zero_stage 2 --finetune_type full", "of --zero_stage it takes 1"),
+        ("--zero_stage 1 --finetune_type full --optimizer adamw_8bit", "cannot share out"),
         ("--zero_stage 4", "invalid choice"),
     ):
         with pytest.raises(SystemExit) as ended:
@@ -302,10 +325,8 @@ def test_one_process_is_noted_and_trains_the_whole(run_embed, capsys):
 
 def test_stages_of_optimizers_say_what_they_would_have_saved(monkeypatch, capsys):
     monkeypatch.setattr(shards, "PartialState", lambda: SimpleNamespace(num_processes=4))
-    model = torch.nn.ModuleDict(
-        {"base": torch.nn.Linear(10_000, 10_000), "adapter": torch.nn.Linear(1_000, 5_000)}
-    ).requires_grad_(False)
-    model["adapter"].requires_grad_(True)
+    base = torch.nn.Sequential(torch.nn.Linear(10_000, 10_000, bias=False))
+    model = PeftModel(base, LoraConfig(r=250, target_modules=["0"]))
     shards.note_savings(1, model)  # 5 M numbers: 0.04 GB of moments, 0.02 of gradients; 0.40 frozen
     assert "it would have saved 0.03 GB a process" in capsys.readouterr().out
     shards.note_savings(2, model)
@@ -313,6 +334,7 @@ def test_stages_of_optimizers_say_what_they_would_have_saved(monkeypatch, capsys
     assert "it would have saved 0.05 GB a process" in said and "3 saves 0.30" in said
     for stage in (0, 3):
         shards.note_savings(stage, model)
+    shards.note_savings(1, base)  # all of it is trained, and stage 1 does what it says
     assert capsys.readouterr().out == ""
 
 
