@@ -228,7 +228,7 @@ class Miner:
         self.queries = []  # text indices
         self.files = []  # in which they are searched
         self.positives = []  # columns, of those that are searched
-        self.known = []  # columns that are no negatives
+        self.known = []  # columns of no use: of no negatives, and of those that its rows have
         for example, row in zip(examples, rows, strict=True):
             file = pool.file_of(example)
             key = (file, row.query)
@@ -238,6 +238,8 @@ class Miner:
                 self.files.append(file)
                 self.positives.append(self.among(file, row.listed))
                 self.known.append(self.among(file, row.known))
+            own = [hashed for _, hashed in row.neg]
+            self.known[place[key]] += self.among(file, own)
             self.place.append(place[key])
 
     def among(self, file, text_ids):
@@ -293,7 +295,8 @@ class Miner:
         if not any(columns for columns, *_ in found):
             raise InputError(
                 f"--mine_negatives: no query found one among {len(self.pool)} documents: all are "
-                "its positives, or as near as those. Add --mine_corpus, or raise --mine_margin."
+                "of its own rows, or as near as its positives. Add --mine_corpus, or raise "
+                "--mine_margin."
             )
         return found
 
@@ -341,7 +344,7 @@ class Miner:
         say(text)
 
     def others(self, place):
-        """Return how many documents a query is searched in that are not known to be none."""
+        """Return how many documents a query is searched in that may be mined for it."""
         return len(self.pool.searched[self.files[place]]) - len(set(self.known[place]))
 
     def show_examples(self, found):

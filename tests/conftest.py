@@ -393,15 +393,17 @@ def naive_mined(trainer, examples, documents, count, margin):
     found = []
     for example in examples:
         listed = set()
+        own = set()
         for other in examples:
             if other.query == example.query:
                 listed.update(other.pos)
+                own.update(other.neg)
         query = vector(example.query, True)
         lowest = min((query @ vectors[text]).item() for text in listed)
         scored = []
         for place, text in enumerate(documents):
             score = (query @ vectors[text]).item()
-            if text not in listed and score <= lowest - abs(lowest) * (1 - margin):
+            if text not in listed | own and score <= lowest - abs(lowest) * (1 - margin):
                 scored.append((-score, place, text))
         found.append([text for *_, text in sorted(scored)[:count]])
     return found
