@@ -29,11 +29,6 @@ def entropy_share(teacher, temperature):
     return (entropies / (~teacher.isnan()).sum(1).log()).mean().item()
 
 
-def advised_temperature(teacher):
-    """Return the temperature at which a teacher's order is neither a label nor nearly even."""
-    return min(STEPS, key=lambda step: abs(entropy_share(teacher, step) - WANTED))
-
-
 def mass_on_positive(teacher, temperature):
     """Return the mean share of the first document, of rows where it has a score; NaN without any.
 
@@ -50,6 +45,15 @@ def flaw_of(teacher, temperature):
     if entropy_share(teacher, temperature) > FLAT:
         return "tells nearly nothing"
     return None
+
+
+def advised_temperature(teacher):
+    """Return a temperature at which a teacher's order is neither a label nor nearly even, or None.
+
+    Of those the one nearest to WANTED: that alone may be a label, of two documents say.
+    """
+    good = [step for step in STEPS if flaw_of(teacher, step) is None]
+    return min(good, key=lambda step: abs(entropy_share(teacher, step) - WANTED), default=None)
 
 
 def in_words(teacher, temperature):
@@ -96,5 +100,5 @@ def show_teacher(rows, weight, temperature):
     if flaw:
         better = advised_temperature(teacher)
         # scores that are all alike are so at any
-        mended = "no other helps" if flaw_of(teacher, better) else f"pass {better:g}"
+        mended = f"pass {better:g}" if better else "no other helps"
         note(f"the teacher {flaw} at --teacher_temperature {temperature:g}: {mended}")

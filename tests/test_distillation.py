@@ -210,6 +210,8 @@ def test_the_preflight_tells_what_a_teacher_says(capsys):
     teacher.show_teacher([[0.5, 0.5, 0.5, 0.5]] * 3, 1, 1)
     said = "tells nearly nothing at --teacher_temperature 1: no other helps"
     assert said in capsys.readouterr().out
+    teacher.show_teacher([[1, 0.5]] * 3, 1, 1)  # at 0.2, too, it would be a label
+    assert "tells nearly nothing at --teacher_temperature 1: pass 0.5" in capsys.readouterr().out
     teacher.show_teacher([[0.9, 0.5]] * 3, 1, 0.2)
     assert "of which a step shows 2: little beyond the label" in capsys.readouterr().out
     teacher.show_teacher(rows, 0, 1)
