@@ -321,7 +321,8 @@ def train(prepared):
     if callback.signal and step < plan.total_steps:
         # not after the last step, behind which a run is saved, proved and reported alone
         raise Stopped(
-            f"stopped after step {step}. Go on with the same command and --resume_from_checkpoint",
+            f"stopped after step {step} in {prepared.output_dir}. Go on with the same command and "
+            "--resume_from_checkpoint",
             callback.signal,
         )
     after = metrics_after(trainer.state, plan)
