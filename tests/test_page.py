@@ -10,8 +10,9 @@ import utils
 from conftest import back_to, make_rows, write_jsonl
 from parts import examples
 from parts.checkpoints import delete_run
-from parts.page import page
+from parts.page import MEANINGS, STYLE, page
 from parts.report import command_of
+from parts.scores import SHOWN
 
 import pytest
 
@@ -21,7 +22,7 @@ VOID = {"meta", "img"}
 WRITTEN = set(
     "html head title style body h1 h2 h3 h4 section div p ul ol li table tr th td".split()
 )
-WRITTEN |= {"details", "summary", "pre", "code"} | VOID
+WRITTEN |= {"details", "summary", "pre", "code", "span"} | VOID
 
 
 class Reader(HTMLParser):
@@ -55,9 +56,9 @@ def example_of(text):
     return {"asked": text, "expected": [text], "note": text, "found": found}
 
 
-def page_of(text):
-    """A page on which `text` stands wherever the data, or a user, can put one."""
-    plan = {"has_dev": True, "lr": 2e-4, "metric": text, "shown": [text], "watched": []}
+def report_of(text):
+    """What a page is made of, `text` wherever the data, or a user, can put one."""
+    plan = {"has_dev": True, "lr": 2e-4, "metric": text, "shown": {text: ""}, "watched": []}
     report = {
         "flags": {"model_name": text, "output_dir": text, "epochs": None, "train_file": [text]},
         "settled": {"query_prefix": text},
@@ -67,17 +68,22 @@ def page_of(text):
         "proof": {"relative_error": 1e-8, "relative_change": 0.125},
         "data": {"train_rows": 12345, "dropped": {text: 1}, "dev": {text: {"queries": 3}}},
         "versions": {"torch": text},
-        "command": ["python", text],
+        "command": ["python", text, "--flag", text],
         "seconds_aside": {"evaluation": 1.5},
         "best_step": None,
         "steps": 7,
     }
     for name in ("resumed_after", "seconds", "tokens_per_second", "padded_per_real_token"):
         report[name] = 0
-    for name in ("peak_gib", "device", "precision", "processes", "first_loss"):
+    for name in ("peak_gib", "precision", "processes", "first_loss"):
         report[name] = None
-    report |= {"data_fingerprint": text, "base_fingerprint": text}
-    return page(report, b"\x89PNG", [(example_of(text), example_of(text))])
+    report |= {"data_fingerprint": text, "base_fingerprint": text, "device": text}
+    return report
+
+
+def page_of(text):
+    """A page on which `text` stands wherever the data, or a user, can put one."""
+    return page(report_of(text), b"\x89PNG", [(example_of(text), example_of(text))])
 
 
 def test_no_text_becomes_a_tag_and_none_is_lost():
@@ -123,8 +129,74 @@ def test_a_page_says_what_changed():
     text = " ".join(reader.texts)
     assert "ndcg@10 0.2500 0.5000 +0.2500" in text and "other 1.0000 1.0000 +0.0000" in text
     assert "relative error 1e-08" in text and "moved them by 12.5%" in text
-    assert "dev: ndcg@10: queries 3" in text and "train_rows 12,345" in text
+    assert "dev set ndcg@10: queries 3" in text and "train_rows 12,345" in text
     assert text.count("✓ right") == 2 and "after step 7" in text
+    assert "running mean" in text and "the last" not in text.split("Curves")[1].split("Examples")[0]
+
+
+def words_of(report, pairs=()):
+    """The texts of a page, a space between two of them."""
+    return " ".join(check_loads_nothing(page(report, b"\x89PNG", list(pairs))).texts)
+
+
+def test_a_page_begins_with_what_was_trained_and_what_final_holds():
+    report = report_of("x") | {"command": ["python", "train.py"], "device": "CPU", "seconds": 3725}
+    text = words_of(report)
+    assert "Report of x" in text
+    assert "train.py trained x with 12,345 rows: 7 steps on CPU, 1 h 2 min 5 s" in text
+    assert "final/ holds the last state;" in text and "Resumed" not in text
+    assert "No dev set" not in text and "Measured on dev sets" in text
+    report |= {"best_step": 1000, "resumed_after": 2000, "seconds": 0.2}
+    report["flags"]["sanity_overfit"] = 100
+    report["plan"]["metric"] = "f1"
+    text = words_of(report)
+    assert "state after step 1,000, the best by f1;" in text
+    assert "0 s with" in text and "Resumed after step 2,000;" in text
+    assert "Measured on the rows that were trained on" in text
+    report["plan"]["has_dev"] = False
+    assert "No dev set was measured." in words_of(report)
+
+
+def test_every_metric_that_is_shown_is_explained():
+    assert {*SHOWN, "exact_match", "ndcg@10", "recall@10"} == set(MEANINGS)
+    report = report_of("x")
+    report["plan"]["shown"] = {"日_loss": "日", "二_loss": "二", "日_accuracy": "日", "own": "日"}
+    report["metrics"] = {"before": dict.fromkeys(report["plan"]["shown"], 1.0)}
+    report["metrics"]["after"] = report["metrics"]["before"]
+    text = words_of(report)
+    assert text.count("lower is better") == 1 == text.count(f"loss: {MEANINGS['loss']}; lower")
+    assert f"accuracy: {MEANINGS['accuracy']} " in text and "own:" not in text
+    assert text.index("日_loss 1.0000") < text.index("二_loss 1.0000")
+    assert "f1:" not in text  # was not measured
+
+
+def test_a_command_is_torn_at_no_flag():
+    command = ["python", "train.py", "--a", "b c", "-1", "--d=e", "--no-f"]
+    reader = check_loads_nothing(page(report_of("x") | {"command": command}, b"\x89PNG", []))
+    first = reader.texts.index("python train.py")
+    flags = ["python train.py", " ", "--a 'b c' -1", " ", "--d=e", " ", "--no-f"]
+    assert reader.texts[first : first + len(flags)] == flags
+    assert shlex.split("".join(flags)) == command
+    assert reader.tags.count("span") == 4
+
+
+def test_an_answer_has_no_place_and_an_empty_one_is_said_to_be():
+    answered = example_of("x") | {"found": [{"text": "yes", "note": "", "is_right": None}]}
+    silent = example_of("x") | {"found": [{"text": " \n", "note": "cut", "is_right": None}]}
+    reader = check_loads_nothing(page(report_of("x"), b"\x89PNG", [(silent, answered)]))
+    text = " ".join(reader.texts)
+    assert "ol" not in reader.tags and "(nothing) cut" in text and "yes" in text
+    assert "how each is answered" in text and "finds first" not in text
+    nothing = example_of("x") | {"found": []}
+    for example in (example_of("x"), nothing):
+        reader = check_loads_nothing(page(report_of("x"), b"\x89PNG", [(example, example)]))
+        assert "ol" in reader.tags
+        assert reader.attributes.count(("li", "class", "right")) == (2 if example["found"] else 0)
+
+
+def test_a_long_word_is_wrapped_wherever_it_stands():
+    body = re.search(r"body \{(.*?)\}", STYLE, re.S)[1]
+    assert "overflow-wrap: anywhere" in body  # all else inherits it
 
 
 def read_page(folder):
