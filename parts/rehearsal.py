@@ -87,7 +87,9 @@ def settle_pieces(trainer, plan, row_tokens, seed, stored):
     asked = trainer.gradient_checkpointing
     if stored:
         trainer.take_over(stored, may_grow=memory is not None)
-    if asked == "on" or (asked == "auto" and memory is None):
+    # with the base in parts a process that runs out of memory ends the run: none tries its luck
+    careful = memory is None or trainer.in_parts
+    if asked == "on" or (asked == "auto" and careful):
         trainer.recompute_activations(True)
     if memory is None or stored:
         return
@@ -130,6 +132,8 @@ def measured_pass(trainer, rows, memory):
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
+        if trainer.in_parts:
+            raise trainer.out_of_memory_alone() from error
         ran_out = True
     trainer.piece_tokens = None
     leave_no_trace(trainer)  # outside the except block, where the error no longer holds the graph

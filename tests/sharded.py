@@ -4,7 +4,8 @@ torchrun ... tests/sharded.py WORK_FOLDER
 
 WORK_FOLDER/cases.json: [{"name", "module", "flags": [...], "rows": [rows of each process]}]. Leaves
 NAME-RANK.pt: {"gradient", "passes": of the base in the step, "alone": pieces that this process
-would have cut by itself, "sequences", "trained": numbers, "shares": [(rows, local rows)]}.
+would have cut by itself, "sequences", "trained": numbers, "shares": [(rows, local rows)],
+"gathered": {module: numbers that are gathered for it}}.
 """
 
 import importlib
@@ -19,6 +20,7 @@ import utils  # noqa: E402
 from conftest import rehearsed_trainer  # noqa: E402
 from parts import shards  # noqa: E402
 
+from torch.distributed.fsdp import FSDPModule  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 
 
@@ -38,6 +40,8 @@ def run_case(case, work):
         assert isinstance(parameter, DTensor) != parameter.requires_grad
         if isinstance(parameter, DTensor):
             shares.append((len(parameter), len(parameter.to_local())))
+    blocks = trainer.model.get_base_model().named_modules()
+    gathered = {name: own_numbers(each) for name, each in blocks if isinstance(each, FSDPModule)}
     alone = pieces_alone(trainer, rows)
     step = trainer.data_collator(rows)
     sequences = len(step["sequences"])
@@ -53,7 +57,18 @@ def run_case(case, work):
         "sequences": sequences,
         "trained": sum(p.numel() for p in trained),
         "shares": shares,
+        "gathered": gathered,
     }
+
+
+def own_numbers(module):
+    """Return how many numbers are gathered for a module, but for what its own parts gather."""
+    inner = set()
+    for other in module.modules():
+        if other is not module and isinstance(other, FSDPModule):
+            inner.update(map(id, other.parameters()))
+    own = {id(p): p.numel() for p in module.parameters() if not p.requires_grad}
+    return sum(size for key, size in own.items() if key not in inner)
 
 
 def pieces_alone(trainer, rows):

@@ -22,7 +22,7 @@ from conftest import (
     weights_of,
     write_jsonl,
 )
-from parts import base, cutting, shards
+from parts import base, cutting, rehearsal, shards
 from parts.base import Origin
 from utils import InputError
 
@@ -124,6 +124,15 @@ def test_gradients_are_those_of_one_process(cases, tmp_path, count):
                 parts = [*map(len, torch.arange(rows_in_all).chunk(count)), *[0] * count]
                 assert local == parts[rank]
         assert len({each["passes"] for each in left}) == 1
+        of_bert = case["module"] == "train_embed_lora"
+        layers = "encoder.layer." if of_bert else "model.layers."
+        gathered = left[0]["gathered"]
+        block = gathered[f"{layers}0"]
+        assert {f"{layers}0", f"{layers}1"} < gathered.keys()
+        embedding = (
+            640 * 64 + (128 + 4) * 64
+        )  # of words; of positions and types, and a norm, Bert's
+        assert max(gathered.values()) <= block + embedding
         split += len({each["alone"] for each in left}) > 1
         filled += len({each["sequences"] for each in left}) > 1
     # the control: by itself a process would have made another number of passes, and hung
@@ -294,6 +303,22 @@ def test_what_happens_to_one_process_ends_all_and_can_be_resumed(event, sft_argv
     assert "checkpoint-2" in checkpoints
     torchrun(2, "train_sft_lora.py", *argv, "--resume_from_checkpoint")
     assert same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "out"))
+
+
+def test_a_trial_that_runs_out_of_memory_ends_the_run_too(embed_trainer, monkeypatch):
+    trainer = embed_trainer("--batch_size", 8)
+    trainer.in_parts = True
+
+    def run_out(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(trainer, "attempt_step", run_out)
+    memory = SimpleNamespace(peak_of=lambda attempt: attempt())
+    with pytest.raises(InputError, match="process 0, .*pass --gradient_checkpointing, --no-grow"):
+        rehearsal.measured_pass(trainer, [0, 1], memory)
+    trainer.recomputes = True
+    with pytest.raises(InputError, match="pass --batch_size 4, --no-grow"):
+        trainer.until_it_fits(run_out)
 
 
 # ---------------------------------------------------------------- what is refused, and noted
