@@ -1,6 +1,5 @@
 """README.md and docs/*.md: every command parses, every link resolves, every figure has a source."""
 
-import argparse
 import os
 import re
 import runpy
@@ -102,22 +101,7 @@ def tables_without_a_command(text):
     return found
 
 
-class Declared(Exception):
-    """A script has declared its flags; the argument is its parser."""
-
-
-def parser_of_file(script):
-    """Return the parser of a script, which is started and stopped where it reads its flags."""
-
-    def stop(parser, *_):
-        raise Declared(parser)
-
-    with mock.patch.object(argparse.ArgumentParser, "parse_args", stop):
-        try:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-        except Declared as declared:
-            return declared.args[0]
-    raise AssertionError(f"{script} reads no flags")
+parser_of_file = runpy.run_path(str(ROOT / "docs/make_flags.py"))["parser_of"]
 
 
 # ---------------------------------------------------------------- commands
