@@ -1247,7 +1247,7 @@ def margin_of(asked):
     return margin
 
 
-def settled_of(data, embedder):
+def settled_of(data, embedder, zero_stage):
     """Return what this run has settled of the flags, as the flags are called.
 
     Whoever reads training_config.json, as merge.py and --init_adapter do, takes these first.
@@ -1255,6 +1255,7 @@ def settled_of(data, embedder):
     return {
         **asdict(data.rules),
         "pooling": embedder.pooling,
+        "zero_stage": zero_stage,
         "bits": embedder.bits,
         "lora_dropout": embedder.dropout,
     }
@@ -1323,7 +1324,7 @@ def prepare(argv=None):
     counts["dev"] = dev_sizes(dev_sets)
     embedder = load_model(args, origin, config, data)
     trainer = make_trainer(args, output_dir, checkpoint, data, dev_sets, plan, embedder)
-    settled = settled_of(data, embedder)
+    settled = settled_of(data, embedder, trainer.zero_stage)
     defaults = vars(parse_args(["--train_file", "any"]))
     record = runs.record_of(
         origin, checkpoint, vars(args), defaults, settled, embedder.precision, fingerprint

@@ -674,7 +674,7 @@ def largest_token(data):
     return max(sample["input_ids"].max() for samples in sets for sample in flat(samples))
 
 
-def settled_of(data, language_model):
+def settled_of(data, language_model, zero_stage):
     """Return what this run has settled of the flags, as the flags are called.
 
     Whoever reads training_config.json, as merge.py and --init_adapter do, takes these first.
@@ -682,6 +682,7 @@ def settled_of(data, language_model):
     return {
         "max_length": data.rules.max_length,
         "enable_thinking": str(data.chat.thinking).lower(),
+        "zero_stage": zero_stage,
         "bits": language_model.bits,
         "lora_dropout": language_model.dropout,
     }
@@ -721,7 +722,7 @@ def prepare(argv=None):
     plan = plan_run(args, data.train_set, data.dev_sets, state.num_processes)
     language_model = load_model(args, origin, config)
     trainer = make_trainer(args, output_dir, data, plan, language_model)
-    settled = settled_of(data, language_model)
+    settled = settled_of(data, language_model, trainer.zero_stage)
     fingerprint = fingerprint_of(examples, dev_examples, data.chat.tokenizer.chat_template)
     defaults = vars(parse_args(["--train_file", "any"]))
     record = runs.record_of(

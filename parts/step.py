@@ -58,6 +58,7 @@ class StepTrainer(Trainer):
         self.in_parts = is_in_parts(self.model)
         if self.in_parts:
             leave_to_fsdp(self.model)
+        self.zero_stage = 3 if self.in_parts else int(optimizer is not None)
         self.batch_size = batch_size  # not Trainer's, for which a whole step is one batch
         self.grow_pieces = grow_pieces
         self.gradient_checkpointing = gradient_checkpointing
@@ -281,7 +282,6 @@ class StepTrainer(Trainer):
             "gradient_checkpointing": "on" if self.recomputes else "off",
             "piece_tokens": self.piece_tokens,
             "halvings": self.halvings,
-            "zero_stage": 3 if self.in_parts else int(self.optimizer_cls_and_kwargs is not None),
         }
 
     def take_over(self, settled, may_grow):
