@@ -14,6 +14,14 @@ PAIRS = (  # of prompt and answer; the first whose cells hold something is taken
     ("instruction", "output"),
     ("instruction", "response"),
     ("input", "output"),
+    ("質問", "回答"),
+    ("質問", "答え"),
+    ("問い", "答え"),
+    ("問題", "正解"),
+    ("問題", "解答"),
+    ("问题", "回答"),
+    ("问题", "答案"),
+    ("問題", "答案"),
 )
 TURN_LISTS = ("messages", "conversations", "conversation")
 LISTS = (*TURN_LISTS, "tools", "functions", "history")  # may be written as JSON in a text

@@ -17,7 +17,7 @@ from parts.rows import OWN_FILE, file_of, own_file, text_id
 from parts.splits import say_drops
 from utils import InputError, say
 
-QUERY_NAMES = ("query", "anchor", "question")
+QUERY_NAMES = ("query", "anchor", "question", "質問", "問い", "問題", "问题")
 POSITIVE_NAMES = (
     "pos",
     "positive",
@@ -28,6 +28,12 @@ POSITIVE_NAMES = (
     "response",
     "positive_passages",
     "pos_doc",
+    "回答",
+    "答え",
+    "正解",
+    "解答",
+    "答案",
+    "文書",
 )
 NEGATIVE_NAMES = re.compile(
     r"(hard_?)?neg(ative)?s?_?\d*|negative_passages|neg_docs?|rejected_responses?"

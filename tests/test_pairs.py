@@ -69,6 +69,11 @@ def read(path, **columns):
         ({"anchor": "q", "positive": "p", "negative": "n"}, Example("q", ["p"], ["n"])),
         ({"question": "q", "answer": "p"}, Example("q", ["p"], [])),
         ({"Query": "q", "Document": "p"}, Example("q", ["p"], [])),
+        ({"問い": "q", "答え": "p"}, Example("q", ["p"], [])),
+        ({"問題": "q", "正解": "p", "解説": "x"}, Example("q", ["p"], [])),
+        ({"問題": "q", "解答": "p"}, Example("q", ["p"], [])),
+        ({"问题": "q", "答案": "p"}, Example("q", ["p"], [])),
+        ({"質問": "q", "文書": "p", "neg": "n"}, Example("q", ["p"], ["n"])),
         (
             {"query": "q", "response": "p", "negative_1": "a", "negative_2": "b"},
             Example("q", ["p"], ["a", "b"]),

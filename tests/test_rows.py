@@ -43,6 +43,15 @@ def test_file_types_and_globs(tmp_path):
     assert len(read(tmp_path / "[ab].jsonl")[0]) == 4
 
 
+def test_a_csv_of_japanese_excel_is_read_as_utf8_and_as_shift_jis_told_apart(tmp_path):
+    table = "質問,回答\nどこ?,棚の上です。\n"
+    (tmp_path / "a.csv").write_text(table, encoding="utf-8-sig")  # Excel's "CSV UTF-8"
+    assert read(tmp_path / "a.csv")[0] == [Example("どこ?", ["棚の上です。"], [])]
+    (tmp_path / "b.csv").write_text(table, encoding="cp932")  # Excel's "CSV"
+    with pytest.raises(InputError, match='b.csv is not UTF-8 .* Shift_JIS: .* "CSV UTF-8"'):
+        read(tmp_path / "b.csv")
+
+
 def test_a_name_twice_is_refused_where_a_text_would_be_lost(tmp_path):
     columns = [pa.array(["q"]), pa.array(["p"]), pa.array(["other"])]
     table = pa.Table.from_arrays(columns, names=["query", "positive", "positive"])
