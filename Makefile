@@ -32,7 +32,7 @@ gpu: .venv/ready  ## everything that is measured on a GPU, in four calls of nine
 	  $(BIN)/python benchmarks/gpu.py $$part || failed="$$failed $$part"; \
 	done; test -z "$$failed"
 
-docs: .venv/ready  ## docs/flags.md, from what the scripts declare
+docs: .venv/ready  ## docs/flags.md and flags.ja.md, from what the scripts declare
 	$(BIN)/python docs/make_flags.py
 
 lint: .venv/ready

@@ -26,9 +26,13 @@ PARSED = {
     "examples/teacher_scores.py": teacher_scores,
 }
 SCRIPTS = [module for name, module in PARSED.items() if "/" not in name]
-PATHS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PATHS = [ROOT / "README.md", ROOT / "README.ja.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in PATHS}
-DEFAULTS = ("docs/flags.md", "docs/coming-from.md")  # whose tables hold no figures
+DEFAULTS = (
+    "docs/flags.md",
+    "docs/flags.ja.md",
+    "docs/coming-from.md",
+)  # whose tables hold no figures
 ADDRESS = re.compile(r"https://[\w.-]+\.[a-z]+(/[\w./~#?=&%@-]*)?")
 PYTHON = r"[!$ ]*(?:\.venv/bin/)?(?:python|torchrun .*?) ([\w./]+\.py)"
 
@@ -164,7 +168,10 @@ def test_every_link_and_every_anchor_resolves(name):
 
 def test_every_document_is_named_in_the_readme():
     for name in TEXTS:
-        assert name == "README.md" or f"]({name})" in TEXTS["README.md"]
+        readme = "README.ja.md" if name.endswith(".ja.md") else "README.md"
+        assert name == readme or f"]({name})" in TEXTS[readme], name
+    assert "](README.ja.md)" in TEXTS["README.md"].split("\n\n")[1]
+    assert "](README.md)" in TEXTS["README.ja.md"].split("\n\n")[1]
 
 
 @pytest.mark.parametrize("name", [name for name in TEXTS if name not in DEFAULTS])
