@@ -53,7 +53,7 @@ TRANSLATED = {
     "several-gpus": "cd0795e9",
     "when-something-is-odd": "bf138f39",
     "merge-and-serve": "7c1f1f31",
-    "figures": "df8576c7",
+    "figures": "e61ffb94",
     "where-things-live": "1e7a490a",
 }
 ENGLISH = (ROOT / "README.md").read_text("utf-8")
