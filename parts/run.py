@@ -136,9 +136,8 @@ def check_base_of_checkpoint(origin, checkpoint, stored):
 def record_of(origin, checkpoint, asked, defaults, settled, precision, data_fingerprint):
     """Return what makes a run repeatable, for training_config.json.
 
-    asked: {flag: value} as parsed, defaults: the same of a command that gives none; settled: what
-    was decided of it. Raises InputError if the run of `checkpoint` is resumed with others, or with
-    other data, precision, processes or base.
+    asked: {flag: value} as parsed, defaults: where none is given, settled: what it became. Raises
+    InputError if the run of `checkpoint` had others, or other data, precision, processes or base.
     """
     record = describe(
         asked,
@@ -188,6 +187,7 @@ def merge_or_tell(prepared):
     if not prepared.merges:
         say(f"next      python merge.py {shlex.join(command)}")
         return
+    utils.leave_process_group()  # the others end, and need not wait for a merge of minutes
     with merge_errors_as_ours():
         merge.main(command)
 
