@@ -441,11 +441,10 @@ EMBED_DATA = [
         "parquet with bytes", 1, "is the bytes", parquet(query=[b"a"] * 8, pos=ANSWERS), "parquet"
     ),
     embed_data(
-        "Shift_JIS",
-        1,
-        'Excel, save it as "CSV UTF-8"',
-        encoded(CSV + "本はどこ,棚の上\n", "cp932"),
-        "csv",
+        "Shift_JIS", 0, "is read as Shift_JIS", encoded(CSV + "本はどこ,棚の上\n", "cp932"), "csv"
+    ),
+    embed_data(
+        "GB18030", 1, "is not UTF-8", encoded(CSV + "书在哪里,在架子上\n", "gb18030"), "csv"
     ),
     embed_data("CSV with tabs", 0, OK_PAIRS, CSV.replace(",", "\t"), "csv"),
     embed_data("TSV with commas", 0, OK_PAIRS, CSV, "tsv"),
@@ -1075,7 +1074,12 @@ SFT_DATA = [
     ),
     sft_data("a folder of that name", 1, "Is a directory", Path.mkdir),
     sft_data("no permission to read", 1, "Permission denied", no_permission),
-    sft_data("Shift_JIS", 1, "Shift_JIS", encoded('{"prompt": "本", "completion": "棚"}', "cp932")),
+    sft_data(
+        "Shift_JIS without kana",
+        1,
+        "is not UTF-8",
+        encoded('{"prompt": "本", "completion": "棚"}', "cp932"),
+    ),
     sft_data(
         "objects over several lines", 1, "over several lines", json.dumps(GOOD_CHATS[0], indent=1)
     ),

@@ -43,13 +43,37 @@ def test_file_types_and_globs(tmp_path):
     assert len(read(tmp_path / "[ab].jsonl")[0]) == 4
 
 
-def test_a_csv_of_japanese_excel_is_read_as_utf8_and_as_shift_jis_told_apart(tmp_path):
-    table = "質問,回答\nどこ?,棚の上です。\n"
-    (tmp_path / "a.csv").write_text(table, encoding="utf-8-sig")  # Excel's "CSV UTF-8"
-    assert read(tmp_path / "a.csv")[0] == [Example("どこ?", ["棚の上です。"], [])]
-    (tmp_path / "b.csv").write_text(table, encoding="cp932")  # Excel's "CSV"
-    with pytest.raises(InputError, match='b.csv is not UTF-8 .* Shift_JIS: .* "CSV UTF-8"'):
-        read(tmp_path / "b.csv")
+JAPANESE = "質問,回答\nどこ?,棚の上です。\n"
+CHINESE = "问题,回答\n在哪里?,在架子上。\n"
+
+
+def test_a_csv_of_japanese_excel_is_read_in_either_of_its_encodings(tmp_path, capsys):
+    expected = [Example("どこ?", ["棚の上です。"], [])]
+    (tmp_path / "a.csv").write_text(JAPANESE, encoding="utf-8-sig")  # Excel's "CSV UTF-8"
+    assert read(tmp_path / "a.csv")[0] == expected
+    assert "Shift_JIS" not in capsys.readouterr().out
+    (tmp_path / "b.csv").write_text(JAPANESE, encoding="cp932", newline="\r\n")  # Excel's "CSV"
+    assert read(tmp_path / "b.csv")[0] == expected
+    assert "b.csv is not UTF-8 (byte 0) and is read as Shift_JIS" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        JAPANESE.encode("euc_jp"),
+        JAPANESE.encode()[:-2],  # a download that broke off within a letter
+        JAPANESE.encode("cp932")[:-2],
+        "質問,回答\n住所,東京都\n".encode("cp932"),  # as likely as not Chinese
+        CHINESE.encode("gb18030"),
+        "問題,回答\n在哪裡?,在架子上。\n".encode("big5"),
+        "질문,답변\n어디?,선반 위에.\n".encode("euc_kr"),
+        "query,answer\noù ?,déjà là\n".encode("cp1252"),
+    ],
+)
+def test_bytes_that_may_be_in_another_encoding_are_refused(tmp_path, data):
+    (tmp_path / "a.csv").write_bytes(data)
+    with pytest.raises(InputError, match="a.csv is not UTF-8 .*Save it as UTF-8."):
+        read(tmp_path / "a.csv")
 
 
 def test_a_name_twice_is_refused_where_a_text_would_be_lost(tmp_path):
