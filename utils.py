@@ -18,6 +18,8 @@ ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 is_asked_for = {"PYTORCH_ALLOC_CONF", *ALLOCATOR} & os.environ.keys()
 if sys.platform == "linux" and "torch" not in sys.modules and not is_asked_for:
     os.environ.update(ALLOCATOR)
+# seconds before a bar is shown, which tqdm reads as it is imported: most are done by then
+os.environ.setdefault("TQDM_DELAY", "2")
 # bitsandbytes names an optional CPU kernel at every import
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 # what these libraries will drop is theirs to mend, or ours: no user can

@@ -10,6 +10,7 @@ from threading import current_thread, main_thread
 import utils
 from parts.checkpoints import CUT
 from parts.lines import best_step_of, evaluation_lines
+from parts.notebook import evaluation_table, has_cells, show_table
 from parts.report import write_logs
 from utils import InputError, say
 
@@ -33,6 +34,7 @@ class RunCallback(ProgressCallback):
         self.output_dir = output_dir
         self.before = before  # metrics of the untrained model, {} without a dev set
         self.signal = None
+        self.table = None  # a notebook's handle of the evaluations that a cell shows
         self.unlogged = []  # (figures, entry of the log) of steps that were not looked at yet
         self.skipped = 0  # steps in a row whose gradients overflowed
 
@@ -44,6 +46,7 @@ class RunCallback(ProgressCallback):
                 total=state.max_steps,
                 initial=state.global_step,
                 dynamic_ncols=True,
+                delay=0,
                 disable=not utils.shows_bars(),
             )
         if state.global_step == 0 and self.before:
@@ -115,11 +118,21 @@ class RunCallback(ProgressCallback):
         if not state.is_world_process_zero:  # others have no bar
             return
         lines = self.lines_of(state, logs)
+        if has_cells():
+            self.show_in_cell(state, logs, evaluated=bool(lines))
+            return
         if "loss" in logs:
             lines.append(self.training_line(state, logs))
         for line in lines:
             self.training_bar.write(line)
         print(end="", flush=True)  # whoever follows a log file waits for no full buffer
+
+    def show_in_cell(self, state, logs, evaluated):
+        """Show what was logged in a notebook: a loss beside the bar, evaluations in one table."""
+        if "loss" in logs:
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.4g}")
+        if evaluated:
+            self.table = show_table(self.table, evaluation_table(state.log_history, self.plan))
 
     def training_line(self, state, logs):
         """Return the line of a training loss, with the time left where no bar shows it."""

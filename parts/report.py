@@ -9,6 +9,7 @@ import utils
 from parts.curves import draw_curves, entries_with
 from parts.examples import before_and_after
 from parts.lines import metric_lines, result_lines
+from parts.notebook import has_cells, show_picture
 from parts.page import page
 from utils import say, write_json
 
@@ -115,6 +116,8 @@ def write_report(trainer, output_dir, record, plan, results):
         write_json(folder / "training_summary_report.json", report)
     say_results(report, plan.shown, trainer.seconds_aside, results)
     say(f"page      {folder}/report.html")
+    if trainer.is_world_process_zero() and has_cells():
+        show_picture(folder / "training_curves.png")
     return report
 
 
