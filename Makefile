@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo preference test distributed lint gpu docs
+.PHONY: demo demo-ja preference test distributed lint gpu docs
 
 demo: .venv/ready  ## an embedding model, a language model, a merge, all on what this machine has: about five minutes
 	$(BIN)/python examples/stdlib_pairs.py runs/demo/pairs.jsonl
@@ -15,6 +15,18 @@ demo: .venv/ready  ## an embedding model, a language model, a merge, all on what
 	  --no-gradient_checkpointing --max_new_tokens 48 --output_dir runs/demo/sft --overwrite
 	$(BIN)/python examples/ask.py runs/demo/sft/final "Please send white mirrors to Aiko." --system "Extract the order as JSON."
 	$(BIN)/python merge.py --lora_adapter_path runs/demo/embed/final --output_path runs/demo/merged --overwrite
+
+JA_BASE ?= intfloat/multilingual-e5-small
+HOMEASSISTANT := homeassistant-2026.2.3-py3-none-any.whl
+
+demo-ja: .venv/ready  ## an embedding model on Japanese text; its base, JA_BASE, comes from the hub
+	mkdir -p runs/demo-ja
+	test -e runs/demo-ja/$(HOMEASSISTANT) || $(BIN)/pip download --quiet --disable-pip-version-check --no-deps \
+	  --only-binary :all: --python-version 3.14 --dest runs/demo-ja homeassistant==2026.2.3
+	$(BIN)/python examples/japanese_pairs.py runs/demo-ja/$(HOMEASSISTANT) runs/demo-ja
+	$(BIN)/python train_embed_lora.py --model_name $(JA_BASE) --query_prefix "query: " --doc_prefix "passage: " \
+	  --train_file runs/demo-ja/train.jsonl --dev_file runs/demo-ja/dev.jsonl --dev_corpus runs/demo-ja/documents.jsonl \
+	  --max_length 64 --epochs 1 --eval_every 31 --output_dir runs/demo-ja/embed --overwrite
 
 preference: .venv/ready  ## a tiny model learns to prefer one answer to another: half a minute
 	$(BIN)/python examples/tiny_qwen3.py runs/demo

@@ -43,7 +43,7 @@ GLOSSARY = {
 TRANSLATED = {
     "lora-training-scripts-that-are-exact-and-say-what-they-do": "366f495b",
     "contents": "fc1e1377",
-    "try-it": "1fa68056",
+    "try-it": "d5b0632a",
     "your-own-pairs": "d9d5e63d",
     "your-own-conversations": "59f955df",
     "colab": "3783d722",
