@@ -2486,24 +2486,33 @@ def price_of_float32(lossy, small, large):
     )
 
 
+class Report(dict):
+    """What main returns; at the end of a notebook's cell it shows no figures of single tensors."""
+
+    def __repr__(self):
+        verified = "verified" if self["verified"] else "not verified"
+        title = f"Report of a merge as {self['dtype']}, {verified}, {len(self['tensors'])} tensors"
+        return f"{title}\nits keys: {', '.join(self)}; all of it: dict(report)"
+
+
 def make_report(job, merged):
     """Return what merge_report.json holds."""
     tensors = {name: figures.to_json() for name, figures in merged.figures.items()}
     for name, figures in merged.proof.probes.items():
         tensors[name]["probe"] = figures.to_json()
-    return {
-        "verified": merged.proof.passed is True,
-        "base": job.base_name,
-        "base_fingerprint": job.base_fingerprint,
-        "adapter": str(job.adapter.folder),
-        "dtype": job.dtype_name,
-        "base_dtype": str(job.base_dtype)[6:],
-        "trained_in": PRECISIONS.get(job.adapter.trained.get("precision")),
-        "qlora_base": job.qlora_base,
-        "seconds": merged.seconds,
-        "verification": merged.proof.to_json(),
-        "tensors": tensors,
-    }
+    return Report(
+        verified=merged.proof.passed is True,
+        base=job.base_name,
+        base_fingerprint=job.base_fingerprint,
+        adapter=str(job.adapter.folder),
+        dtype=job.dtype_name,
+        base_dtype=str(job.base_dtype)[6:],
+        trained_in=PRECISIONS.get(job.adapter.trained.get("precision")),
+        qlora_base=job.qlora_base,
+        seconds=merged.seconds,
+        verification=merged.proof.to_json(),
+        tensors=tensors,
+    )
 
 
 def failure(job, proof):

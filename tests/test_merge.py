@@ -857,6 +857,12 @@ def test_what_the_adapter_does_not_touch_is_copied_byte_for_byte(tmp_path):
     base = make_base("llama", tmp_path / "base", torch.bfloat16)
     make_adapter(base, tmp_path / "adapter", targets=["q_proj"])
     report, _ = merge_and_load(base, tmp_path / "adapter", tmp_path / "merged")
+    count = len(report["tensors"])
+    assert repr(report).splitlines()[0] == (
+        f"Report of a merge as bfloat16, verified, {count} tensors"
+    )
+    assert len(repr(report)) < 400
+    assert dict(report) == json.loads((tmp_path / "merged/merge_report.json").read_text())
     old, new = (
         load_file(folder / "model.safetensors") for folder in (Path(base), tmp_path / "merged")
     )
