@@ -1380,6 +1380,7 @@ def train_and_prove(prepared):
     return report
 
 
+@utils.gives_memory_back
 def main(argv=None):
     """Run the command line `argv`; return what training_summary_report.json holds, a Report."""
     prepared = prepare(argv)

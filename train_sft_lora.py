@@ -814,6 +814,7 @@ def evaluate(prepared):
     return write_evaluation(prepared.output_dir, prepared.record, metrics)
 
 
+@utils.gives_memory_back
 def main(argv=None):
     """Run the command line `argv`; return what training_summary_report.json holds, a Report."""
     args = parse_args(argv)  # prepare parses again: tests and notebooks call it alone

@@ -4,6 +4,8 @@ Import it before torch and transformers: it sets up three libraries, and imports
 that --help and a wrong flag are answered at once.
 """
 
+import functools
+import gc
 import json
 import logging
 import os
@@ -247,6 +249,24 @@ def start_process():
             "to use all"
         )
     return state
+
+
+def gives_memory_back(main):
+    """Wrap a main(argv) so that no memory is held behind it, on a GPU neither.
+
+    A notebook's kernel lives on, and what its next cell starts may need all of it.
+    """
+
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        import torch
+
+        report = main(argv)
+        gc.collect()  # a trainer and its callbacks refer to one another
+        torch.cuda.empty_cache()
+        return report
+
+    return wrapped
 
 
 def agreed(value):

@@ -1,5 +1,6 @@
 """The command lines people run, from flags to files."""
 
+import gc
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import weakref
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 
@@ -597,3 +599,21 @@ def test_running_out_of_memory_in_an_evaluation_leaves_the_steps_alone(sft_train
     monkeypatch.setattr(trainer, "score_tokens", fail_once)
     assert trainer.score(trainer.train_dataset) == pytest.approx(expected)
     assert failed and trainer.halvings == 0
+
+
+def test_a_run_holds_no_memory_once_it_is_over(run_sft, monkeypatch):
+    models = []
+    prepare = train_sft_lora.prepare
+
+    def watched(argv):
+        prepared = prepare(argv)
+        models.append(weakref.ref(prepared.trainer.model))
+        return prepared
+
+    monkeypatch.setattr(train_sft_lora, "prepare", watched)
+    gc.disable()  # which may come by in any moment
+    try:
+        run_sft("--max_steps", 2)
+        assert [model() for model in models] == [None]
+    finally:
+        gc.enable()
