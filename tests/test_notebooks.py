@@ -9,6 +9,7 @@ from pathlib import Path
 import contracts
 import merge
 import train_embed_lora
+import train_sft_lora
 from conftest import ROOT
 from examples import ask, gguf_ollama
 
@@ -19,7 +20,7 @@ import test_readme_ja
 from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 
-TRAINERS = {"colab_embedding": train_embed_lora}
+TRAINERS = {"colab_embedding": train_embed_lora, "colab_sft": train_sft_lora}
 PATHS = {path.stem: path for path in sorted((ROOT / "examples").glob("*.ipynb"))}
 HUB_ID = re.compile(r"\b(?:Qwen|intfloat|sentence-transformers|cl-nagoya|BAAI)/[\w.-]+")
 RESTART = ("Runtime > Restart session", "ランタイム > セッションを再起動する")
@@ -179,10 +180,9 @@ def test_flags_are_those_of_the_scripts(name, trainer):
     for trial in (True, False):
         scope = {"TRIAL": trial, "DATA": Path("pairs.csv"), "HOME": Path("home"), "Path": Path}
         exec(cells_of(name, "code")["model"], scope)
+        arguments = [*scope["ARGUMENTS"], *scope.get("LENGTH", "").split(), "--output_dir", "out"]
         for start in ("--resume_from_checkpoint", "--overwrite"):
-            trainer.parse_args([*scope["ARGUMENTS"], "--output_dir", "out", start])
-    for script, arguments in test_documents.commands("\n".join(cells_of(name, "code").values())):
-        test_documents.PARSED[script].parse_args(arguments)
+            trainer.parse_args([*arguments, start])
 
 
 # ---------------------------------------------------------------- run
@@ -245,3 +245,25 @@ def test_the_embedding_notebook_trains_searches_and_merges(tmp_path):
     assert "100.00% of the fine-tune kept" in outputs["merge"]
     assert json.loads((home / "merged/merge_report.json").read_text("utf-8"))["verified"]
     assert outputs["download"] == outputs["install"] == outputs["drive"] == ""
+
+
+def test_the_sft_notebook_shows_masks_learns_and_merges(tmp_path):
+    project = linked_project(tmp_path / "project")
+    outputs = run_trial("colab_sft", project, project)
+    assert_short("colab_sft", outputs)
+    home = project / "runs/lora_json/trial"
+    report = json.loads((home / "run/training_summary_report.json").read_text("utf-8"))
+    before, after = report["metrics"]["before"], report["metrics"]["after"]
+    assert after["all_loss"] < before["all_loss"] - 1
+    assert (before["hard_false_positive_rate"], after["hard_false_positive_rate"]) == (1, 0)
+    assert {"all_f1", "hard_json_valid"} <= set(after) and "hard_f1" not in after
+    assert report["data"]["dev"].keys() == {"all", "hard"}
+    assert '[[{"to": ' in outputs["dry-run"] and "[[{}<|im_end|>]]" in outputs["dry-run"]
+    assert "before, " not in outputs["dry-run"]
+    assert "sanity    passed: exact match 100.0%" in outputs["sanity"]
+    assert "hard_false_positive_rate 1.0000 before, 0.0000 after" in outputs["train"]
+    assert outputs["ask"].splitlines()[2:] == ["Does Aiko like white mirrors?", "-> {}"]
+    assert outputs["ask-merged"] == outputs["ask"]
+    assert "100.00% of the fine-tune kept" in outputs["merge"]
+    assert json.loads((home / "merged/merge_report.json").read_text("utf-8"))["verified"]
+    assert outputs["gguf"] == outputs["download"] == outputs["install"] == ""

@@ -46,7 +46,7 @@ TRANSLATED = {
     "try-it": "d5b0632a",
     "your-own-pairs": "d9d5e63d",
     "your-own-conversations": "59f955df",
-    "colab": "3783d722",
+    "colab": "2c80f1da",
     "the-one-idea": "c4b2fb29",
     "what-a-run-leaves-behind": "6a2603b1",
     "when-memory-is-short": "c9142987",
