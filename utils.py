@@ -65,6 +65,30 @@ def reason(error):
     return str(error).strip().split("\n")[0]
 
 
+def no_connection(name, error):
+    """Return the InputError on what the hub, out of reach, could not give; None for other errors.
+
+    name: of a model or data set; error: what transformers, huggingface_hub or datasets raised.
+    """
+    from huggingface_hub import is_offline_mode
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    while error and not isinstance(error, LocalEntryNotFoundError | ConnectionError):
+        error = error.__cause__
+    if not error:
+        return None
+    if is_offline_mode():
+        return InputError(
+            f"no connection to the hub: HF_HUB_OFFLINE is set, and {name} is neither a folder here "
+            "nor downloaded. Unset it, or give a local folder."
+        )
+    return InputError(
+        f"no connection to the hub ({reason(error.__cause__ or error)}), and {name} is neither a "
+        "folder here nor downloaded. Check the network, or the proxy (HTTPS_PROXY), or give a "
+        "local folder."
+    )
+
+
 # ---------------------------------------------------------------- JSON files
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from parts.attention import fit_attention_to_gpu
 from parts.eight_bit import use_weights_only
 from parts.shards import is_in_parts, load_in_parts, settled_stage
-from utils import InputError, checked_json, note, reason, say
+from utils import InputError, checked_json, no_connection, note, reason, say
 
 import torch
 from accelerate import PartialState
@@ -105,6 +105,8 @@ def load_config(origin):
         AttributeError,
         StrictDataclassError,
     ) as error:
+        if no_hub := no_connection(f"--model_name {name}", error):
+            raise no_hub from None
         # asked for only now: of a model that loads, the hub need not be asked once more
         if is_adapter(name, revision):
             raise InputError(

@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils import InputError, note, reason, say
+from utils import InputError, no_connection, note, reason, say
 
 import numpy as np
 import pyarrow
@@ -329,6 +329,8 @@ def load_split(hub, split):
             return None
         return load_dataset(hub.name, hub.subset, split=split, revision=hub.revision, **more)
     except (ValueError, OSError, DatasetsError) as error:  # no such set, subset, revision; offline
+        if no_hub := no_connection(f"--dataset_name {hub.name}", error):
+            raise no_hub from None
         why = reason(error)
         if str(error.__cause__ or "").strip():  # what went wrong is in its last line
             why += f" ({str(error.__cause__).strip().splitlines()[-1]})"

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 from parts.base import stored_file
-from utils import InputError, note, reason
+from utils import InputError, no_connection, note, reason
 
 from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -39,6 +39,8 @@ def load_tokenizer(origin):
     try:
         tokenizer = read_tokenizer(source, origin.trust_remote_code, revision)
     except READING_ERRORS as error:
+        if no_hub := no_connection(source, error):
+            raise no_hub from None
         raise InputError(f"{source} has no tokenizer that can be read: {reason(error)}") from None
     if not is_folder:  # the same of a hub model, whose files are here only now
         config = stored_file(source, "config.json", revision)

@@ -597,7 +597,9 @@ EMBED_FLAGS = [
         "--dev_file dev.jsonl",
         files={"dev.jsonl": ""},
     ),
-    embed_flags("a data set that is nowhere", 1, "cannot be read", "--dataset_name nobody/nothing"),
+    embed_flags(
+        "a data set that is nowhere", 1, "no connection to the hub", "--dataset_name nobody/nothing"
+    ),
     embed_flags(
         "a step larger than the data",
         0,
@@ -783,7 +785,7 @@ EMBED_BASE = [
     embed_flags(
         "a base that is nowhere",
         1,
-        "neither a folder here nor a hub model",
+        "no connection to the hub",
         "--model_name nobody/nothing",
     ),
     embed_flags("a base without a name", 1, "neither a folder here nor", "--model_name ''"),

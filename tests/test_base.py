@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import utils
 from parts import base
+from parts.rows import HubSet, read_hub_rows
+from parts.tokenizer import load_tokenizer
 from utils import InputError
 
 import pytest
@@ -189,3 +191,37 @@ def test_float32_norms_let_the_residual_stream_leave_the_range_of_fp16(bits, hal
     with torch.autocast("cpu", dtype=torch.float16):
         hidden = model.model(torch.tensor([[5, 6, 7]])).last_hidden_state
     assert bool(hidden.isfinite().all()) == (not half_norms)
+
+
+# ---------------------------------------------------------------- a hub out of reach
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    """A hub that refuses every connection; returns the list of the waits before each new try."""
+    waits = []
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    template = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr("time.sleep", waits.append)
+    return waits
+
+
+def test_a_hub_out_of_reach_is_said_first_and_asked_for_one_file_alone(no_hub):
+    with pytest.raises(InputError) as error:
+        base.load_config(base.Origin("no/such-model"))
+    assert str(error.value).startswith("no connection to the hub ([Errno ")
+    assert "--model_name no/such-model is neither a folder here nor downloaded" in str(error.value)
+    assert "proxy (HTTPS_PROXY), or give a local folder" in str(error.value)
+    assert len(no_hub) == 5  # huggingface_hub's tries of one file
+
+
+def test_a_data_set_of_a_hub_out_of_reach_is_told_the_same(no_hub):
+    with pytest.raises(InputError, match="^no connection to the hub .*--dataset_name no/such is"):
+        read_hub_rows(HubSet("no/such"), "train", seed=1)
+
+
+def test_a_tokenizer_of_a_hub_out_of_reach_is_told_the_same(no_hub):
+    with pytest.raises(InputError, match="^no connection to the hub .*no/such is neither"):
+        load_tokenizer(base.Origin("no/such"))

@@ -150,7 +150,7 @@ BROKEN_FOLDERS = {
     ),
     "unknown hub model": (
         ["--model_name", "no/such-model"],
-        "--model_name no/such-model: neither a folder here nor a hub model",
+        "no connection to the hub: HF_HUB_OFFLINE is set, and --model_name no/such-model is",
     ),
     "empty model": (["--model_name", "EMPTY"], "neither a folder here nor a hub model"),
     "unknown architecture": (
@@ -183,7 +183,7 @@ BROKEN_FOLDERS = {
     ),
     "hub data": (
         ["--train_file", "--dataset_name", "no/such-data"],
-        "--dataset_name no/such-data cannot be read",
+        "no connection to the hub: HF_HUB_OFFLINE is set, and --dataset_name no/such-data is",
     ),
     "no checkpoint": (["--resume_from_checkpoint", "nowhere"], "nowhere is no complete checkpoint"),
     "empty dev": (["--dev_file", "BLANK"], "holds no query with a relevant document"),
