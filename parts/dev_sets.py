@@ -328,8 +328,8 @@ def mixed(corpus, texts, seed):
 def fill_pools(dev_sets, texts, query_prefix, doc_prefix, plan, training, seed):
     """Fill the pool of held-out queries with training documents, and say what evaluations cost.
 
-    It is filled to MAX_POOL documents, or until the evaluations of the run embed half as many
-    tokens as its `training`. Returns ({name: DevSet}, tokens of all evaluations / those of the
+    It is filled to MAX_POOL documents, or until the evaluations of the run embed as many tokens as
+    its `training`, at a third of the cost. Returns ({name: DevSet}, tokens of all evaluations / those of the
     training; None without evaluations).
     """
     if not plan.has_dev:
@@ -340,7 +340,7 @@ def fill_pools(dev_sets, texts, query_prefix, doc_prefix, plan, training, seed):
         return sum(len(texts[i]) for i in queries + documents)
 
     times = evaluations_of(plan)
-    room = training / 2 / times - sum(map(tokens_of, dev_sets.values()))
+    room = training / times - sum(map(tokens_of, dev_sets.values()))
     full = {}
     said = []
     for name, dev in dev_sets.items():

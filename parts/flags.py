@@ -156,7 +156,7 @@ def add_output_flags(parser, metric):
     add("--save_best", type=int, choices=[0, 1],
         help="final/ is the best state, not the last [1 with a dev set]")
     add("--eval_every", "--eval_steps", type=natural, metavar="N",
-        help="measure every N steps; 0 = each epoch [a tenth of the run]")
+        help="measure every N steps; 0 = each epoch [a tenth of the run, 5 or more]")
     add("--eval_strategy", **one_of("no", "epoch", "steps"),
         help="steps without --eval_every: every --logging_steps")
     add("--early_stopping_patience", type=count, metavar="N",
@@ -168,7 +168,7 @@ def add_output_flags(parser, metric):
     add("--save_on_epoch_end", type=natural, default=0, metavar="N",
         help="checkpoint every N epochs and keep them all; 0 = off [0]")
     add("--checkpoint_steps", "--save_steps", type=count, metavar="N",
-        help="write one every N steps [a tenth of the run]")
+        help="write one every N steps [a tenth of the run, 5 or more]")
     add("--save_total_limit", type=count, metavar="N",
         help="checkpoints that are kept [2; all with --save_on_epoch_end]")
     add("--logging_steps", type=integer(-1), default=10, metavar="N",

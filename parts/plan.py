@@ -149,8 +149,9 @@ def warmup(args, total_steps):
 
 
 def a_tenth(steps):
-    """Return the default interval of evaluations and checkpoints."""
-    return max(1, round(steps / 10))
+    """Return the default interval of evaluations and checkpoints, in a run of so many steps."""
+    # fewer steps change little, and evaluations share what tokens they may embed
+    return min(steps, max(5, round(steps / 10)))
 
 
 def evaluation_interval(args, steps_per_epoch, total_steps):

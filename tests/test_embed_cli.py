@@ -353,7 +353,7 @@ def test_a_resumed_run_shows_and_stores_what_the_whole_run_does(
     )
     dev = write_jsonl(tmp_path / "dev.jsonl", make_rows(12))
     flags = ["--max_steps", 6, "--logging_steps", 4, "--checkpoint_steps", 3, "--save_best", 0]
-    flags += ["--dev_file", f"a={dev}", "--dev_file", f"質問={dev}", "--lr", 1e-2]
+    flags += ["--eval_every", 1, "--dev_file", f"a={dev}", "--dev_file", f"質問={dev}", "--lr", 1e-2]
     warnings = run_embed(*flags)["warnings"]
     whole = utils.read_json(tmp_path / "out/detailed_training_logs.json")
     curves = (tmp_path / "out/training_curves.png").read_bytes()
@@ -780,7 +780,8 @@ def test_resume_refuses_other_flags_and_other_data(run_embed, tmp_path, pairs):
 def test_resume_refuses_another_base_in_the_same_folder(run_embed, tiny_bert, tmp_path):
     folder = tmp_path / "base"
     shutil.copytree(tiny_bert, folder)
-    run_embed("--max_steps", 2, "--save_best", 0, model=str(folder))
+    flags = ["--max_steps", 2, "--checkpoint_steps", 1, "--save_best", 0]
+    run_embed(*flags, model=str(folder))
     shutil.rmtree(tmp_path / "out/checkpoint-2")
     (tmp_path / "out/training_summary_report.json").unlink()
     weights = load_file(folder / "model.safetensors")
@@ -792,7 +793,7 @@ def test_resume_refuses_another_base_in_the_same_folder(run_embed, tiny_bert, tm
     with pytest.raises(
         utils.InputError, match="the weights of .*base are not those that it was trained with"
     ):
-        run_embed("--max_steps", 2, "--save_best", 0, "--resume_from_checkpoint", model=str(folder))
+        run_embed(*flags, "--resume_from_checkpoint", model=str(folder))
 
 
 def test_resume_without_a_checkpoint_starts_at_step_0_and_says_so(run_embed, capsys):

@@ -95,6 +95,12 @@ def test_when_dev_sets_are_measured_and_checkpoints_written(flags, eval_steps, s
     assert (plan.eval_steps, plan.save_steps) == (eval_steps, save_steps)
 
 
+@pytest.mark.parametrize("total, every", [(2, 2), (5, 5), (22, 5), (64, 6), (1000, 100)])
+def test_a_tenth_of_a_short_run_is_five_steps(total, every):
+    plan, _ = plan_of(1600, max_steps=total, save_best=0)
+    assert (plan.eval_steps, plan.save_steps) == (every, every)
+
+
 def test_the_best_is_kept_where_something_tells_which_it_is():
     plan, _ = plan_of(1600)
     assert plan.has_dev and plan.saves and plan.save_best and plan.save_total_limit == 2
