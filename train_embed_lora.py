@@ -146,7 +146,14 @@ from parts.shards import note_savings
 from parts.splits import Sizes, Source
 from parts.step import StepTrainer, get_rng_state, replayed
 from parts.teacher import show_teacher
-from parts.texts import TextRules, Texts, encode_texts, note_cut_texts, note_unknown
+from parts.texts import (
+    TextRules,
+    Texts,
+    encode_texts,
+    note_cut_texts,
+    note_full_texts,
+    note_unknown,
+)
 from parts.tokenizer import append_eos, check_vocabulary, load_tokenizer, within_limit
 from utils import InputError, note, say
 
@@ -1016,6 +1023,7 @@ def tokenise_rows(args, state, origin, config, examples, dev_sets, corpus):
     with state.main_process_first():
         texts.tokenise(tokenizer, rules, args.num_workers)
     note_cut_texts(texts, rules, tokenizer)
+    note_full_texts(texts, rules)
     return Data(tokenizer, stored, prompts, rules, texts, train_set, miner, files)
 
 

@@ -329,8 +329,8 @@ def fill_pools(dev_sets, texts, query_prefix, doc_prefix, plan, training, seed):
     """Fill the pool of held-out queries with training documents, and say what evaluations cost.
 
     It is filled to MAX_POOL documents, or until the evaluations of the run embed as many tokens as
-    its `training`, at a third of the cost. Returns ({name: DevSet}, tokens of all evaluations / those of the
-    training; None without evaluations).
+    its `training`, at a third of the cost. Returns ({name: DevSet}, tokens of all evaluations /
+    those of the training; None without evaluations).
     """
     if not plan.has_dev:
         return dev_sets, None

@@ -96,6 +96,20 @@ def note_cut_texts(texts, rules, tokenizer):
     )
 
 
+def note_full_texts(texts, rules):
+    """Note how many texts reach the length that they are cut at, if more than a hundredth do."""
+    lengths = np.diff(texts.offsets)
+    are_queries = np.array([is_query for _, is_query in texts.index])
+    of_queries = ("queries", rules.query_max_len, "--query_max_len", are_queries)
+    of_documents = ("documents", rules.passage_max_len, "--passage_max_len", ~are_queries)
+    for what, limit, flag, side in (of_queries, of_documents):
+        share = (lengths[side] >= limit).mean() if side.any() else 0
+        if share > 0.01:
+            if rules.query_max_len == rules.passage_max_len:
+                flag = "--max_length"
+            note(f"{share:.0%} of the {what} reach {flag} {limit}, where texts are cut")
+
+
 def note_unknown(texts, tokenizer):
     """Note how much of the texts the base cannot read, if that is more than a hundredth."""
     share = unknown_share(texts, tokenizer)

@@ -353,7 +353,16 @@ def test_a_resumed_run_shows_and_stores_what_the_whole_run_does(
     )
     dev = write_jsonl(tmp_path / "dev.jsonl", make_rows(12))
     flags = ["--max_steps", 6, "--logging_steps", 4, "--checkpoint_steps", 3, "--save_best", 0]
-    flags += ["--eval_every", 1, "--dev_file", f"a={dev}", "--dev_file", f"質問={dev}", "--lr", 1e-2]
+    flags += [
+        "--eval_every",
+        1,
+        "--dev_file",
+        f"a={dev}",
+        "--dev_file",
+        f"質問={dev}",
+        "--lr",
+        1e-2,
+    ]
     warnings = run_embed(*flags)["warnings"]
     whole = utils.read_json(tmp_path / "out/detailed_training_logs.json")
     curves = (tmp_path / "out/training_curves.png").read_bytes()

@@ -2,28 +2,35 @@
 
 import utils
 from conftest import make_rows, write_jsonl
-from parts.texts import TextRules, Texts, note_cut_texts
+from parts.texts import TextRules, Texts, note_cut_texts, note_full_texts
 
-import datasets
 import pytest
 from transformers import AutoTokenizer
 
 
-def test_texts_are_tokenised_once_and_cached(tiny_bert, tmp_path, capfd):
+def test_texts_are_tokenised_once_and_cached(tiny_bert, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
-    datasets.enable_progress_bars()  # which a run without a terminal switches off
-    for attempt in range(2):
+    call = type(tokenizer).__call__
+    calls = []
+
+    def counted(self, given, **flags):
+        calls.append(given)
+        return call(self, given, **flags)
+
+    for _ in range(2):
         texts = Texts()
         places = [
             texts.add("Q: ", "where is it", True),
             texts.add("", "lamp " * 50, False),
             texts.add("Q: ", "where is it", True),
         ]
-        texts.tokenise(tokenizer, TextRules("", "", 20, 10), 0)
+        with monkeypatch.context() as patched:
+            patched.setattr(type(tokenizer), "__call__", counted)
+            texts.tokenise(tokenizer, TextRules("", "", 20, 10), 0)
         assert places == [0, 1, 0]
         assert texts[0].tolist() == tokenizer("Q: where is it")["input_ids"]
         assert len(texts[1]) == 10 and texts[1][-1] == tokenizer.sep_token_id
-        assert ("tokenising" in capfd.readouterr().err) == (attempt == 0)
+        assert calls == [["Q: where is it"], ["lamp " * 50]]  # the second time none
 
 
 @pytest.mark.parametrize(
@@ -49,6 +56,36 @@ def test_texts_cut_at_the_shorter_of_two_lengths_are_noted(
     texts.tokenise(tokenizer, rules, 0)
     note_cut_texts(texts, rules, tokenizer)
     assert not notes if note is None else notes[0].startswith(note)
+
+
+@pytest.mark.parametrize(
+    "query_max_len, passage_max_len, expected",
+    [
+        (7, 7, ["50% of the queries reach --max_length 7, where texts are cut"]),
+        (6, 6, ["100% of the queries reach --max_length 6, where texts are cut"]),
+        (
+            8,
+            4,
+            [
+                "50% of the queries reach --query_max_len 8, where texts are cut",
+                "100% of the documents reach --passage_max_len 4, where texts are cut",
+            ],
+        ),
+        (9, 9, []),
+    ],
+)
+def test_texts_that_reach_their_length_are_noted(
+    tiny_bert, query_max_len, passage_max_len, expected, monkeypatch
+):
+    notes = []
+    monkeypatch.setattr(utils, "NOTES", notes)
+    texts = Texts()
+    for count, is_query in ((4, True), (6, True), (3, False)):
+        texts.add("", "?" * count, is_query)  # so many tokens, and [CLS] and [SEP]
+    rules = TextRules("", "", query_max_len, passage_max_len)
+    texts.tokenise(AutoTokenizer.from_pretrained(tiny_bert), rules, 0)
+    note_full_texts(texts, rules)
+    assert notes == expected
 
 
 def test_per_row_prompt_replaces_the_query_prefix(tmp_path, embed_trainer):
