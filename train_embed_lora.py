@@ -1184,7 +1184,6 @@ def make_trainer(args, output_dir, checkpoint, data, dev_sets, plan, embedder):
     check_vocabulary(embedder.model, data.tokenizer, data.texts.values.max(), args.model_name)
     arguments = runs.training_arguments(
         plan,
-        output_dir,
         embedder.precision,
         seed=args.seed,
         workers=args.num_workers,

@@ -605,7 +605,6 @@ def make_trainer(args, output_dir, data, plan, language_model):
     check_vocabulary(language_model.model, tokenizer, largest_token(data), args.model_name)
     arguments = runs.training_arguments(
         plan,
-        output_dir,
         language_model.precision,
         seed=args.seed,
         workers=args.num_workers,

@@ -179,6 +179,12 @@ def run(main):
         say(stop)
         code = 128 + stop.number
     except KeyboardInterrupt:  # outside of the steps, or for the second time
+        if int(os.environ.get("RANK", 0)) == 0:
+            sentence = (
+                "interrupted: where this run has left a checkpoint, the same command with its "
+                "--output_dir and --resume_from_checkpoint, without --overwrite, goes on from it."
+            )
+            print(sentence, file=sys.stderr)
         sys.exit(130)  # 128 + SIGINT
     except Exception as error:
         sentence = error if isinstance(error, InputError) else refusal(error)

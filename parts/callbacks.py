@@ -9,6 +9,7 @@ from threading import current_thread, main_thread
 
 import utils
 from parts.checkpoints import CUT
+from parts.curves import running_mean
 from parts.lines import best_step_of, evaluation_lines
 from parts.notebook import evaluation_table, has_cells, show_table
 from parts.report import write_logs
@@ -229,4 +230,26 @@ def worsenings(log, watched):
                 text = worsening(log[:count], metric, greater_is_better)
                 if text:
                     found.append(text)
+    return found
+
+
+def last_warnings(trainer, plan, before, after):
+    """Return what a user should be warned of once training is over, in words."""
+    found = trainer.warnings_about(after)
+    name = f"eval_{plan.metric}"
+    if after:
+        gained = after[name] - before[name]
+        if not plan.greater_is_better:
+            gained = -gained
+        if gained < 0:
+            found.append(
+                f"{plan.metric} is worse than before training: lower --lr, and look at the data"
+            )
+    # smoothed, or one step of easy rows would do
+    losses = running_mean([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    if not plan.has_dev and len(losses) > 1 and losses[-1] < 0.1 * losses[0]:
+        found.append(
+            f"the loss fell by {1 - losses[-1] / losses[0]:.0%} with no dev set to tell learning "
+            "from learning by heart: pass --dev_file or --dev_size"
+        )
     return found

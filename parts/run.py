@@ -6,6 +6,7 @@ merge is said before training.
 
 import importlib.util
 import math
+import os
 import shlex
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import merge
 import utils
 from parts.adapters import add_adapter, make_trainable
 from parts.base import Origin, base_folder
-from parts.callbacks import RunCallback, caught_signals, worsenings
+from parts.callbacks import RunCallback, caught_signals, last_warnings, worsenings
 from parts.checkpoints import (
     begin_output_dir,
     best_checkpoint,
@@ -24,7 +25,6 @@ from parts.checkpoints import (
     open_output_dir,
     refuse_changes,
 )
-from parts.curves import running_mean
 from parts.memory import memory_errors_as_ours
 from parts.plan import Plan
 from parts.step import StepTrainer
@@ -227,10 +227,10 @@ def optimizer_of(name, precision):
     return {"adamw": adamw, "adamw_8bit": "adamw_bnb_8bit", "sgd": "sgd"}[name]
 
 
-def training_arguments(plan, output_dir, precision, *, seed, workers, report_to, full_determinism):
+def training_arguments(plan, precision, *, seed, workers, report_to, full_determinism):
     """Translate a plan into Trainer's arguments; a batch of Trainer's is a whole step of ours."""
     arguments = TrainingArguments(
-        output_dir=str(output_dir),
+        output_dir=os.curdir,  # `begin` names the run's: Trainer makes it as soon as it is built
         per_device_train_batch_size=plan.step_rows,  # StepTrainer cuts it to what fits
         max_steps=plan.total_steps,
         learning_rate=plan.lr,
@@ -292,7 +292,11 @@ def dry_report(prepared):
 
 
 def begin(prepared):
-    """Write training_config.json, and do what needs the model as it is before the first step."""
+    """Write training_config.json, and do what needs the model as it is before the first step.
+
+    Until here nothing is written: a run that is dry, or refused, leaves no folder behind.
+    """
+    prepared.trainer.args.output_dir = str(prepared.output_dir)
     if prepared.trainer.is_world_process_zero():
         begin_output_dir(prepared.output_dir, prepared.overwrite, prepared.record)
     prepared.trainer.before_training()
@@ -320,9 +324,12 @@ def train(prepared):
     step = trainer.state.global_step
     if callback.signal and step < plan.total_steps:
         # not after the last step, behind which a run is saved, proved and reported alone
+        how = "and --resume_from_checkpoint"
+        if prepared.overwrite:  # the two exclude one another
+            how += " in place of --overwrite"
         raise Stopped(
-            f"stopped after step {step} in {prepared.output_dir}. Go on with the same command and "
-            "--resume_from_checkpoint",
+            f"stopped after step {step} in {prepared.output_dir}. Go on with the same command "
+            f"{how}",
             callback.signal,
         )
     after = metrics_after(trainer.state, plan)
@@ -371,28 +378,6 @@ def metrics_after(state, plan):
         if f"eval_{plan.metric}" in entry and entry["step"] == step:
             after = dev_metrics(entry)  # of several the last, should a step be measured twice
     return after
-
-
-def last_warnings(trainer, plan, before, after):
-    """Return what a user should be warned of once training is over, in words."""
-    found = trainer.warnings_about(after)
-    name = f"eval_{plan.metric}"
-    if after:
-        gained = after[name] - before[name]
-        if not plan.greater_is_better:
-            gained = -gained
-        if gained < 0:
-            found.append(
-                f"{plan.metric} is worse than before training: lower --lr, and look at the data"
-            )
-    # smoothed, or one step of easy rows would do
-    losses = running_mean([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
-    if not plan.has_dev and len(losses) > 1 and losses[-1] < 0.1 * losses[0]:
-        found.append(
-            f"the loss fell by {1 - losses[-1] / losses[0]:.0%} with no dev set to tell learning "
-            "from learning by heart: pass --dev_file or --dev_size"
-        )
-    return found
 
 
 def resumed_after(checkpoint):

@@ -499,7 +499,19 @@ def test_dry_run_checks_and_leaves_nothing(run_embed, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "rehearsal" in said and "example 3" in said
     assert "metrics" not in report
-    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_is_refused_before_its_first_step_leaves_no_folder(
+    run_embed, tmp_path, monkeypatch
+):
+    def refuse(*_):
+        raise utils.InputError("refused")
+
+    monkeypatch.setattr(train_embed_lora, "rehearse", refuse)
+    with pytest.raises(utils.InputError, match="refused"):
+        run_embed(out=tmp_path / "runs/out")
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
@@ -710,6 +722,36 @@ def test_the_process_group_is_left(monkeypatch, number, capsys):
         utils.run(main)
     assert not torch.distributed.is_initialized()
     assert ("stopped after step 3" in capsys.readouterr().out) == bool(number)
+
+
+def test_an_interrupt_outside_of_the_steps_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train_embed_lora.py"])
+
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit, match="130"):
+        utils.run(main)
+    said = capsys.readouterr().err
+    assert said.startswith("interrupted: where this run has left a checkpoint,")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit, match="130"):
+        utils.run(main)
+    assert not capsys.readouterr().err  # one of the processes is enough
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_stopped_run_is_told_to_resume_without_overwrite(
+    overwrite, embed_argv, tmp_path, monkeypatch
+):
+    def fit(trainer, callback, checkpoint):
+        callback.signal = signal.SIGINT
+
+    monkeypatch.setattr(run, "fit", fit)
+    flags = ["--eval_strategy", "no"] + ["--overwrite"] * overwrite
+    end = "--resume_from_checkpoint" + " in place of --overwrite" * overwrite
+    with pytest.raises(utils.Stopped, match=f"the same command and {end}$"):
+        train_embed_lora.main(embed_argv(*flags))
 
 
 def test_pasted_into_a_notebook_cell_it_starts_nothing(monkeypatch, capsys):
