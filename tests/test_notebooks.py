@@ -238,9 +238,9 @@ def test_the_embedding_notebook_trains_searches_and_merges(tmp_path):
     assert after["ndcg@10"] > before["ndcg@10"]
     assert "example 1 query" in outputs["dry-run"] and "before," not in outputs["dry-run"]
     assert f"{after['ndcg@10']:.4f} after" in outputs["train"]
-    question, *found = outputs["search"].splitlines()
-    assert question == "How do I find a program on the PATH?"
-    assert "directories separated by 'os.pathsep'" in found[0] and len(found) == 3
+    found = outputs["search"].partition("How do I find a program on the PATH?\n")[2]
+    first, *others = found.splitlines()
+    assert "directories separated by 'os.pathsep'" in first and len(others) == 2
     assert outputs["search-merged"] == outputs["search"]
     assert "100.00% of the fine-tune kept" in outputs["merge"]
     assert json.loads((home / "merged/merge_report.json").read_text("utf-8"))["verified"]
