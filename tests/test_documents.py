@@ -12,7 +12,7 @@ import merge
 import train_embed_lora
 import train_sft_lora
 from conftest import ROOT
-from examples import ask, gguf_ollama, teacher_scores
+from examples import ask, gguf_ollama, search, teacher_scores
 
 import pytest
 
@@ -23,6 +23,7 @@ PARSED = {
     "merge.py": merge,
     "examples/ask.py": ask,
     "examples/gguf_ollama.py": gguf_ollama,
+    "examples/search.py": search,
     "examples/teacher_scores.py": teacher_scores,
 }
 SCRIPTS = [module for name, module in PARSED.items() if "/" not in name]
@@ -121,7 +122,7 @@ def user_files(tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("2+2?\n")
 
 
-@pytest.mark.parametrize("script, least", [*zip(PARSED, (14, 12, 4, 4, 1, 1), strict=True)])
+@pytest.mark.parametrize("script, least", [*zip(PARSED, (14, 12, 4, 4, 1, 2, 1), strict=True)])
 def test_every_documented_command_parses(script, least, user_files):
     documents = "\n".join([*TEXTS.values(), PARSED[script].__doc__])
     found = [arguments for name, arguments in commands(documents) if name == script]

@@ -43,8 +43,8 @@ GLOSSARY = {
 TRANSLATED = {
     "lora-training-scripts-that-are-exact-and-say-what-they-do": "366f495b",
     "contents": "fc1e1377",
-    "try-it": "d5b0632a",
-    "your-own-pairs": "d9d5e63d",
+    "try-it": "82d91e6c",
+    "your-own-pairs": "8f248f4a",
     "your-own-conversations": "59f955df",
     "colab": "2c80f1da",
     "the-one-idea": "c4b2fb29",
@@ -52,7 +52,7 @@ TRANSLATED = {
     "when-memory-is-short": "c9142987",
     "several-gpus": "cd0795e9",
     "when-something-is-odd": "bf138f39",
-    "merge-and-serve": "7c1f1f31",
+    "merge-and-serve": "a7bd4c0f",
     "figures": "e61ffb94",
     "where-things-live": "1e7a490a",
 }
@@ -130,7 +130,7 @@ def test_every_section_stands_in_both_in_the_same_order():
 
 def test_blocks_of_code_are_equal_but_for_comments():
     assert blocks(JAPANESE) == blocks(ENGLISH)
-    assert len(blocks(ENGLISH)) > 10
+    assert len(blocks(ENGLISH)) > 9
 
 
 def test_tables_hold_the_same_numbers_code_and_links():
