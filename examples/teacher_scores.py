@@ -36,9 +36,9 @@ from parts.base import (
     position_limit,
 )
 from parts.cells import texts_of, written
+from parts.columns import fields_of, find_column, find_negatives, positive_names, query_names
 from parts.flag_types import count
 from parts.memory import is_out_of_memory
-from parts.pairs import QUERY_NAMES, fields_of, find_column, find_negatives, positive_names
 from parts.relevance import is_score
 from parts.rows import parse_lines, read_rows
 from parts.tokenizer import check_vocabulary, load_tokenizer, within_limit
@@ -123,7 +123,7 @@ def read_input(args):
     rows = read_rows(args.input)
     fields = fields_of(rows)
     where = rows[0][0]
-    query = find_column(fields, "query", QUERY_NAMES, args.query_column, where)
+    query = find_column(fields, "query", query_names(fields), args.query_column, where)
     names = positive_names(fields)
     positive = find_column(fields, "positive", names, args.positive_column, where)
     negatives = find_negatives(fields, args.negative_column, where)

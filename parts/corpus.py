@@ -4,7 +4,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from parts.cells import NO_TEXT, TABLE_LINE, texts_of
-from parts.pairs import in_quotes
+from parts.columns import in_quotes
 from parts.rows import expand_files, read_rows, text_id
 from parts.splits import say_drops
 from utils import InputError
@@ -49,8 +49,8 @@ def document_of(row, where):
     """
     if "text" not in row:
         raise InputError(
-            f"{where}: no text (fields: {in_quotes(row)}). Rename the one that holds the document "
-            'to "text".'
+            f"{where}: no text (fields: {in_quotes(row, where)}). Rename the one that holds the "
+            'document to "text".'
         )
     passage = {}
     for name in ("title", "text"):

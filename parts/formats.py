@@ -3,7 +3,7 @@
 import re
 
 from parts.messages import Drop, first_written, is_filled, is_list_of_objects, media_in, turns_of
-from parts.rows import parse_json
+from parts.rows import fields_in_words, parse_json
 from utils import InputError
 
 PAIRS = (  # of prompt and answer; the first whose cells hold something is taken
@@ -15,7 +15,14 @@ PAIRS = (  # of prompt and answer; the first whose cells hold something is taken
     ("instruction", "response"),
     ("input", "output"),
     ("質問", "回答"),
+    ("質問", "ご回答"),
     ("質問", "答え"),
+    ("質問文", "回答文"),
+    ("質問文", "回答"),
+    ("問い合わせ", "回答"),
+    ("問い合わせ", "ご回答"),
+    ("お問い合わせ", "回答"),
+    ("お問い合わせ", "ご回答"),
     ("問い", "答え"),
     ("問題", "正解"),
     ("問題", "解答"),
@@ -72,6 +79,9 @@ def pair_of(row, sides=2):
 
     With sides=1 only the prompt is looked for.
     """
+    by_letter = {name.upper(): name for name in row}
+    if by_letter.keys() == {"Q", "A"}:  # and no other column, beside which they may be anything
+        return by_letter["Q"], by_letter["A"]
     empty = None
     for pair in PAIRS:
         names = pair[:sides]
@@ -143,5 +153,6 @@ def raw_turns(where, row, fields):
         )
     hint = " For chosen/rejected pass --pref_loss." if "chosen" in row else ""
     raise InputError(
-        f"{where}: none of the known formats (fields: {', '.join(fields)}). Known: {KNOWN}.{hint}"
+        f"{where}: none of the known formats (fields: {fields_in_words(fields, where)}). Rename "
+        f'the columns to "question" and "answer", or 質問 and 回答. Known: {KNOWN}.{hint}'
     )

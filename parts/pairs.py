@@ -1,10 +1,17 @@
 """Formats of training rows -> Examples of the embedding trainer: a query, positives, negatives."""
 
-import re
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 
 from parts.cells import prompt_of, texts_of, unpacked
+from parts.columns import (
+    fields_of,
+    find_column,
+    find_negatives,
+    positive_names,
+    query_names,
+    refuse_unknown,
+)
 from parts.relevance import (
     documents_of,
     find_label,
@@ -16,30 +23,6 @@ from parts.relevance import (
 from parts.rows import OWN_FILE, file_of, own_file, text_id
 from parts.splits import say_drops
 from utils import InputError, say
-
-QUERY_NAMES = ("query", "anchor", "question", "質問", "問い", "問題", "问题")
-POSITIVE_NAMES = (
-    "pos",
-    "positive",
-    "positives",
-    "answer",
-    "document",
-    "passage",
-    "response",
-    "positive_passages",
-    "pos_doc",
-    "回答",
-    "答え",
-    "正解",
-    "解答",
-    "答案",
-    "文書",
-)
-NEGATIVE_NAMES = re.compile(
-    r"(hard_?)?neg(ative)?s?_?\d*|negative_passages|neg_docs?|rejected_responses?"
-)
-# of columns that labels or scores stand beside, as sentence-transformers' rerankers are taught
-LIST_NAMES = ("docs", "documents", "passages", "candidates")
 
 
 @dataclass
@@ -266,11 +249,6 @@ def find_formats(rows, columns, served):
     return formats
 
 
-def fields_of(rows):
-    """Return the names of all columns: a row may lack some, so that the first does not show all."""
-    return list(dict.fromkeys(name for _, row in rows for name in row))
-
-
 def find_roles(rows, columns, served, whose):
     """Find by name what each column is, and say it; raises InputError for what is unclear.
 
@@ -278,7 +256,8 @@ def find_roles(rows, columns, served, whose):
     """
     where = rows[0][0]
     fields = fields_of(rows)
-    query = find_column(fields, "query", QUERY_NAMES, columns.query, where)
+    refuse_unknown(fields, columns, where)
+    query = find_column(fields, "query", query_names(fields), columns.query, where)
     names = positive_names(fields)
     positive = find_column(fields, "positive", names, columns.positive, where)
     negatives = find_negatives(fields, columns.negative, where)
@@ -293,15 +272,6 @@ def find_roles(rows, columns, served, whose):
     roles = Roles(query, positive, negatives, label, labels, scores, has_prompt)
     say_roles(roles, unused, whose)
     return roles
-
-
-def positive_names(fields):
-    """Return the names that the column of positives may have in rows of these columns."""
-    names = {name.lower() for name in fields}
-    is_judged = not names.isdisjoint(("labels", "scores"))
-    if is_judged and names.isdisjoint(POSITIVE_NAMES):
-        return POSITIVE_NAMES + LIST_NAMES
-    return POSITIVE_NAMES
 
 
 def say_roles(roles, others, whose):
@@ -324,38 +294,6 @@ def say_roles(roles, others, whose):
     if unused:
         said += f" (unused: {', '.join(unused)})"
     say(said)
-
-
-def find_column(fields, kind, names, flag, where):
-    """Return the one column of a `kind`: the flag's, or the one whose name is in `names`."""
-    if flag:
-        found = [flag] if flag in fields else []
-    else:
-        found = [name for name in fields if name.lower() in names]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        what = f"{len(found)} columns could be the {kind}: {', '.join(found)}"
-    else:
-        what = f"no column {flag}" if flag else f"no {kind}"
-    raise InputError(
-        f'{where}: {what} (fields: {in_quotes(fields)}). Rename one to "{names[0]}" (known: '
-        f"{', '.join(names)}), or pass --{kind}_column NAME."
-    )
-
-
-def find_negatives(fields, flag, where):
-    """Return the columns of negatives: the flag's, or all that are called so."""
-    if not flag:
-        return [name for name in fields if NEGATIVE_NAMES.fullmatch(name.lower())]
-    if flag not in fields:
-        raise InputError(f"{where}: no --negative_column {flag} (fields: {in_quotes(fields)}).")
-    return [flag]
-
-
-def in_quotes(names):
-    """Return names as a list for reading."""
-    return ", ".join(f'"{name}"' for name in names)
 
 
 def any_filled(rows, names):

@@ -21,6 +21,15 @@ from datasets import get_dataset_split_names, load_dataset
 from datasets.exceptions import DatasetsError
 
 MINED = "mined_negatives-"  # what names of files begin with that runs write
+EXCEL = "In Excel, save it as CSV UTF-8."
+ADVICE = {  # on files that cannot be read, by their endings
+    ".xlsx": EXCEL,
+    ".xlsm": EXCEL,
+    ".xls": EXCEL,
+    ".txt": "If it is a table, rename it to .tsv or .csv, else convert it to JSON Lines.",
+}
+# what an .xlsx (or another ZIP archive) and an .xls begin with
+BINARY = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")
 OWN_FILE = "train_file"  # the column of such a file that says which one a row was read of
 
 
@@ -41,9 +50,8 @@ def read_rows(path):
     path = Path(path)
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise InputError(
-            f"{path} is none of .jsonl, .json, .csv, .tsv, .parquet. Convert it to JSON Lines."
-        )
+        advice = ADVICE.get(path.suffix.lower(), "Convert it to JSON Lines.")
+        raise InputError(f"{path} is none of .jsonl, .json, .csv, .tsv, .parquet. {advice}")
     rows = reader(path)
     if not rows:
         raise InputError(f"{path} holds no rows. Write one JSON object a line.")
@@ -66,14 +74,29 @@ def expand_files(patterns):
                 note(f"{pattern} leaves out {mined[0]}, which a run has mined: name it to take it")
                 found = [path for path in found if path not in mined]
         if not found:
-            raise InputError(f"{pattern} is not there (looked in {Path.cwd()}). Check the path.")
+            raise not_there(pattern, patterns)
         files += found
     return files
+
+
+def not_there(pattern, patterns):
+    """Return the InputError on one of `patterns` that stands for no file."""
+    for words in zip(patterns, patterns[1:], strict=False):
+        whole = " ".join(words)
+        if pattern in words and os.path.exists(whole):  # a shell has cut it in two
+            return InputError(
+                f'{pattern} is not there, but "{whole}" is. A name with spaces needs quotes.'
+            )
+    return InputError(f"{pattern} is not there (looked in {Path.cwd()}). Check the path.")
 
 
 def read_text(path):
     """Return the text of a file in UTF-8 or Shift_JIS; raises InputError where it is neither."""
     try:
+        with path.open("rb") as file:
+            first = file.read(4)
+        if first in BINARY:
+            raise InputError(f"{path} is an Excel workbook, or an archive, and no text. {EXCEL}")
         return path.read_text(encoding="utf-8-sig")  # -sig: Excel starts a CSV with a BOM
     except OSError as error:  # a folder, links in a circle, no permission
         raise InputError(f"{path} cannot be read ({error.strerror}). Check the path.") from None
@@ -109,6 +132,16 @@ def refuse_repeats(names, where):
                 f'{where}: {count} columns or keys are called "{name}". Rename or delete all but '
                 "one."
             )
+
+
+def fields_in_words(fields, where, mark=""):
+    """Return the names of a row's columns, in `mark`s, as a list for reading; `where`: the row."""
+    # a table without a line of names has texts for names
+    names = [name if len(name) <= 60 else f"{name[:60]}..." for name in fields]
+    shown = ", ".join(f"{mark}{name}{mark}" for name in names)
+    if file_of(where).lower().endswith((".csv", ".tsv")):
+        shown += "; does the first line name the columns?"
+    return shown
 
 
 def file_of(where):
@@ -235,7 +268,8 @@ def read_csv(path):
     lines = read_table(path)
     if not lines:
         return []
-    where, names = lines[0]
+    where, written = lines[0]
+    names = [name.strip() for name in written]  # of wide spaces, too
     refuse_repeats(names, where)
     rows = []
     for where, cells in lines[1:]:

@@ -36,6 +36,19 @@ BROKEN_FILES = {  # name: (content, what the message says)
         '{"query": "q", "answers": "p"}\n',
         'd.jsonl, line 1: no positive (fields: "query", "answers")',
     ),
+    "d2.jsonl": (
+        '{"frage": "q", "antwort": "p"}\n',
+        'd2.jsonl, line 1: no query and no positive (fields: "frage", "antwort"). Rename them to '
+        '"question" and "answer", or 質問 and 回答, or pass --query_column NAME --positive_column',
+    ),
+    "d3.csv": (
+        "Wo?,Im Regal.\nWann?,Jetzt.\n",
+        '(fields: "Wo?", "Im Regal."; does the first line name the columns?). Rename them to',
+    ),
+    "d4.csv": (
+        f"query,{'x' * 99}\nWann?,Jetzt.\n",
+        f'no positive (fields: "query", "{"x" * 60}..."; does the first line name the columns?)',
+    ),
     "e.jsonl": (
         '{"text": "q", "pos": "p"}\n',
         'no query (fields: "text", "pos"). Rename one to "query"',
@@ -61,6 +74,9 @@ BROKEN_FILES = {  # name: (content, what the message says)
     "m.json": ('{"query": "q"', "m.json, line 1: no valid JSON"),
     "n.json": ('[{"query": "q", "pos": "p"}, 3]', "n.json, row 2: a int, not a JSON object"),
     "o.parquet": ("not parquet", "o.parquet is no parquet file"),
+    "o2.csv": (b"PK\x03\x04\xff", "o2.csv is an Excel workbook, or an archive, and no text. In"),
+    "o3.xlsx": (b"PK\x03\x04\xff", ".parquet. In Excel, save it as CSV UTF-8."),
+    "p2.txt": ("q\tp\n", ".parquet. If it is a table, rename it to .tsv or .csv, else convert it"),
     "p.txt": ("q\tp\n", "p.txt is none of .jsonl, .json, .csv, .tsv, .parquet"),
     "r.jsonl": (b'{"query": "\xff\xfe"}\n', "r.jsonl is not UTF-8 (byte 11)"),
     "r2.csv": (

@@ -80,7 +80,7 @@ BROKEN_FILES = {  # name: (content, what the message says)
     "e.jsonl": ('{"text": ["a", "b"]}\n', "line 1: the document has the list ['a', 'b'] where a"),
     "f.jsonl": ('{"text": "a", "title": 3}\n', "f.jsonl, line 1: the document has the int 3 where"),
     "g.csv": ("text\n", "g.csv holds no rows"),
-    "h.csv": ("query,pos\nq,p\n", 'h.csv, line 2: no text (fields: "query", "pos")'),
+    "h.csv": ("query,pos\nq,p\n", 'h.csv, line 2: no text (fields: "query", "pos"; does the first'),
     "i.txt": ("a\n", "i.txt is none of .jsonl"),
     "j.jsonl": ('{"text": "a"}\n["b"]\n', "j.jsonl, line 2: a list, not a JSON object"),
     "k.jsonl": ('{"text": "a", "text": "b"}\n', '2 columns or keys are called "text"'),

@@ -70,6 +70,11 @@ def read(path, **columns):
         ({"question": "q", "answer": "p"}, Example("q", ["p"], [])),
         ({"Query": "q", "Document": "p"}, Example("q", ["p"], [])),
         ({"問い": "q", "答え": "p"}, Example("q", ["p"], [])),
+        ({"質問文": "q", "回答文": "p"}, Example("q", ["p"], [])),
+        ({"お問い合わせ": "q", "ご回答": "p"}, Example("q", ["p"], [])),
+        ({"問い合わせ": "q", "回答": "p"}, Example("q", ["p"], [])),
+        ({"Q": "q", "A": "p"}, Example("q", ["p"], [])),
+        ({"a": "p", "question": "q", "answer": "p"}, Example("q", ["p"], [])),  # "a": unused
         ({"問題": "q", "正解": "p", "解説": "x"}, Example("q", ["p"], [])),
         ({"問題": "q", "解答": "p"}, Example("q", ["p"], [])),
         ({"问题": "q", "答案": "p"}, Example("q", ["p"], [])),

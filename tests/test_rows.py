@@ -110,3 +110,28 @@ def test_a_folder_whose_files_differ_in_columns_is_told_so(tmp_path):
     write_jsonl(tmp_path / "b.jsonl", [{"query": "q", "pos": "p", "pos_scores": 1}])
     with pytest.raises(InputError, match="names don't match.. Pass the files of the folder"):
         read_hub_rows(HubSet(str(tmp_path)), "train", seed=0)
+
+
+def test_spaces_around_the_names_of_columns_are_left_out(tmp_path):
+    (tmp_path / "a.csv").write_text("\u3000質問\u3000, 回答 \nどこ?, 棚\n", encoding="utf-8")
+    assert read_rows(tmp_path / "a.csv") == [
+        (f"{tmp_path}/a.csv, line 2", {"質問": "どこ?", "回答": " 棚"})
+    ]
+    (tmp_path / "b.csv").write_text("query,query \na,b\n")
+    with pytest.raises(InputError, match='2 columns or keys are called "query"'):
+        read_rows(tmp_path / "b.csv")
+
+
+def test_a_name_that_a_shell_has_cut_at_its_space_is_told_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "よくある 質問.csv").write_text(JAPANESE, encoding="utf-8")
+    for given in (["よくある", "質問.csv"], ["*.csv", "よくある", "質問.csv"]):
+        with pytest.raises(
+            InputError, match='よくある is not there, but "よくある 質問.csv" is. A name'
+        ):
+            expand_files(given)
+    (tmp_path / "よくある").touch()
+    with pytest.raises(InputError, match="^質問.csv is not there, but"):
+        expand_files(["よくある", "質問.csv"])
+    with pytest.raises(InputError, match="c.csv is not there .looked in"):
+        expand_files(["よくある", "c.csv", "質問.csv"])
