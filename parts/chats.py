@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
 
-from parts.formats import TURN_LISTS, cleaned, pair_of, raw_turns, tools_of
+from parts.formats import TURN_LISTS, cleaned, pair_of, raw_turns, say_columns, tools_of
 from parts.messages import Drop, UnknownRole, functions_of, read_turns, role_of, turns_of
 from parts.rows import parse_json, read_rows, text_id
 from parts.scores import answer_of, is_empty, parse_answer
@@ -122,6 +122,7 @@ def split_rows(read, sizes, overfit, rows, sources):
 
     Returns (training Examples, {name: dev Examples}, {reason: training rows dropped}).
     """
+    say_columns(rows)
     examples, dropped = read(rows)
     random.Random(sizes.seed).shuffle(examples)  # so that the first of them are a fair draw
     dev_sets = {name: draw_dev(read, sizes, name, dev) for name, dev in sources.items()}

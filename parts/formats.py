@@ -3,8 +3,8 @@
 import re
 
 from parts.messages import Drop, first_written, is_filled, is_list_of_objects, media_in, turns_of
-from parts.rows import fields_in_words, parse_json
-from utils import InputError
+from parts.rows import fields_in_words, file_of, is_of_table, parse_json
+from utils import InputError, say
 
 PAIRS = (  # of prompt and answer; the first whose cells hold something is taken
     ("prompt", "completion"),
@@ -91,6 +91,19 @@ def pair_of(row, sides=2):
             return pair
         empty = empty or pair
     return empty
+
+
+def say_columns(rows):
+    """Print which columns of each table among rows [(where, row)] are prompt and answer."""
+    tables = {}  # file: its first row
+    for where, row in rows:
+        if is_of_table(where):
+            tables.setdefault(file_of(where), row)
+    for file, row in tables.items():
+        pair = None if any(name in row for name in TURN_LISTS) else pair_of(row)
+        if pair:
+            whose = f"{file}: " if len(tables) > 1 else ""
+            say(f"columns   {whose}prompt = {pair[0]}, answer = {pair[1]}")
 
 
 def alpaca_prompt(row, where):

@@ -139,9 +139,14 @@ def fields_in_words(fields, where, mark=""):
     # a table without a line of names has texts for names
     names = [name if len(name) <= 60 else f"{name[:60]}..." for name in fields]
     shown = ", ".join(f"{mark}{name}{mark}" for name in names)
-    if file_of(where).lower().endswith((".csv", ".tsv")):
+    if is_of_table(where):
         shown += "; does the first line name the columns?"
     return shown
+
+
+def is_of_table(where):
+    """Tell whether the row at `where` is one of a .csv or .tsv."""
+    return file_of(where).lower().endswith((".csv", ".tsv"))
 
 
 def file_of(where):

@@ -10,7 +10,6 @@ from collections import Counter, defaultdict
 from parts.masks import TOO_LONG, encode_row, turn
 from parts.messages import functions_of
 from parts.pieces import Pieces
-from parts.splits import say_drops
 from parts.template import Chat
 from parts.token_cache import cached_map, ragged, tokens_key
 from parts.trials import ANSWER, QUESTION, as_message, is_whole
@@ -180,7 +179,7 @@ def make_samples(examples, dev_examples, chat, rules, as_pairs, workers):
     Raises InputError where nothing is left to learn from or to score.
     """
     train_set, drops, shortened = tokenise(examples, chat, rules, as_pairs, workers)
-    dropped = say_drops(drops)
+    dropped = say_losses(drops, train_set, rules, "the training set")
     if shortened:
         say(
             f"shortened {shortened} prompts to --max_length {rules.max_length}, from the middle of "
@@ -197,7 +196,8 @@ def make_samples(examples, dev_examples, chat, rules, as_pairs, workers):
     dev_samples = {}
     for name, dev in dev_examples.items():
         found, drops, _ = tokenise(dev, chat, rules, as_pairs, workers)
-        for reason, count in say_drops(drops).items():
+        whose = f"the dev set {name}".rstrip()
+        for reason, count in say_losses(drops, found, rules, whose).items():
             dropped[f"{name or 'dev'}: {reason}"] = count
         if not found:
             raise InputError(
@@ -206,6 +206,31 @@ def make_samples(examples, dev_examples, chat, rules, as_pairs, workers):
             )
         dev_samples[name] = found
     return train_set, dev_samples, {"dropped": dropped, "shortened": shortened}
+
+
+def say_losses(drops, samples, rules, whose):
+    """Print what a set lost, {reason: [where]}, and what is left; return {reason: count}."""
+    left = sum(map(answers_of, samples))
+    counts = {}
+    for reason, places in drops.items():
+        count = len(places)
+        counts[reason] = count
+        said = f"dropped   {count} {reason} (first: {places[0]}), of {whose}"
+        if reason == TOO_LONG:
+            said += (
+                f": {count / (count + left):.1%} of its answers, {left} are left. Raise "
+                f"--max_length {rules.max_length}, or pass --overlong truncate_prompt"
+            )
+        say(said)
+    return counts
+
+
+def answers_of(sample):
+    """Return how many answers a sample teaches; a pair counts as one."""
+    if "sides" in sample:
+        return 1
+    mask = sample["supervised"]
+    return int(mask[0]) + int((mask[1:] & ~mask[:-1]).sum())  # each begins behind a prompt
 
 
 def longest_row(examples, chat):

@@ -118,7 +118,34 @@ def test_every_drop_is_counted_by_reason(run_sft, tmp_path, capsys):
     }
     said = capsys.readouterr().out
     assert f"dropped   1 duplicate rows (first: {data}, line 31)" in said
-    assert f"with their prompt (first: {data}, line 35)" in said
+    assert f"with their prompt (first: {data}, line 35), of the training set: " in said
+
+
+def test_answers_that_are_too_long_are_counted_for_each_set_with_a_remedy(
+    run_sft, tmp_path, capsys
+):
+    short = [{"prompt": f"{i}+{i}?", "completion": f"{2 * i}"} for i in range(6)]
+    long = [{"prompt": f"{i} " + "word " * 300, "completion": "long"} for i in range(2)]
+    turns = [USER, ANSWER, USER, {"role": "assistant", "content": "long " * 300}]
+    data = write_jsonl(tmp_path / "train.jsonl", [*short, *long, {"messages": turns}])
+    dev = write_jsonl(tmp_path / "dev.jsonl", [{"prompt": "9?", "completion": "9"}, long[0]])
+    flags = ["--max_length", 120, "--dev_file", f"mine={dev}", "--dry_run"]
+    run_sft(*flags, data=data)
+    said = capsys.readouterr().out
+    reason = f"{TOO_LONG} (first: {data}, line 8), of the training set"
+    remedy = "Raise --max_length 120, or pass --overlong truncate_prompt\n"
+    # the dev row's prompt is left out of training before
+    assert f"dropped   2 {reason}: 22.2% of its answers, 7 are left. {remedy}" in said
+    reason = f"{TOO_LONG} (first: {dev}, line 2), of the dev set mine"
+    assert f"dropped   1 {reason}: 50.0% of its answers, 1 are left. {remedy}" in said
+
+
+def test_columns_of_a_table_are_said_once(run_sft, tmp_path, capsys):
+    lines = ["番号,質問,回答", *(f"{i},{i}+{i}?,{2 * i}" for i in range(8))]
+    table = tmp_path / "faq.csv"
+    table.write_text("\n".join(lines), encoding="utf-8")
+    run_sft("--dry_run", data=str(table))
+    assert capsys.readouterr().out.count("columns   prompt = 質問, answer = 回答\n") == 1
 
 
 def test_drop_regex_reads_reasoning_and_the_arguments_of_calls(tmp_path):
