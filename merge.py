@@ -371,7 +371,8 @@ def find_base(name, revision, cached_only=False):
     except Exception as error:  # no such id, no network, no permission
         why = str(error).strip().split("\n")[0]
         raise InputError(
-            f"base model {name!r} is no folder here and cannot be downloaded ({why}). Pass "
+            f"base model {name!r} is no folder here and cannot be downloaded ({why}). Check "
+            "the name, and the network or proxy (HTTPS_PROXY), or pass its folder as "
             "--base_model_path."
         ) from None
     return Path(folder)

@@ -1386,3 +1386,8 @@ def test_an_error_of_a_library_becomes_a_sentence_with_and_without_words(message
     with pytest.raises(merge.InputError, match=rf"^the base cannot be loaded \({said}\)\.$"):
         with merge.in_one_sentence("the base cannot be loaded"):
             raise ValueError(message)
+
+
+def test_a_base_that_cannot_be_downloaded_is_told_with_what_to_check():
+    with pytest.raises(merge.InputError, match="'no/such' is no folder here and cannot be .*proxy"):
+        merge.find_base("no/such", None)
