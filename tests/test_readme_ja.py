@@ -43,7 +43,7 @@ GLOSSARY = {
 TRANSLATED = {
     "lora-training-scripts-that-are-exact-and-say-what-they-do": "366f495b",
     "contents": "fc1e1377",
-    "try-it": "82d91e6c",
+    "try-it": "edc96111",
     "your-own-pairs": "8f248f4a",
     "your-own-conversations": "59f955df",
     "colab": "2c80f1da",
