@@ -293,7 +293,8 @@ def proof_section(proof):
     """Return what reading final/ back has shown."""
     sentence = (
         "final/ was read back from disk and gives the trained outputs (relative error "
-        f"{proof['relative_error']:.0e}); training moved them by {proof['relative_change']:.1%}."
+        f"{proof['relative_error']:.0e}); training has changed these outputs by "
+        f"{proof['relative_change']:.1%}."
     )
     return section("Proof", element("p", sentence))
 

@@ -83,7 +83,7 @@ def prove(prepared, untrained):
         )
     say(
         f"proof     {folder}, read back from disk, gives the trained outputs (relative error "
-        f"{error:.0e}); training moved them by {change:.1%}"
+        f"{error:.0e}); training has changed these outputs by {change:.1%}"
     )
     return {"relative_error": error, "relative_change": change}
 

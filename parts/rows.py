@@ -102,7 +102,10 @@ def read_text(path):
         raise InputError(f"{path} cannot be read ({error.strerror}). Check the path.") from None
     except UnicodeDecodeError as error:
         what = f"{path} is not UTF-8 (byte {error.start})"
-    if not is_shift_jis(path.read_bytes()):
+    data = path.read_bytes()
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise InputError(f"{what} but UTF-16. Save it as UTF-8.")
+    if not is_shift_jis(data):
         raise InputError(f"{what}. Save it as UTF-8.")
     note(f"{what} and is read as Shift_JIS, which Japanese Excel writes")
     return path.read_text(encoding="cp932")

@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from parts.masks import TOO_LONG, encode_row, turn
 from parts.messages import functions_of
 from parts.pieces import Pieces
+from parts.splits import say_drops
 from parts.template import Chat
 from parts.token_cache import cached_map, ragged, tokens_key
 from parts.trials import ANSWER, QUESTION, as_message, is_whole
@@ -210,19 +211,15 @@ def make_samples(examples, dev_examples, chat, rules, as_pairs, workers):
 
 def say_losses(drops, samples, rules, whose):
     """Print what a set lost, {reason: [where]}, and what is left; return {reason: count}."""
-    left = sum(map(answers_of, samples))
-    counts = {}
-    for reason, places in drops.items():
-        count = len(places)
-        counts[reason] = count
-        said = f"dropped   {count} {reason} (first: {places[0]}), of {whose}"
-        if reason == TOO_LONG:
-            said += (
-                f": {count / (count + left):.1%} of its answers, {left} are left. Raise "
-                f"--max_length {rules.max_length}, or pass --overlong truncate_prompt"
-            )
-        say(said)
-    return counts
+    more = {reason: f", of {whose}" for reason in drops}
+    if TOO_LONG in drops:
+        count = len(drops[TOO_LONG])
+        left = sum(map(answers_of, samples))
+        more[TOO_LONG] += (
+            f": {count / (count + left):.1%} of its answers, {left} are left. Raise "
+            f"--max_length {rules.max_length}, or pass --overlong truncate_prompt"
+        )
+    return say_drops(drops, more)
 
 
 def answers_of(sample):

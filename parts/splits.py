@@ -176,12 +176,16 @@ def groups_of(examples, key):
 # ---------------------------------------------------------------- what was dropped
 
 
-def say_drops(drops):
-    """Print what was dropped, {reason: [where]}; return {reason: count}."""
+def say_drops(drops, more=None):
+    """Print what was dropped, {reason: [where]}; return {reason: count}.
+
+    more: {reason: what is said behind it}.
+    """
     counts = {}
     for reason, places in drops.items():
         counts[reason] = len(places)
-        say(f"dropped   {len(places)} {reason} (first: {places[0]})")
+        behind = (more or {}).get(reason, "")
+        say(f"dropped   {len(places)} {reason} (first: {places[0]}){behind}")
     return counts
 
 

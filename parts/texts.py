@@ -116,7 +116,7 @@ def note_unknown(texts, tokenizer):
     if share > 0.01:  # a rare sign here and there does no harm
         note(
             f"{share:.0%} of all tokens are {tokenizer.unk_token}: the base cannot read these "
-            "texts. Choose one made for their language."
+            "texts. Choose one made for their language; intfloat/multilingual-e5-small reads many."
         )
 
 

@@ -1,11 +1,13 @@
 """Tiny models and data made on the spot; nothing is downloaded."""
 
+import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import weakref
 from pathlib import Path
 
 os.environ.setdefault(
@@ -415,3 +417,22 @@ def relative(a, b):
 
 
 sys.path.insert(0, str(ROOT))
+
+
+def assert_holds_no_memory(trainer, run, monkeypatch):
+    """A run(*flags) of a trainer's module leaves no model behind, even if nobody collects garbage."""
+    models = []
+    prepare = trainer.prepare
+
+    def watched(argv):
+        prepared = prepare(argv)
+        models.append(weakref.ref(prepared.trainer.model))
+        return prepared
+
+    monkeypatch.setattr(trainer, "prepare", watched)
+    gc.disable()  # which may come by in any moment
+    try:
+        run("--max_steps", 2)
+        assert [model() for model in models] == [None]
+    finally:
+        gc.enable()

@@ -315,7 +315,7 @@ EMBED_DATA = [
     embed_data("a line that is a list", 1, "line 9: a list, not a JSON object", lines(["a", "b"])),
     embed_data("a line that is a text", 1, "line 9: a str, not a JSON object", lines("a")),
     embed_data("a line that is null", 1, "line 9: a NoneType, not a JSON object", lines(None)),
-    embed_data("UTF-16", 1, "is not UTF-8", encoded(lines(), "utf-16")),
+    embed_data("UTF-16", 1, "but UTF-16. Save it as UTF-8", encoded(lines(), "utf-16")),
     embed_data("a NUL inside a text", 0, OK_PAIRS, lines({"query": "a\0b", "pos": ["c\0d"]})),
     embed_data(
         "half an emoji", 0, OK_PAIRS, lines() + '{"query": "\\ud83d", "pos": ["x \\ude00"]}\n'

@@ -1,7 +1,6 @@
 """The command lines people run, from flags to files."""
 
 import contextlib
-import gc
 import json
 import os
 import re
@@ -10,12 +9,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import weakref
 from pathlib import Path
 
 import train_embed_lora
 import utils
-from conftest import ROOT, TOPICS, make_rows, write_jsonl
+from conftest import ROOT, TOPICS, assert_holds_no_memory, make_rows, write_jsonl
 from parts import base, callbacks, run
 from parts.checkpoints import find_checkpoint
 
@@ -690,21 +688,7 @@ def test_fp16_gradients_that_never_fit_end_in_a_message(run_embed, monkeypatch):
 
 
 def test_a_run_holds_no_memory_once_it_is_over(run_embed, monkeypatch):
-    models = []
-    prepare = train_embed_lora.prepare
-
-    def watched(argv):
-        prepared = prepare(argv)
-        models.append(weakref.ref(prepared.trainer.model))
-        return prepared
-
-    monkeypatch.setattr(train_embed_lora, "prepare", watched)
-    gc.disable()  # which may come by in any moment
-    try:
-        run_embed("--max_steps", 2)
-        assert [model() for model in models] == [None]
-    finally:
-        gc.enable()
+    assert_holds_no_memory(train_embed_lora, run_embed, monkeypatch)
 
 
 @pytest.mark.parametrize("number", [None, 15])

@@ -128,7 +128,7 @@ def test_a_page_says_what_changed():
     reader = check_loads_nothing(page_of("ndcg@10"))
     text = " ".join(reader.texts)
     assert "ndcg@10 0.2500 0.5000 +0.2500" in text and "other 1.0000 1.0000 +0.0000" in text
-    assert "relative error 1e-08" in text and "moved them by 12.5%" in text
+    assert "relative error 1e-08" in text and "changed these outputs by 12.5%" in text
     assert "dev set ndcg@10: queries 3" in text and "train_rows 12,345" in text
     assert text.count("✓ right") == 2 and "after step 7" in text
     assert "running mean" in text and "the last" not in text.split("Curves")[1].split("Examples")[0]

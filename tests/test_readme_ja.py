@@ -45,7 +45,7 @@ TRANSLATED = {
     "contents": "fc1e1377",
     "try-it": "edc96111",
     "your-own-pairs": "8f248f4a",
-    "your-own-conversations": "59f955df",
+    "your-own-conversations": "f104a0d6",
     "colab": "2c80f1da",
     "the-one-idea": "c4b2fb29",
     "what-a-run-leaves-behind": "6a2603b1",

@@ -1,6 +1,5 @@
 """The command lines people run, from flags to files."""
 
-import gc
 import json
 import os
 import re
@@ -9,13 +8,12 @@ import shutil
 import subprocess
 import sys
 import threading
-import weakref
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 
 import train_sft_lora
 import utils
-from conftest import ROOT, make_chats, write_jsonl
+from conftest import ROOT, assert_holds_no_memory, make_chats, write_jsonl
 from parts import answers, run
 
 import pytest
@@ -602,18 +600,4 @@ def test_running_out_of_memory_in_an_evaluation_leaves_the_steps_alone(sft_train
 
 
 def test_a_run_holds_no_memory_once_it_is_over(run_sft, monkeypatch):
-    models = []
-    prepare = train_sft_lora.prepare
-
-    def watched(argv):
-        prepared = prepare(argv)
-        models.append(weakref.ref(prepared.trainer.model))
-        return prepared
-
-    monkeypatch.setattr(train_sft_lora, "prepare", watched)
-    gc.disable()  # which may come by in any moment
-    try:
-        run_sft("--max_steps", 2)
-        assert [model() for model in models] == [None]
-    finally:
-        gc.enable()
+    assert_holds_no_memory(train_sft_lora, run_sft, monkeypatch)
